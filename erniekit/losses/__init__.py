@@ -1,0 +1,1 @@
+"""Losses as pure functions of tensors. They know no model, batch, rank or config."""

@@ -1,0 +1,97 @@
+"""Grouped-query attention with rotary positions.
+
+Head counts are inferred from the tensors, so that slicing the projections from outside (tensor parallelism) needs no
+change here. Shapes: B batch, S rows, D hidden size, X = query heads * head_dim, Y = key heads * head_dim, J = head_dim/2.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import paddle
+from paddle import nn
+
+from erniekit.config.architecture import ErnieConfig
+from erniekit.models.layers import Linear
+from erniekit.ops.attention import attention, cached_attention
+from erniekit.ops.rope import rope_tables, rotate
+
+
+@dataclass(frozen=True)
+class Positions:
+    """What attention must know of a batch: rotation tables and the column bounds of the mask (ops/attention.py)."""
+
+    cos_BSJ: paddle.Tensor
+    sin_BSJ: paddle.Tensor
+    end_rows_BS: paddle.Tensor | None  # None while generating with a cache
+
+    @classmethod
+    def of(cls, position_ids_BS: paddle.Tensor, end_rows_BS: paddle.Tensor | None, cfg: ErnieConfig) -> Positions:
+        """Build the tables for one batch; every layer shares them."""
+        cos, sin = rope_tables(position_ids_BS, head_dim=cfg.head_dim, theta=cfg.rope_theta)
+        return cls(cos, sin, end_rows_BS)
+
+
+class KVCache:
+    """Rotated keys and values of one layer, [B, T, K, head_dim], grown in place by doubling."""
+
+    def __init__(self) -> None:
+        self.length = 0
+        self._keys: paddle.Tensor | None = None
+        self._values: paddle.Tensor | None = None
+
+    def append(self, k_BSKd: paddle.Tensor, v_BSKd: paddle.Tensor) -> tuple[paddle.Tensor, paddle.Tensor]:
+        """Add S columns; returns all columns so far."""
+        b, s, heads, d = k_BSKd.shape
+        end = self.length + s
+        if self._keys is None or end > self._keys.shape[1]:
+            room = max(2 * end, 64)
+            keys, values = (paddle.zeros([b, room, heads, d], x.dtype) for x in (k_BSKd, v_BSKd))
+            if self._keys is not None:
+                keys[:, : self.length] = self._keys[:, : self.length]
+                values[:, : self.length] = self._values[:, : self.length]
+            self._keys, self._values = keys, values
+        self._keys[:, self.length : end] = k_BSKd
+        self._values[:, self.length : end] = v_BSKd
+        self.length = end
+        return self._keys[:, :end], self._values[:, :end]
+
+
+class CoreAttention(nn.Layer):
+    """Rotation and softmax(q k^T) v; no parameters. A layer of its own so that it can be recomputed alone."""
+
+    def __init__(self, head_dim: int) -> None:
+        super().__init__()
+        self.head_dim = head_dim
+
+    def forward(
+        self, q_BSX: paddle.Tensor, k_BSY: paddle.Tensor, v_BSY: paddle.Tensor, positions: Positions
+    ) -> paddle.Tensor:
+        """[B, S, X], [B, S, Y], [B, S, Y] -> [B, S, X]."""
+        return attention(
+            q_BSX, k_BSY, v_BSY, cos_BSJ=positions.cos_BSJ, sin_BSJ=positions.sin_BSJ,
+            end_rows_BS=positions.end_rows_BS, head_dim=self.head_dim,
+        )  # fmt: skip
+
+
+class Attention(nn.Layer):
+    """Projections around CoreAttention."""
+
+    def __init__(self, cfg: ErnieConfig, *, dtype: str) -> None:
+        super().__init__()
+        self.head_dim = cfg.head_dim
+        self.q_proj = Linear(cfg.hidden_size, cfg.q_dim, bias=cfg.use_bias, dtype=dtype)
+        self.k_proj = Linear(cfg.hidden_size, cfg.kv_dim, bias=cfg.use_bias, dtype=dtype)
+        self.v_proj = Linear(cfg.hidden_size, cfg.kv_dim, bias=cfg.use_bias, dtype=dtype)
+        self.o_proj = Linear(cfg.q_dim, cfg.hidden_size, bias=cfg.use_bias, dtype=dtype)
+        self.core_attn = CoreAttention(cfg.head_dim)
+
+    def forward(self, x_BSD: paddle.Tensor, positions: Positions, cache: KVCache | None = None) -> paddle.Tensor:
+        """[B, S, D] -> [B, S, D]; with a cache, S new rows attend to everything cached before them."""
+        q, k, v = self.q_proj(x_BSD), self.k_proj(x_BSD), self.v_proj(x_BSD)
+        if cache is None:
+            return self.o_proj(self.core_attn(q, k, v, positions))
+        b, s = x_BSD.shape[:2]
+        q, k, v = (t.reshape([b, s, -1, self.head_dim]) for t in (q, k, v))
+        q, k = (rotate(t, positions.cos_BSJ, positions.sin_BSJ) for t in (q, k))
+        return self.o_proj(cached_attention(q, *cache.append(k, v)))

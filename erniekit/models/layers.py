@@ -1,0 +1,73 @@
+"""The small layers every block is made of. Weights are [in, out]; names equal those of the -PT checkpoints.
+
+`Linear` is the seam where adapters, number formats and tensor shards take hold from outside.
+Shapes: B batch, S positions, D hidden size, I width.
+"""
+
+from __future__ import annotations
+
+import paddle
+import paddle.nn.functional as F
+from paddle import nn
+
+from erniekit.ops.mlp import swiglu
+from erniekit.ops.norm import rms_norm
+
+
+def parameter(layer: nn.Layer, shape: list[int], *, dtype: str, trainable: bool = True) -> paddle.Tensor:
+    """A zero parameter of `layer`: checkpoints fill every one, so nothing is drawn here."""
+    made = layer.create_parameter(shape, dtype=dtype, default_initializer=nn.initializer.Constant(0.0))
+    made.stop_gradient = not trainable
+    return made
+
+
+class Linear(nn.Layer):
+    """x @ weight (+ bias); weight [in, out]."""
+
+    def __init__(self, num_in: int, num_out: int, *, bias: bool, dtype: str) -> None:
+        super().__init__()
+        self.weight = parameter(self, [num_in, num_out], dtype=dtype)
+        self.bias = parameter(self, [num_out], dtype=dtype) if bias else None
+
+    def forward(self, x: paddle.Tensor) -> paddle.Tensor:
+        """[..., in] -> [..., out]."""
+        return F.linear(x, self.weight, self.bias)
+
+
+class RMSNorm(nn.Layer):
+    """Root-mean-square norm with a weight and no bias."""
+
+    def __init__(self, size: int, *, eps: float, dtype: str) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = parameter(self, [size], dtype=dtype)
+
+    def forward(self, x: paddle.Tensor) -> paddle.Tensor:
+        """[..., D] -> [..., D]."""
+        return rms_norm(x, self.weight, eps=self.eps)
+
+
+class Embedding(nn.Layer):
+    """Rows of a [V, D] table."""
+
+    def __init__(self, num: int, size: int, *, dtype: str) -> None:
+        super().__init__()
+        self.weight = parameter(self, [num, size], dtype=dtype)
+
+    def forward(self, ids: paddle.Tensor) -> paddle.Tensor:
+        """int64 [...] -> [..., D]."""
+        return F.embedding(ids, self.weight)
+
+
+class MLP(nn.Layer):
+    """down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, size: int, width: int, *, bias: bool, dtype: str) -> None:
+        super().__init__()
+        self.gate_proj = Linear(size, width, bias=bias, dtype=dtype)
+        self.up_proj = Linear(size, width, bias=bias, dtype=dtype)
+        self.down_proj = Linear(width, size, bias=bias, dtype=dtype)
+
+    def forward(self, x: paddle.Tensor) -> paddle.Tensor:
+        """[..., D] -> [..., D]."""
+        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))

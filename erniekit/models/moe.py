@@ -1,0 +1,98 @@
+"""The mixture of experts: router, dispatcher, stacked experts, shared experts.
+
+One device holds all experts here. Expert parallelism slices `experts.*` and swaps `dispatcher`, from outside.
+Shapes: B batch, S positions, M = B*S tokens, D hidden size, E experts, K experts per token, I expert width.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import paddle
+import paddle.nn.functional as F
+from paddle import nn
+
+from erniekit.config.architecture import ErnieConfig
+from erniekit.models.layers import MLP, parameter
+from erniekit.ops.grouped import combine, grouped_mlp, permute, sort_by_expert
+
+
+class Routing(NamedTuple):
+    """What the router decided for a batch of tokens. The router losses and the bias controller read it."""
+
+    logits_ME: paddle.Tensor  # fp32, before the softmax, without the correction bias
+    experts_MK: paddle.Tensor  # int64, no gradient
+    weights_MK: paddle.Tensor  # fp32, normalised over K
+
+
+class MoEStatics(nn.Layer):
+    """The correction bias: it selects experts, has no gradient, and is saved with the model."""
+
+    def __init__(self, num_experts: int) -> None:
+        super().__init__()
+        self.e_score_correction_bias = parameter(self, [1, num_experts], dtype="float32", trainable=False)
+
+
+class Router(nn.Layer):
+    """Softmax router, always in fp32. The bias selects; the raw probability weighs (models.md, "router")."""
+
+    def __init__(self, cfg: ErnieConfig) -> None:
+        super().__init__()
+        self.experts_per_token, self.norm_min = cfg.moe_k, cfg.moe_norm_min
+        self.weight = parameter(self, [cfg.hidden_size, cfg.moe_num_experts], dtype="float32")
+
+    def forward(self, x_MD: paddle.Tensor, bias_1E: paddle.Tensor) -> Routing:
+        """Choose K experts per token."""
+        logits_ME = paddle.matmul(x_MD.astype("float32"), self.weight)
+        probs_ME = F.softmax(logits_ME, axis=-1)
+        # topk's indices carry a gradient flag in Paddle; detached, they cannot crash the backward pass.
+        experts_MK = paddle.topk(probs_ME.detach() + bias_1E, self.experts_per_token, axis=-1)[1].detach()
+        picked_MK = paddle.take_along_axis(probs_ME, experts_MK, axis=1)
+        return Routing(logits_ME, experts_MK, picked_MK / picked_MK.sum(-1, keepdim=True).clip(min=self.norm_min))
+
+
+class Experts(nn.Layer):
+    """All routed experts as two stacked weights; gate first."""
+
+    def __init__(self, cfg: ErnieConfig, *, dtype: str) -> None:
+        super().__init__()
+        e, d, i = cfg.moe_num_experts, cfg.hidden_size, cfg.moe_intermediate_size
+        self.gate_up_proj = parameter(self, [e, d, 2 * i], dtype=dtype)
+        self.down_proj = parameter(self, [e, i, d], dtype=dtype)
+
+    def forward(self, x_TD: paddle.Tensor, counts: list[int]) -> paddle.Tensor:
+        """Rows sorted by expert -> their outputs."""
+        return grouped_mlp(x_TD, self.gate_up_proj, self.down_proj, counts=counts)
+
+
+class LocalDispatcher(nn.Layer):
+    """Brings tokens to experts that live on this device, dropless, and sums their outputs. No parameters."""
+
+    def forward(self, x_MD: paddle.Tensor, routing: Routing, experts: Experts) -> paddle.Tensor:
+        """[M, D] -> [M, D]."""
+        order = sort_by_expert(routing.experts_MK, num_experts=experts.gate_up_proj.shape[0])
+        y_TD = experts(permute(x_MD, order), order.counts)
+        return combine(y_TD, routing.weights_MK.astype(x_MD.dtype), order)
+
+
+class MoE(nn.Layer):
+    """Routed experts plus, on every token, the shared experts (one MLP)."""
+
+    def __init__(self, cfg: ErnieConfig, *, dtype: str) -> None:
+        super().__init__()
+        self.gate = Router(cfg)
+        self.moe_statics = MoEStatics(cfg.moe_num_experts)
+        self.experts = Experts(cfg, dtype=dtype)
+        self.dispatcher = LocalDispatcher()
+        self.shared_experts = None
+        if cfg.moe_num_shared_experts:
+            self.shared_experts = MLP(cfg.hidden_size, cfg.shared_intermediate_size, bias=cfg.use_bias, dtype=dtype)
+
+    def forward(self, x_BSD: paddle.Tensor) -> tuple[paddle.Tensor, Routing]:
+        """[B, S, D] -> ([B, S, D], Routing)."""
+        x_MD = x_BSD.reshape([-1, x_BSD.shape[-1]])
+        routing = self.gate(x_MD, self.moe_statics.e_score_correction_bias)
+        y_MD = self.dispatcher(x_MD, routing, self.experts)
+        if self.shared_experts is not None:
+            y_MD = y_MD + self.shared_experts(x_MD)
+        return y_MD.reshape(x_BSD.shape), routing

@@ -1,0 +1,92 @@
+"""Causal attention with rotary positions, grouped key/value heads and FlashMask column intervals.
+
+A mask is one int32 per column, `end_rows_BS` (FlashMask, arXiv 2410.01359, causal with one bound): the key at column j
+is seen by the rows j <= i < end_rows[j]. Plain causal attention has end_rows = S; a packed row ends every column at the
+end of its document; padding ends at j + 1 (it sees only itself). No S x S mask is ever part of the interface.
+
+Shapes: B batch, S row length, N query heads, K key/value heads, d head_dim, X = N*d, Y = K*d, J = d/2, T cached length.
+"""
+
+from __future__ import annotations
+
+import paddle
+import paddle.nn.functional as F
+
+from erniekit.ops.dispatch import backend
+from erniekit.ops.rope import rotate
+
+
+def end_rows_from_segments(segment_ids_BS: paddle.Tensor) -> paddle.Tensor:
+    """Column bounds of packed documents: segment ids 1, 2, ... in contiguous runs, 0 = padding. Returns int32 [B, S]."""
+    s = segment_ids_BS.shape[1]
+    last = paddle.concat([segment_ids_BS[:, 1:] != segment_ids_BS[:, :-1], paddle.ones_like(segment_ids_BS[:, :1]) > 0], 1)
+    position = paddle.arange(1, s + 1, dtype="int32")
+    ends = paddle.where(last, position, paddle.full_like(position, s + 1))
+    # The nearest document end at or after each column: a minimum running from the right.
+    nearest = paddle.flip(paddle.cummin(paddle.flip(ends, [1]), axis=1)[0], [1])
+    return paddle.where(segment_ids_BS == 0, position, nearest).astype("int32")
+
+
+def end_rows_from_mask(attention_mask_BS: paddle.Tensor) -> paddle.Tensor:
+    """Column bounds from a 0/1 padding mask: real tokens are seen to the end of the row. Returns int32 [B, S]."""
+    s = attention_mask_BS.shape[1]
+    position = paddle.arange(1, s + 1, dtype="int32")
+    return paddle.where(attention_mask_BS > 0, paddle.full_like(position, s), position).astype("int32")
+
+
+def attention_plain(
+    q_BSX: paddle.Tensor, k_BSY: paddle.Tensor, v_BSY: paddle.Tensor, *,
+    cos_BSJ: paddle.Tensor, sin_BSJ: paddle.Tensor, end_rows_BS: paddle.Tensor, head_dim: int,
+) -> paddle.Tensor:  # fmt: skip
+    """The plain twin of `attention`; it builds the dense mask and is meant for small rows."""
+    b, s = q_BSX.shape[:2]
+    q = rotate(q_BSX.reshape([b, s, -1, head_dim]), cos_BSJ, sin_BSJ)
+    k = rotate(k_BSY.reshape([b, s, -1, head_dim]), cos_BSJ, sin_BSJ)
+    row = paddle.arange(s, dtype="int32").unsqueeze(-1)
+    visible = (row >= row.T).unsqueeze(0) & (row.unsqueeze(0) < end_rows_BS.unsqueeze(1))
+    out = _attend(q, k, v_BSY.reshape([b, s, -1, head_dim]), visible.unsqueeze(1))
+    return out.reshape([b, s, -1])
+
+
+def _attend(q: paddle.Tensor, k: paddle.Tensor, v: paddle.Tensor, visible: paddle.Tensor) -> paddle.Tensor:
+    """softmax(q k^T / sqrt(d)) v with fp32 softmax; q [B, S, N, d], k and v [B, T, K, d], visible [B, 1, S, T]."""
+    b, s, n, d = q.shape
+    groups = k.shape[2]
+    q = q.transpose([0, 2, 1, 3]).reshape([b, groups, n // groups, s, d])
+    k, v = k.transpose([0, 2, 1, 3]).unsqueeze(2), v.transpose([0, 2, 1, 3]).unsqueeze(2)
+    scores = paddle.matmul(q, k, transpose_y=True).astype("float32") * d**-0.5
+    scores = paddle.where(visible.unsqueeze(1), scores, paddle.full([1], -1e30, "float32"))
+    out = paddle.matmul(F.softmax(scores, axis=-1).astype(v.dtype), v)
+    return out.reshape([b, n, s, d]).transpose([0, 2, 1, 3])
+
+
+def _attention_gpu(q_BSX, k_BSY, v_BSY, *, cos_BSJ, sin_BSJ, end_rows_BS, head_dim) -> paddle.Tensor:
+    b, s = q_BSX.shape[:2]
+    q = rotate(q_BSX.reshape([b, s, -1, head_dim]), cos_BSJ, sin_BSJ)
+    k = rotate(k_BSY.reshape([b, s, -1, head_dim]), cos_BSJ, sin_BSJ)
+    v = v_BSY.reshape([b, s, -1, head_dim])
+    bounds = end_rows_BS.astype("int32").reshape([b, 1, s, 1])
+    return F.flashmask_attention(q, k, v, startend_row_indices=bounds, causal=True).reshape([b, s, -1])
+
+
+def attention(
+    q_BSX: paddle.Tensor, k_BSY: paddle.Tensor, v_BSY: paddle.Tensor, *,
+    cos_BSJ: paddle.Tensor, sin_BSJ: paddle.Tensor, end_rows_BS: paddle.Tensor, head_dim: int,
+) -> paddle.Tensor:  # fmt: skip
+    """Rotate q and k, attend under the column bounds; returns [B, S, X]. Heads are inferred from the tensors."""
+    chosen = _attention_gpu if backend(q_BSX) == "gpu" and q_BSX.dtype != paddle.float32 else attention_plain
+    return chosen(
+        q_BSX, k_BSY, v_BSY, cos_BSJ=cos_BSJ, sin_BSJ=sin_BSJ, end_rows_BS=end_rows_BS, head_dim=head_dim
+    )  # fmt: skip
+
+
+def cached_attention(q_BSNd: paddle.Tensor, k_BTKd: paddle.Tensor, v_BTKd: paddle.Tensor) -> paddle.Tensor:
+    """Attention of S new rows over T cached columns (the last S of them are the rows themselves); all rotated already.
+
+    Returns [B, S, X]. For generation, without gradients.
+    """
+    b, s = q_BSNd.shape[:2]
+    t = k_BTKd.shape[1]
+    row = paddle.arange(t - s, t).unsqueeze(-1)
+    visible = (row >= paddle.arange(t).unsqueeze(0)).reshape([1, 1, s, t])
+    return _attend(q_BSNd, k_BTKd, v_BTKd, visible).reshape([b, s, -1])

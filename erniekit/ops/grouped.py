@@ -1,0 +1,117 @@
+"""Routed experts on one device: permute tokens by expert, one MLP per expert, bring them back weighted.
+
+Shapes: M tokens, C = experts per token, T = M*C routed rows, D hidden size, E experts, I expert width.
+The stacked weights are never indexed through autograd (that would build the gradient of the whole stack for every
+expert): the expert MLP is one PyLayer with a hand-written backward.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import paddle
+import paddle.nn.functional as F
+
+
+@dataclass(frozen=True)
+class Order:
+    """How routed rows are sorted by expert (all int64, no gradients)."""
+
+    token_T: paddle.Tensor  # source token of every sorted row
+    place_MC: paddle.Tensor  # sorted row of every (token, choice)
+    counts: list[int]  # rows per expert
+
+
+def sort_by_expert(experts_MC: paddle.Tensor, *, num_experts: int) -> Order:
+    """Stable order of the routed rows by expert; `experts_MC` holds the chosen expert ids."""
+    m, c = experts_MC.shape
+    flat_T = experts_MC.detach().reshape([-1])
+    order_T = paddle.argsort(flat_T, stable=True)
+    place_T = paddle.empty_like(order_T)
+    place_T = paddle.scatter(place_T, order_T, paddle.arange(m * c, dtype=order_T.dtype))
+    counts = paddle.bincount(flat_T, minlength=num_experts).tolist()
+    return Order(token_T=order_T // c, place_MC=place_T.reshape([m, c]), counts=counts)
+
+
+class _Permute(paddle.autograd.PyLayer):
+    @staticmethod
+    def forward(ctx, x_MD, order: Order):
+        ctx.order = order
+        return paddle.gather(x_MD, order.token_T)
+
+    @staticmethod
+    def backward(ctx, grad_TD):
+        m, c = ctx.order.place_MC.shape
+        return paddle.gather(grad_TD, ctx.order.place_MC.reshape([-1])).reshape([m, c, -1]).sum(1)
+
+
+def permute(x_MD: paddle.Tensor, order: Order) -> paddle.Tensor:
+    """Rows of x [M, D] copied once per choice, sorted by expert: [T, D]."""
+    return _Permute.apply(x_MD, order)
+
+
+class _Combine(paddle.autograd.PyLayer):
+    @staticmethod
+    def forward(ctx, y_TD, weights_MC, order: Order):
+        m, c = order.place_MC.shape
+        ctx.order = order
+        ctx.save_for_backward(y_TD, weights_MC)
+        chosen_MCD = paddle.gather(y_TD, order.place_MC.reshape([-1])).reshape([m, c, -1])
+        return paddle.matmul(weights_MC.unsqueeze(1), chosen_MCD).squeeze(1)
+
+    @staticmethod
+    def backward(ctx, grad_MD):
+        y_TD, weights_MC = ctx.saved_tensor()
+        m, c = weights_MC.shape
+        place_T = ctx.order.place_MC.reshape([-1])
+        chosen_MCD = paddle.gather(y_TD, place_T).reshape([m, c, -1])
+        grad_weights = paddle.matmul(chosen_MCD, grad_MD.unsqueeze(-1)).squeeze(-1)
+        row_weight_T1 = paddle.scatter(paddle.empty_like(weights_MC).reshape([-1]), place_T, weights_MC.reshape([-1]))
+        return paddle.gather(grad_MD, ctx.order.token_T) * row_weight_T1.unsqueeze(-1), grad_weights
+
+
+def combine(y_TD: paddle.Tensor, weights_MC: paddle.Tensor, order: Order) -> paddle.Tensor:
+    """Weighted sum of each token's expert outputs: [M, D]."""
+    return _Combine.apply(y_TD, weights_MC, order)
+
+
+class _GroupedMLP(paddle.autograd.PyLayer):
+    @staticmethod
+    def forward(ctx, x_TD, gate_up_ED2I, down_EID, counts: list[int]):
+        ctx.counts = counts
+        ctx.save_for_backward(x_TD, gate_up_ED2I, down_EID)
+        out, start = [], 0
+        for expert, count in enumerate(counts):
+            if count:
+                gate, up = paddle.matmul(x_TD[start : start + count], gate_up_ED2I[expert]).chunk(2, axis=-1)
+                out.append(paddle.matmul(F.swiglu(gate, up), down_EID[expert]))
+            start += count
+        return paddle.concat(out) if out else paddle.zeros_like(x_TD)
+
+    @staticmethod
+    def backward(ctx, grad_TD):
+        x_TD, gate_up_ED2I, down_EID = ctx.saved_tensor()
+        grad_x, start = [], 0
+        grad_gate_up, grad_down = paddle.zeros_like(gate_up_ED2I), paddle.zeros_like(down_EID)
+        for expert, count in enumerate(ctx.counts):
+            if count:
+                rows = slice(start, start + count)
+                x, grad = x_TD[rows], grad_TD[rows]
+                gate, up = paddle.matmul(x, gate_up_ED2I[expert]).chunk(2, axis=-1)
+                sigma = F.sigmoid(gate)
+                silu = gate * sigma
+                grad_down[expert] = paddle.matmul(silu * up, grad, transpose_x=True)
+                grad_act = paddle.matmul(grad, down_EID[expert], transpose_y=True)
+                grad_gate = grad_act * up * (sigma + silu * (1.0 - sigma))
+                grad_both = paddle.concat([grad_gate, grad_act * silu], axis=-1)
+                grad_gate_up[expert] = paddle.matmul(x, grad_both, transpose_x=True)
+                grad_x.append(paddle.matmul(grad_both, gate_up_ED2I[expert], transpose_y=True))
+            start += count
+        return paddle.concat(grad_x) if grad_x else paddle.zeros_like(x_TD), grad_gate_up, grad_down
+
+
+def grouped_mlp(
+    x_TD: paddle.Tensor, gate_up_ED2I: paddle.Tensor, down_EID: paddle.Tensor, *, counts: list[int]
+) -> paddle.Tensor:
+    """down_e(silu(gate_e x) * up_e x) for rows sorted by expert; `counts[e]` rows belong to expert e. Returns [T, D]."""
+    return _GroupedMLP.apply(x_TD, gate_up_ED2I, down_EID, counts)
