@@ -69,7 +69,7 @@ class Decoder(nn.Layer):
             self.mtp_block = nn.LayerList([DecoderLayer(cfg, sparse=cfg.is_sparse(i), dtype=dtype) for i in depths])
             self.mtp_emb_norm = nn.LayerList([RMSNorm(size, eps=eps, dtype=dtype) for _ in depths])
             self.mtp_hidden_norm = nn.LayerList([RMSNorm(size, eps=eps, dtype=dtype) for _ in depths])
-            self.mtp_linear_proj = nn.LayerList([Linear(2 * size, size, bias=cfg.use_bias, dtype=dtype) for _ in depths])
+            self.mtp_linear_proj = nn.LayerList([Linear(2 * size, size, bias=False, dtype=dtype) for _ in depths])
 
     def forward(
         self,

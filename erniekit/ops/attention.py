@@ -49,14 +49,18 @@ def attention_plain(
 
 
 def _attend(q: paddle.Tensor, k: paddle.Tensor, v: paddle.Tensor, visible: paddle.Tensor) -> paddle.Tensor:
-    """softmax(q k^T / sqrt(d)) v with fp32 softmax; q [B, S, N, d], k and v [B, T, K, d], visible [B, 1, S, T]."""
+    """softmax(q k^T / sqrt(d)) v with fp32 softmax; q [B, S, N, d], k and v [B, T, K, d], visible [B, 1, S, T].
+
+    The softmax is written out: Paddle's CPU operators never give less than e^-64 (exp: e^-88), a masked column must give 0.
+    """
     b, s, n, d = q.shape
     groups = k.shape[2]
     q = q.transpose([0, 2, 1, 3]).reshape([b, groups, n // groups, s, d])
     k, v = k.transpose([0, 2, 1, 3]).unsqueeze(2), v.transpose([0, 2, 1, 3]).unsqueeze(2)
     scores = paddle.matmul(q, k, transpose_y=True).astype("float32") * d**-0.5
     scores = paddle.where(visible.unsqueeze(1), scores, paddle.full([1], -1e30, "float32"))
-    out = paddle.matmul(F.softmax(scores, axis=-1).astype(v.dtype), v)
+    weights = paddle.exp(scores - scores.max(-1, keepdim=True).detach()) * visible.unsqueeze(1).astype("float32")
+    out = paddle.matmul((weights / weights.sum(-1, keepdim=True)).astype(v.dtype), v)
     return out.reshape([b, n, s, d]).transpose([0, 2, 1, 3])
 
 

@@ -1,0 +1,100 @@
+"""Between folders and models in memory: the only file of this room that touches paddle tensors.
+
+Weights stream into the parameters' own memory and out of it, so that a model is never held twice.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+import paddle
+
+from erniekit.base.console import notice
+from erniekit.checkpoint.ernie45 import is_mtp
+from erniekit.checkpoint.folder import Folder, load_into
+from erniekit.checkpoint.save import save_folder
+from erniekit.config.architecture import ErnieConfig
+from erniekit.models.decoder import ErnieForCausalLM
+
+
+def host_array(tensor: paddle.Tensor) -> np.ndarray:
+    """A tensor's numbers as a numpy array: its own memory (writable) on a CPU, a copy of a GPU's. bf16 as fp32."""
+    if tensor.dtype == paddle.bfloat16:
+        tensor = tensor.astype("float32")  # numpy knows no bfloat16; the way back rounds to the same bits
+    if tensor.place.is_cpu_place():
+        return np.from_dlpack(tensor.detach())
+    return tensor.numpy()
+
+
+class HostParameters(Mapping[str, np.ndarray]):
+    """A model's parameters by name, each fetched when it is asked for."""
+
+    def __init__(self, model: ErnieForCausalLM) -> None:
+        self._parameters = dict(model.named_parameters())
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return host_array(self._parameters[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._parameters)
+
+    def __len__(self) -> int:
+        return len(self._parameters)
+
+
+def build_model(
+    folder: Folder, cfg: ErnieConfig, *, dtype: str = "float32", mtp_init: str | None = None, seed: int = 0
+) -> ErnieForCausalLM:
+    """A model of architecture `cfg` with the weights of `folder`, in `dtype` ("float32" or "bfloat16").
+
+    `mtp_init="random"` draws multi-token prediction weights that the folder does not have, from `seed`.
+    Raises CheckpointError if a tensor is missing, extra or misshapen.
+    """
+    for text in folder.notices:
+        notice(text)
+    model = ErnieForCausalLM(cfg, dtype=dtype, lm_head_bias=folder.has_head_bias)
+    parameters = dict(model.named_parameters())
+    on_cpu = all(p.place.is_cpu_place() and p.dtype == paddle.float32 for p in parameters.values())
+    arrays = {n: host_array(p) if on_cpu else np.empty(p.shape, np.float32) for n, p in parameters.items()}
+    if mtp_init == "random" and not folder.has_mtp:
+        for name in filter(is_mtp, arrays):
+            arrays[name][...] = _drawn(name, arrays[name].shape, cfg, seed)
+    load_into(folder, arrays, cfg=cfg, mtp_init=mtp_init)
+    if not on_cpu:
+        for name, p in parameters.items():
+            p.set_value(paddle.to_tensor(arrays.pop(name)).astype(p.dtype))
+    return model
+
+
+def _drawn(name: str, shape: tuple[int, ...], cfg: ErnieConfig, seed: int) -> np.ndarray:
+    if "norm" in name:
+        return np.ones(shape, np.float32)
+    generator = np.random.Generator(np.random.PCG64([seed, zlib.crc32(name.encode())]))
+    return generator.standard_normal(shape, np.float32) * np.float32(cfg.initializer_range)
+
+
+def load_model(path: str | Path, dtype: str | None = None) -> ErnieForCausalLM:
+    """A model for inference from a folder in either layout; see `ErnieForCausalLM.forward`.
+
+    `dtype` is "float32" or "bfloat16"; None: fp32 on a CPU (which computes in nothing else), the folder's on a GPU.
+    """
+    folder = Folder.open(path)
+    if dtype is None:
+        dtype = folder.config.dtype if paddle.device.is_compiled_with_cuda() else "float32"
+    model = build_model(folder, folder.config, dtype=dtype)
+    model.eval()
+    return model
+
+
+def save_model(
+    model: ErnieForCausalLM, path: str | Path, layout: str = "pt", *, dtype: str | None = None, base: Folder | None = None
+) -> None:
+    """Save a model as a folder in "pt" or "paddle"; `dtype` None: as config.json says.
+
+    `base`, the folder that it came from, gives tokenizer files and multi-token prediction weights that were not loaded.
+    """
+    dtype = dtype or model.config.dtype
+    save_folder(path, HostParameters(model), cfg=model.config, layout=layout, dtype=dtype, base=base)

@@ -1,0 +1,25 @@
+"""Composition roots: one per verb or stage. They do not know each other; `train` picks one by the config's stage."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from erniekit.config.load import load_config
+from erniekit.config.run import RunConfig
+
+if TYPE_CHECKING:
+    from erniekit.recipes.sft import TrainResult
+
+
+def train(config: RunConfig | Mapping[str, Any] | str | Path, **overrides: Any) -> TrainResult:
+    """Run the training that a config (a file, a mapping of keys, or a resolved one) describes.
+
+    `overrides` are keys of the config. Raises ErnieKitError for anything that the user can mend.
+    """
+    if not isinstance(config, RunConfig):
+        config = load_config(config, overrides)
+    from erniekit.recipes.sft import train_language_model  # paddle loads here, after the config was judged
+
+    return train_language_model(config)

@@ -1,0 +1,1 @@
+"""Making samples: generation with a key/value cache."""

@@ -1,0 +1,86 @@
+"""THE order in which a model for training comes together; the only file that knows all the parts.
+
+    build -> weights -> (adapters) -> (number formats) -> (tensor and expert shards) -> recomputation -> (pipeline) ->
+    optimizer -> (optimizer shards)
+
+Steps in parentheses are later rooms; each takes its place here.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import paddle
+
+from erniekit.base.console import notice
+from erniekit.checkpoint.folder import Folder
+from erniekit.checkpoint.model_io import build_model
+from erniekit.config.architecture import ErnieConfig
+from erniekit.config.run import RunConfig
+from erniekit.models.decoder import ErnieForCausalLM
+from erniekit.parallel.recompute import apply_recompute
+from erniekit.training.objective import LossWeights
+from erniekit.training.optimizer import AdamWSettings, Optimizer
+from erniekit.training.router import RouterUpkeep
+
+
+def architecture(base: Folder, cfg: RunConfig) -> ErnieConfig:
+    """The base model's architecture with what the run changes: multi-token prediction on or off."""
+    wanted = cfg.model.num_nextn_predict_layers
+    return base.config if wanted is None else base.config.replace(num_nextn_predict_layers=wanted)
+
+
+def assemble_model(weights: Folder, arch: ErnieConfig, cfg: RunConfig) -> ErnieForCausalLM:
+    """The model that will be trained, from the base folder or from a checkpoint."""
+    on_gpu = paddle.device.is_compiled_with_cuda() and paddle.get_device().startswith("gpu")
+    dtype = "bfloat16" if on_gpu and cfg.model.compute_type == "bf16" else "float32"
+    if cfg.model.compute_type == "bf16" and not on_gpu:
+        notice("compute_type bf16: a CPU computes in fp32, with fp32 masters; only the saved model is rounded.")
+    model = build_model(weights, arch, dtype=dtype, mtp_init=cfg.model.mtp_init, seed=cfg.train.seed)
+    if cfg.train.recompute:
+        apply_recompute(model, cfg.train.recompute_granularity)
+    return model
+
+
+def assemble_optimizer(model: ErnieForCausalLM, cfg: RunConfig) -> Optimizer:
+    """AdamW as the run sets it."""
+    train = cfg.train
+    return Optimizer(
+        model.named_parameters(),
+        AdamWSettings(
+            beta1=train.adam_beta1, beta2=train.adam_beta2, epsilon=train.adam_epsilon,
+            weight_decay=train.weight_decay, max_grad_norm=train.max_grad_norm,
+        ),
+    )  # fmt: skip
+
+
+def loss_weights(arch: ErnieConfig, cfg: RunConfig) -> LossWeights:
+    """Coefficients by precedence: the run's, the checkpoint's config.json, ERNIEKit's default."""
+    model, extras = cfg.model, arch.extras
+    decoupled = model.use_ortho_loss_callback
+    return LossWeights(
+        balance=_first(model.moe_aux_loss_lambda, extras.get("moe_aux_loss_lambda"), 1e-5),
+        z=_first(model.moe_z_loss_lambda, extras.get("moe_z_loss_lambda"), 0.0),
+        orthogonal=0.0 if decoupled else _orthogonal(arch, cfg),
+        multi_token=_first(model.multi_token_pred_lambda, extras.get("multi_token_pred_lambda"), 0.3),
+        token_balance=model.token_balance_loss,
+    )
+
+
+def router_upkeep(model: ErnieForCausalLM, cfg: RunConfig) -> RouterUpkeep:
+    """The bias controller and the decoupled orthogonal step, as far as the run wants them."""
+    aux_free = _first(cfg.model.moe_use_aux_free, model.config.extras.get("moe_use_aux_free"), False)
+    decoupled = cfg.model.use_ortho_loss_callback
+    return RouterUpkeep(
+        model,
+        bias_coefficient=cfg.model.moe_use_aux_free_update_coef if aux_free else 0.0,
+        orthogonal_lambda=_orthogonal(model.config, cfg) if decoupled else 0.0,
+    )
+
+
+def _orthogonal(arch: ErnieConfig, cfg: RunConfig) -> float:
+    return _first(cfg.model.moe_orthogonal_loss_lambda, arch.extras.get("moe_orthogonal_loss_lambda"), 0.0)
+
+
+def _first(*values: Any) -> Any:
+    return next(value for value in values if value is not None)

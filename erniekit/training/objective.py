@@ -1,0 +1,97 @@
+"""The objective of pre-training and supervised fine-tuning: next-token loss, multi-token prediction, router losses.
+
+Only the main loss is reported; the others enter as gradients (as in the official toolkit) and are logged beside it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import paddle
+
+from erniekit.data.batch import Batch
+from erniekit.losses.router import balance_loss, orthogonal_loss, z_loss
+from erniekit.losses.token import balanced_loss, gradient_only, mean_loss
+from erniekit.models.decoder import ErnieForCausalLM
+from erniekit.ops.attention import end_rows_from_segments
+from erniekit.ops.cross_entropy import IGNORED, linear_cross_entropy
+from erniekit.training.router import sparse_blocks
+from erniekit.training.step import Losses, Totals
+
+
+@dataclass(frozen=True)
+class LossWeights:
+    """Coefficients of the terms beside the main loss; `token_balance` picks the denominator (losses/token.py)."""
+
+    balance: float = 0.0
+    z: float = 0.0
+    orthogonal: float = 0.0
+    multi_token: float = 0.0
+    token_balance: bool = False
+
+
+def labels_ahead(batch: Batch, *, depth: int) -> np.ndarray:
+    """Labels of prediction depth `depth` >= 1: the label `depth` positions on, within the same document, where the
+    position itself is trained (the official toolkit shifts the labels and not the mask)."""
+    ahead = np.full_like(batch.labels, IGNORED)
+    ahead[:, :-depth] = batch.labels[:, depth:]
+    same = np.zeros(batch.labels.shape, bool)
+    same[:, :-depth] = batch.segment_ids[:, depth:] == batch.segment_ids[:, :-depth]
+    ahead[~(same & (batch.labels != IGNORED))] = IGNORED
+    return ahead
+
+
+@dataclass(frozen=True)
+class LanguageModelObjective:
+    """Callable as a training.step.Objective."""
+
+    weights: LossWeights
+
+    def __call__(self, model: ErnieForCausalLM, batch: Batch, totals: Totals) -> Losses:
+        """The loss of one micro-batch, divided by the step's global totals."""
+        segments = paddle.to_tensor(batch.segment_ids)
+        trunk = model.trunk(
+            paddle.to_tensor(batch.input_ids), paddle.to_tensor(batch.position_ids), end_rows_from_segments(segments)
+        )
+        loss = self._tokens(model, trunk.hidden_BSD, batch.labels, totals)
+        mask_M = (segments > 0).reshape([-1])
+        extra, parts = [], {}
+        for depth, hidden_BSD in enumerate(trunk.mtp_hidden, start=1):
+            ahead = self._tokens(model, hidden_BSD, labels_ahead(batch, depth=depth), totals)
+            extra.append(self.weights.multi_token * ahead)
+            parts[f"mtp_loss_{depth}"] = ahead.detach()
+        terms = self._router_terms(model, trunk.routings, mask_M)
+        for name, (weight, value) in terms.items():
+            extra.append(weight * value / totals.micro_batches)
+            parts[name] = value.detach() / totals.micro_batches
+        for term in extra:
+            loss = loss + gradient_only(term)
+        return Losses(loss, parts, trunk.routings, mask_M)
+
+    def _tokens(self, model: ErnieForCausalLM, hidden_BSD: paddle.Tensor, labels: np.ndarray, totals: Totals) -> paddle.Tensor:
+        weight, bias, vocab_first = model.head()
+        loss_sum = linear_cross_entropy(
+            hidden_BSD.reshape([-1, hidden_BSD.shape[-1]]), weight, paddle.to_tensor(labels).reshape([-1]),
+            vocab_first=vocab_first, bias_V=bias,
+        )  # fmt: skip
+        if self.weights.token_balance:
+            return balanced_loss(loss_sum, trained=totals.trained, positions=totals.positions)
+        return mean_loss(loss_sum, trained=totals.trained)
+
+    def _router_terms(
+        self, model: ErnieForCausalLM, routings: list, mask_M: paddle.Tensor
+    ) -> dict[str, tuple[float, paddle.Tensor]]:
+        """Name -> (coefficient, sum over the sparse layers), for the coefficients that are not 0."""
+        if not routings:
+            return {}
+        k, terms = model.config.moe_k, {}
+        if self.weights.balance:
+            values = [balance_loss(r.logits_ME, mask_M, experts_per_token=k) for r in routings]
+            terms["aux_loss"] = (self.weights.balance, paddle.stack(values).sum())
+        if self.weights.z:
+            terms["z_loss"] = (self.weights.z, paddle.stack([z_loss(r.logits_ME, mask_M) for r in routings]).sum())
+        if self.weights.orthogonal:
+            values = [orthogonal_loss(block.gate.weight) for block in sparse_blocks(model)]
+            terms["orthogonal_loss"] = (self.weights.orthogonal, paddle.stack(values).sum())
+        return terms

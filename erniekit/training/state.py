@@ -1,0 +1,143 @@
+"""Checkpoints of a run: `output_dir/checkpoint-N`, whole or absent.
+
+A checkpoint is a model folder (weights in fp32, config, tokenizer) plus `training/` with the optimizer's state and the
+step. The data position and the random numbers of a step follow from (seed, step), so N says all. It is written under a
+temporary name, fsynced, sealed with a sha256 manifest and renamed.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import paddle
+
+from erniekit.base.console import warn
+from erniekit.base.errors import CheckpointError
+from erniekit.base.files import fsync_folder, write_json, writing
+from erniekit.checkpoint.hf_files import Entry, SafetensorsFile, format_tag, write_safetensors
+from erniekit.checkpoint.manifest import MANIFEST_FILE, check_manifest, write_manifest
+from erniekit.checkpoint.model_io import host_array
+from erniekit.models.decoder import ErnieForCausalLM
+from erniekit.training.optimizer import Optimizer
+
+_NAME = re.compile(r"checkpoint-(\d+)")
+_OPTIMIZER = "training/optimizer.safetensors"
+_STATE = "training/state.json"
+
+SaveModel = Callable[[ErnieForCausalLM, Path], None]
+
+
+class Checkpoints:
+    """The checkpoints of one output folder."""
+
+    def __init__(
+        self, output_dir: Path, *, save_model: SaveModel, describe: dict[str, Any], keep: int | None = None
+    ) -> None:
+        """`save_model` writes a model folder; `describe` (config, data, versions) goes into each checkpoint; `keep` of
+        the newest ones are kept (None: all)."""
+        self._dir, self._save_model, self._describe, self._keep = output_dir, save_model, describe, keep
+
+    def save(self, model: ErnieForCausalLM, optimizer: Optimizer, *, step: int) -> Path:
+        """Write checkpoint-`step`, then remove what exceeds the limit. Raises CheckpointError if the disk refuses."""
+        final = self._dir / f"checkpoint-{step}"
+        temporary = self._dir / f".{final.name}.tmp"
+        with writing(final):
+            shutil.rmtree(temporary, ignore_errors=True)
+            try:
+                (temporary / "training").mkdir(parents=True)
+                self._save_model(model, temporary)
+                _write_optimizer(temporary / _OPTIMIZER, optimizer)
+                write_json(temporary / _STATE, {"step": step, "optimizer_steps": optimizer.num_steps, **self._describe})
+                write_manifest(temporary, known=_digests(temporary))
+                shutil.rmtree(final, ignore_errors=True)  # a broken one of this name was passed over on resume
+                temporary.rename(final)
+                fsync_folder(self._dir)
+            finally:
+                shutil.rmtree(temporary, ignore_errors=True)
+        self._prune()
+        return final
+
+    def newest_step(self) -> int:
+        """The step of the newest checkpoint by name; 0 if there is none."""
+        return max((step for step, _ in numbered(self._dir)), default=0)
+
+    def _prune(self) -> None:
+        if not self._keep or self._keep < 1:
+            return
+        for _, old in sorted(numbered(self._dir))[: -self._keep]:
+            doomed = old.with_name(f".{old.name}.removed")
+            old.rename(doomed)  # a kill in between leaves no half checkpoint under its name
+            shutil.rmtree(doomed)
+
+
+def numbered(output_dir: Path) -> list[tuple[int, Path]]:
+    """(step, folder) of everything that is named like a checkpoint."""
+    if not output_dir.is_dir():
+        return []
+    matches = [(_NAME.fullmatch(path.name), path) for path in output_dir.iterdir() if path.is_dir()]
+    return [(int(match[1]), path) for match, path in matches if match]
+
+
+def newest_complete(output_dir: Path) -> Path | None:
+    """The newest checkpoint whose manifest holds; broken ones are named and passed over."""
+    for leftover in output_dir.glob(".checkpoint-*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    for _, folder in sorted(numbered(output_dir), reverse=True):
+        problems = check_manifest(folder)
+        if not problems:
+            return folder
+        warn(f"{folder} is broken and passed over: {problems[0]}")
+    return None
+
+
+def named_checkpoint(path: Path) -> Path:
+    """The checkpoint that the user named with resume_from_checkpoint. Raises CheckpointError if it is not whole."""
+    problems = check_manifest(path) if (path / _STATE).is_file() else [f"{path}: holds no {_STATE}; it is no checkpoint."]
+    if problems:
+        raise CheckpointError(["resume_from_checkpoint cannot be used:", *problems])
+    return path
+
+
+def saved_step(folder: Path) -> int:
+    """How many steps had been taken when `folder` was saved."""
+    return int(_state(folder)["step"])
+
+
+def _state(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / _STATE).read_bytes())
+
+
+def load_optimizer(folder: Path, optimizer: Optimizer) -> None:
+    """Take over the optimizer state of a checkpoint."""
+    file = SafetensorsFile(folder / _OPTIMIZER)
+    optimizer.load_state(
+        {name: file.read(name) for name in file.tensors}, num_steps=_state(folder)["optimizer_steps"], source=str(folder)
+    )
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    """What the model's own manifest says already, so that weights are not read again."""
+    files = json.loads((folder / MANIFEST_FILE).read_bytes())["files"]
+    return {name: entry["sha256"] for name, entry in files.items()}
+
+
+def _write_optimizer(path: Path, optimizer: Optimizer) -> None:
+    """Stream the state tensor by tensor: it is never held twice."""
+    state = optimizer.state()
+
+    def arrays(entries: list[Entry]) -> Iterator[np.ndarray]:
+        for entry in entries:
+            yield host_array(state[entry.name])
+
+    entries = [Entry(name, _format(tensor), tuple(tensor.shape)) for name, tensor in state.items()]
+    write_safetensors(path, entries, arrays=arrays, metadata={})
+
+
+def _format(tensor: paddle.Tensor) -> str:
+    return format_tag(np.dtype(str(tensor.dtype).removeprefix("paddle.")))

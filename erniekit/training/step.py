@@ -1,0 +1,95 @@
+"""One optimizer step: micro-batches, accumulation, clipping, update.
+
+The objective returns, for each micro-batch, a loss that is already divided by the step's GLOBAL totals, so that the sum
+over micro-batches (and, later, ranks) is the loss of the whole batch however it was cut.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+import paddle
+
+from erniekit.base.errors import TrainingStopped
+from erniekit.data.batch import Batch
+from erniekit.models.decoder import ErnieForCausalLM
+from erniekit.models.moe import Routing
+from erniekit.training.optimizer import Optimizer
+from erniekit.training.router import RouterUpkeep
+
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class Totals:
+    """Counts over the whole global batch of a step."""
+
+    trained: int  # positions with a label
+    positions: int  # rows * max_seq_len
+    micro_batches: int
+    tokens: int  # positions that are not padding
+
+    @classmethod
+    def of(cls, batches: Sequence[Batch], *, row_length: int) -> Totals:
+        """Count a step's micro-batches."""
+        return cls(
+            trained=sum(int(np.count_nonzero(b.labels != IGNORED)) for b in batches),
+            positions=sum(b.labels.shape[0] for b in batches) * row_length,
+            micro_batches=len(batches),
+            tokens=sum(int(np.count_nonzero(b.segment_ids)) for b in batches),
+        )
+
+
+class Losses(NamedTuple):
+    """What an objective makes of one micro-batch."""
+
+    total: paddle.Tensor  # to differentiate; its value is the micro-batch's share of the reported loss
+    parts: dict[str, paddle.Tensor]  # further figures, summed over micro-batches for the log
+    routings: list[Routing]
+    mask_M: paddle.Tensor  # which tokens are not padding
+
+
+Objective = Callable[[ErnieForCausalLM, Batch, Totals], Losses]
+
+
+@dataclass
+class StepResult:
+    """The figures of one step, as they go to train_log.jsonl."""
+
+    loss: float
+    grad_norm: float
+    tokens: int
+    seconds: float
+    parts: dict[str, float] = field(default_factory=dict)
+
+
+def train_step(
+    model: ErnieForCausalLM, optimizer: Optimizer, *,
+    batches: Sequence[Batch], objective: Objective, upkeep: RouterUpkeep, learning_rate: float, row_length: int,
+) -> StepResult:  # fmt: skip
+    """Accumulate the gradients of all micro-batches, update the model once.
+
+    Raises TrainingStopped before anything is changed if the loss or the gradient norm is not finite.
+    """
+    started = time.perf_counter()
+    totals = Totals.of(batches, row_length=row_length)
+    loss, parts = 0.0, {}
+    for batch in batches:
+        made = objective(model, batch, totals)
+        made.total.backward()
+        upkeep.count(made.routings, made.mask_M)
+        loss += float(made.total)
+        for name, value in made.parts.items():
+            parts[name] = parts.get(name, 0.0) + float(value)
+    grad_norm = optimizer.gradient_norm()
+    if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+        optimizer.clear()
+        raise TrainingStopped(f"the loss is {loss} and the gradient norm {grad_norm}")
+    optimizer.step(learning_rate, gradient_norm=grad_norm)
+    parts |= upkeep.after_optimizer()
+    return StepResult(loss, grad_norm, totals.tokens, time.perf_counter() - started, parts)
