@@ -70,6 +70,20 @@ def prepare(*, reexec: bool = False) -> None:
         os.execv(sys.executable, [sys.executable, "-m", "erniekit", *sys.argv[1:]])
 
 
+def num_threads() -> int:
+    """Threads of our own CPU kernels: as many as MKL's, whose pool they share."""
+    return int(os.environ.get("MKL_NUM_THREADS") or num_cores())
+
+
+def cpu_flags() -> str:
+    """The instruction sets of this processor ("" where unknown): compiled kernels are not moved between unlike machines."""
+    try:
+        with open("/proc/cpuinfo", encoding="ascii", errors="ignore") as file:
+            return next((line for line in file if line.startswith(("flags", "Features"))), "")
+    except OSError:
+        return ""
+
+
 def plain_ops() -> bool:
     """True if the user asked for the plain twins of all fast kernels (ERNIEKIT_PLAIN_OPS=1), to look for a bug."""
     return os.environ.get(_PLAIN_OPS, "") not in ("", "0")

@@ -16,10 +16,10 @@ from typing import Any
 from erniekit.base.console import notice, warn
 from erniekit.base.errors import CheckpointError, ConfigError
 from erniekit.base.files import write_json, writing
+from erniekit.checkpoint.save import RUN_FILE
 from erniekit.config.run import RunConfig
 from erniekit.training.state import named_checkpoint, newest_complete, saved_step
 
-RUN_FILE = "run.json"
 CONFIG_FILE = "run.yaml"
 _LOCK = ".lock"
 
