@@ -1,0 +1,51 @@
+"""The verbs that run a model: `train`, `eval`, `export`, `chat`. They read the config, judge whether it is ready, and
+hand it to a recipe, which says its notices."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from erniekit.cli.arguments import LAYOUTS, Arguments
+from erniekit.config.load import load_config
+from erniekit.config.readiness import require_built, require_ready
+
+
+def train(arguments: Arguments) -> None:
+    """Train as the config says."""
+    config = load_config(arguments.places[0], arguments.overrides)
+    require_ready(config, "train")
+    from erniekit import recipes
+
+    recipes.train(config)
+
+
+def evaluate(arguments: Arguments) -> None:
+    """Evaluate the model of the config."""
+    config = load_config(arguments.places[0], arguments.overrides)
+    require_ready(config, "eval")
+    from erniekit.recipes.evaluate import evaluate
+
+    evaluate(config)
+
+
+def export(arguments: Arguments) -> None:
+    """Write the trained model as a folder to deploy."""
+    config = load_config(arguments.places[0], arguments.overrides)
+    require_ready(config, "export")
+    from erniekit.recipes.export import export
+
+    export(config, to=arguments.one_of("to", LAYOUTS), out=arguments.text("out"))
+
+
+def chat(arguments: Arguments) -> None:
+    """Talk to a model folder, or to the model of a config."""
+    place = Path(arguments.places[0])
+    is_folder = place.is_dir()
+    config = load_config({"model_name_or_path": place} if is_folder else place, arguments.overrides)
+    require_built(config, "chat")
+    from erniekit.recipes.chat import chat
+
+    if is_folder:
+        chat(place, max_new_tokens=config.generate.max_new_tokens)
+    else:
+        chat(config)

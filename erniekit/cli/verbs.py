@@ -1,0 +1,120 @@
+"""The verbs of the command line: what each takes, what it says about itself, and where it lives.
+
+A table only; importing it loads no verb. Plain classes, because start-up counts and dataclasses cost milliseconds.
+"""
+
+from __future__ import annotations
+
+
+class Option:
+    """`--name`, with a value if it has a metavar, with several if `many`."""
+
+    def __init__(
+        self, name: str, doc: str, *, metavar: str = "", many: bool = False, required: bool = False
+    ) -> None:
+        self.name, self.doc, self.metavar, self.many, self.required = name, doc, metavar, many, required
+
+    @property
+    def usage(self) -> str:
+        """The option as it is written."""
+        return f"--{self.name}{' ' * bool(self.metavar)}{self.metavar}{' ...' * self.many}"
+
+
+class Verb:
+    """One verb. `places` are its positional words; `home` is module:function, called with `Arguments`."""
+
+    def __init__(
+        self,
+        name: str,
+        summary: str,
+        *,
+        home: str,
+        places: tuple[str, ...] = (),
+        overrides: bool = False,
+        options: tuple[Option, ...] = (),
+        doc: str = "",
+        needs_paddle: bool = False,
+    ) -> None:
+        self.name, self.summary, self.home, self.places = name, summary, home, places
+        self.overrides, self.options, self.doc, self.needs_paddle = overrides, options, doc, needs_paddle
+
+    @property
+    def usage(self) -> str:
+        """The verb with everything it takes."""
+        words = [self.name, *self.places]
+        words += ["[key=value ...]"] if self.overrides else []
+        words += [option.usage if option.required else f"[{option.usage}]" for option in self.options]
+        return " ".join(words)
+
+    def help(self) -> str:
+        """What `erniekit VERB -h` prints."""
+        lines = [f"usage: erniekit {self.usage}", "", self.summary[:1].upper() + self.summary[1:] + "."]
+        lines += [self.doc] if self.doc else []
+        lines += [""] if self.options else []
+        width = max((len(option.usage) for option in self.options), default=0)
+        lines += [f"  {option.usage:{width}}  {option.doc}" for option in self.options]
+        return "\n".join(lines)
+
+
+VERBS = {
+    verb.name: verb
+    for verb in (
+        Verb(
+            "train", "train as the file says; the same command again resumes", home="runs:train", places=("CFG",),
+            overrides=True, doc="Settings behind the file win over it: learning_rate=1e-4", needs_paddle=True,
+        ),
+        Verb(
+            "eval", "loss, perplexity and token accuracy on the evaluation set; answers to some of its prompts",
+            home="runs:evaluate", places=("CFG",), overrides=True, needs_paddle=True,
+            doc="eval_generate=N answers N prompts, printed beside their references.",
+        ),
+        Verb(
+            "export", "write the trained model of output_dir as a folder to deploy", home="runs:export",
+            places=("CFG",), overrides=True,
+            options=(
+                Option("to", "layout to write: pt or paddle (pt)", metavar="LAYOUT"),
+                Option("out", "folder to write (output_dir/export)", metavar="DIR"),
+            ),
+        ),
+        Verb(
+            "chat", "talk to a model: greedy answers, printed as they are made", home="runs:chat",
+            places=("DIR_OR_CFG",), overrides=True, needs_paddle=True,
+        ),
+        Verb(
+            "check", "everything wrong in a file: keys, types, conflicts", home="configs:check", places=("CFG",),
+            overrides=True, options=(Option("files", "absent model and data files are errors, too"),),
+            doc="What depends on the machine is listed as not checked here. Exit code 0: fine, 2: errors.",
+        ),
+        Verb(
+            "show", "the resolved config, each value with its origin", home="configs:show", places=("CFG",),
+            overrides=True, options=(Option("changed", "only values that are not defaults"),),
+        ),
+        Verb(
+            "convert", "write a checkpoint folder in the other layout", home="folders:convert", places=("IN", "OUT"),
+            options=(Option("to", "layout to write: pt or paddle", metavar="LAYOUT", required=True),),
+            doc="OUT must be absent or empty.",
+        ),
+        Verb(
+            "verify", "checksums, index, names and shapes of a checkpoint folder", home="folders:verify",
+            places=("DIR",), doc="Exit code 2 if anything is missing, extra or corrupt.",
+        ),
+        Verb(
+            "init", "a model with random weights, of any family or small preset", home="folders:init",
+            options=(
+                Option("family", "which model; an unknown name lists the known ones", metavar="NAME", required=True),
+                Option("out", "folder to write", metavar="DIR", required=True),
+                Option("seed", "seed of the weights (0)", metavar="N"),
+                Option("tokenizer", "folder whose tokenizer is copied", metavar="DIR"),
+                Option("train-tokenizer", "text files to train a tokenizer on", metavar="FILE", many=True),
+                Option("vocab-size", "size of the vocabulary (the family's)", metavar="N"),
+                Option("dtype", "bfloat16 or float32 (bfloat16)", metavar="NAME"),
+                Option("layout", "layout to write: pt or paddle (pt)", metavar="LAYOUT"),
+            ),
+        ),
+        Verb("env", "the versions and settings that matter for a bug report", home="environment:env"),
+        Verb("version", "the version", home="front:version"),
+        Verb("help", "this text, or that of a verb", home="front:help", places=("[VERB]",)),
+    )
+}  # fmt: skip
+
+LATER = ("server", "webui", "split", "preview", "plan")

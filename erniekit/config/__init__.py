@@ -1,0 +1,1 @@
+"""Run configuration: flat YAML in, typed sections out. Plain data that never acts and never imports paddle."""

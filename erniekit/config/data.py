@@ -1,0 +1,86 @@
+"""Keys of the data: which files, how they are mixed, cut and packed.
+
+Lists are written with commas or as YAML lists. Data of pictures and video is in vision.py.
+"""
+
+from dataclasses import dataclass
+
+from erniekit.config.keys import Alias, inert, key, later, speed
+
+_TYPES = {
+    "choices": ("erniekit", "text"),
+    "later": ("alpaca", "chatml"),
+    "spellings": {"messages": "chatml", "txt": "text"},
+}
+_DRAWN = ("mix_strategy", ("random", "interleave_under", "interleave_over"))
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """From files to rows of tokens."""
+
+    train_dataset_path: list[str] | None = key(None, "Training files.")
+    train_dataset_type: list[str] | None = key(
+        None, "Format of each training file, or one for all; null: `erniekit`, and `text` for .txt.", **_TYPES
+    )
+    train_dataset_prob: list[float] | None = key(
+        None, "Share of each training file in the mixture; made to sum to 1.", only=_DRAWN, idle=([1.0],),
+    )
+    eval_dataset_path: list[str] | None = key(
+        None, "Evaluation files; null: no evaluation. (ERNIEKit falls back on a demo file.)",
+        there="examples/data/sft-eval.jsonl", resume="free",
+    )
+    eval_dataset_type: list[str] | None = key(
+        None, "Format of each evaluation file, or one for all.", there="erniekit", resume="free", **_TYPES
+    )
+    eval_dataset_prob: list[float] | None = inert(
+        None, "Share of each evaluation file; here every file is evaluated whole.", there="1.0", idle=([1.0],),
+    )
+    max_seq_len: int = key(4096, "Longest row in tokens.", least=2)
+    mix_strategy: str | None = key(
+        None, "How several files become one stream. concat: all rows of all files, an epoch is each row once. random: "
+        "rows drawn by `train_dataset_prob`, an epoch is `num_samples_each_epoch` rows. null: random for several "
+        "files, concat for one.",
+        choices=("random", "concat"), later=("interleave_under", "interleave_over"),
+    )
+    num_samples_each_epoch: int = key(6000000, "Rows that make an epoch when rows are drawn.", least=1, only=_DRAWN)
+    random_shuffle: bool = key(True, "Shuffle the rows of every epoch.")
+    packing: bool = key(
+        True, "Pack several samples into a row; they never see each other.", aliases=(Alias("in_tokens_batching"),),
+    )
+    greedy_intokens: bool = key(
+        True, "Pack by best fit over a buffer; False packs in order.", only=("packing", (True,)),
+    )
+    buffer_size: int = key(500, "Samples in the buffer of greedy packing.", least=1, only=("packing", (True,)))
+    chat_template: str | None = key(
+        None, "A known template (`base`) or a jinja file, in place of the tokenizer's.",
+        there="ernie_vl", later=("ernie_vl", "ernie_vl_thinking"),
+    )
+    allow_special_tokens_in_text: bool = key(
+        False, "Let special-token strings inside user text become special tokens; else they are ordinary text.",
+    )
+    use_cls: bool = later(True, "Begin a dialogue with <|begin_of_sentence|>.")
+    pad_to_max_seqlen: bool | int | None = speed(None, "Pad every row to full length; here to the longest of a batch.")
+    split_multi_turn: bool = later(False, "Make one sample of every turn of a dialogue.")
+    input_dir: str | None = later(None, "Tokenised pre-training data and its weights.")
+    split: str | None = later(None, "Shares of train, validation and test in `input_dir`.")
+    offline_dataset_path: str | None = later(None, "A folder of tokenised data.")
+    data_filelist: list[str] | None = later(None, "Files of pre-training data.")
+    data_weights: list[float] | None = later(None, "Weights of `data_filelist`.")
+    skip_data_intervals: list | None = later(None, "Ranges of steps whose data is passed over.")
+    ignore_data_skip: bool = later(False, "Resume at the start of the data.")
+    dataloader_drop_last: bool = later(False, "Drop the last incomplete batch.")
+    dataset_type: str = inert("iterable", "How data is read: here a step's rows depend on the seed and the step only.")
+    dataset_name: str = inert("KnowledgeBasedSFTReader", "Reader class; `stage` and the type of the data decide.")
+    dataloader_shuffle: bool = inert(True, "`random_shuffle` decides.")
+    sampling_wo_replacement_data_resuming: bool | None = inert(True, "Here a resumed run always goes on in its data.")
+    same_data: bool | None = inert(None, "Whether a resumed run has the same data; here it is checked by a hash.")
+    remove_unused_columns: bool = inert(True, "Columns that are not known are not read.")
+    label_names: list[str] | None = inert(None, "Names of labels.")
+    max_estimate_samples: int = inert(100000, "Rows read to estimate an epoch; here the epoch is counted.")
+    tokenizer: str | None = later(None, "Another tokenizer than the model's.")
+    tokenizer_name: str | None = later(None, "Another tokenizer than the model's.")
+    dataloader_num_workers: int = speed(0, "Processes that prepare batches.", least=0)
+    prefetch_factor: int = speed(2, "Batches that a worker prepares ahead.")
+    distributed_dataloader: bool = speed(False, "Read data on one rank and send it.")
+    lazy_data_processing: bool = speed(True, "Tokenise while training.")

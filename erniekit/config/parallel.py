@@ -1,0 +1,61 @@
+"""Keys of the parallel layout: how many devices share what. A layout never changes a result."""
+
+from dataclasses import dataclass
+
+from erniekit.config.keys import Alias, later, speed
+
+DEVICE_DEGREES = (
+    "tensor_parallel_degree", "pipeline_parallel_degree", "sharding_parallel_degree", "expert_parallel_degree",
+    "expert_tensor_parallel_degree", "sep_parallel_degree", "context_parallel_degree",
+)  # fmt: skip
+_ONE = {"idle": (0, 1), "least": -1, "resume": "free"}
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """Degrees, and the switches of each kind of parallelism."""
+
+    tensor_parallel_degree: int = later(-1, "Devices that share every matrix.", **_ONE)
+    pipeline_parallel_degree: int = later(-1, "Devices that share the layers.", **_ONE)
+    sharding_parallel_degree: int = later(
+        -1, "Devices that share optimizer states.", aliases=(Alias("sharding_degree"),), **_ONE
+    )
+    expert_parallel_degree: int = later(-1, "Devices that share the experts.", **_ONE)
+    expert_tensor_parallel_degree: int = later(-1, "Devices that share every expert.", **_ONE)
+    sep_parallel_degree: int = later(-1, "Devices that share a sequence (Ulysses).", **_ONE)
+    context_parallel_degree: int = later(-1, "Devices that share a sequence (ring).", **_ONE)
+
+    sharding: str | None = speed(None, "What is sharded: stage1 (states), stage2 (gradients), stage3 (weights).")
+    sharding_parallel_mesh_dimension: str = speed("dp", "Mesh axis of sharding.")
+    sharding_comm_buffer_size_MB: int = speed(-1, "Size of communication buffers.")
+    sharding_parallel_config: str | None = speed(None, "Switches of sharding.")
+    data_parallel_config: str | None = speed(None, "Switches of data parallelism.")
+    ddp_find_unused_parameters: bool | None = speed(None, "Look for parameters without gradient.")
+    split_norm_comm: bool = speed(False, "Split the reduction of the gradient norm.")
+    hybrid_parallel_topo_order: str | None = speed(None, "Order of the mesh axes.")
+    enable_auto_parallel: bool = speed(False, "Paddle's automatic parallelism.")
+
+    sequence_parallel: bool = speed(False, "Share activations along the sequence between tensor-parallel devices.")
+    fuse_sequence_parallel_allreduce: bool = speed(False, "Fused reductions of sequence parallelism.")
+    use_sp_callback: bool = speed(False, "Reduce gradients of sequence parallelism in a callback.")
+    sequence_parallel_config: str | None = speed(None, "Switches of sequence parallelism.")
+    tensor_parallel_config: str | None = speed(None, "Switches of tensor parallelism.")
+    tensor_parallel_output: bool = speed(True, "Keep logits split.")
+    split_inputs_sequence_dim: bool = speed(True, "Split inputs along the sequence.")
+
+    virtual_pp_degree: int = speed(1, "Pieces of the layers on one pipeline device.", least=1)
+    pp_seg_method: str | list[int] = speed(
+        "layer:Ernie4_5_DecoderLayer|ErnieDecoderLayer|EmptyLayer", "Where the pipeline is cut."
+    )
+    add_tail_layers: int | bool = speed(0, "Empty layers at the end of the pipeline.")
+    pipeline_parallel_config: str | None = speed(None, "Switches of pipeline parallelism.")
+    disable_pipeline_warmup: bool = speed(False, "Start the pipeline without warm-up.")
+    enable_mtp_magic_send: bool | None = speed(False, "Send embeddings to the multi-token prediction stage.")
+    pp_need_data: bool = speed(False, "Read data on every pipeline device.")
+    pp_need_data_degree: int = speed(0, "Pipeline devices that read data.")
+
+    use_expert_parallel: bool = speed(False, "Share the experts.")
+    moe_group: str | None = speed("dummy", "Devices that share the experts; mp: the tensor-parallel ones.")
+    moe_multimodal_dispatch_use_allgather: str | None = speed("v2-alltoall-unpad", "How tokens reach their experts.")
+    expert_max_capacity: int = later(2**32, "Largest number of tokens of an expert; here none is dropped.", least=1)
+    expert_min_capacity: int = later(1, "Smallest number of token places of an expert.", least=1)

@@ -1,0 +1,142 @@
+"""What a run asks for that this version or this machine does not have.
+
+`check` lists it; `train` and the other verbs refuse it, all at once. Looks at files only to see whether they exist.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from erniekit.base.errors import ConfigError
+from erniekit.config.keys import RESULTS
+from erniekit.config.parallel import DEVICE_DEGREES
+from erniekit.config.run import KEYS, RunConfig
+from erniekit.config.values import text_of
+
+_MODEL = ("model", "precision", "lora")
+_READS = {
+    "train": (*_MODEL, "data", "train", "parallel", "align", "vision", "trainer"),
+    "eval": (*_MODEL, "data", "parallel", "generate"),
+    "chat": (*_MODEL, "generate"),
+    "export": (*_MODEL, "export"),
+}
+_NEEDS = {
+    "train": ("model_name_or_path", "train_dataset_path", "output_dir"),
+    "eval": ("model_name_or_path", "eval_dataset_path"),
+    "chat": ("model_name_or_path",),
+    "export": ("output_dir",),
+}
+_FILES = {
+    "train": ("model_name_or_path", "train_dataset_path", "eval_dataset_path", "resume_from_checkpoint"),
+    "eval": ("model_name_or_path", "eval_dataset_path"),
+    "chat": ("model_name_or_path",),
+    "export": (),
+}
+_DOWNLOADS = {
+    "huggingface": "hf download {name} --local-dir {folder}",
+    "modelscope": "modelscope download --model {name} --local_dir {folder}",
+    "aistudio": "aistudio download --model {name} --local_dir {folder}",
+}
+
+
+def not_built(config: RunConfig) -> list[str]:
+    """Settings that change results and that this version does not know how to follow; degrees are not among them."""
+    return [_unbuilt_line(config, name) for name in _unbuilt(config, tuple(_READS)) if name not in DEVICE_DEGREES]
+
+
+def require_built(config: RunConfig, verb: str = "train") -> None:
+    """Raise ConfigError naming everything that `verb` would need and that is not built."""
+    _refuse(_refused(config, verb))
+
+
+def not_checked_here(config: RunConfig) -> list[str]:
+    """What can only be judged where the run takes place: absent files, and layouts for several devices."""
+    return [*absent_files(config), *_degrees(config)]
+
+
+def absent_files(config: RunConfig, verb: str = "train") -> list[str]:
+    """Every file or folder that the config names for `verb` and that is not there."""
+    absent = []
+    for name in _FILES[verb]:
+        value = config.value(name)
+        for path in value if isinstance(value, list) else [value]:
+            if path and not Path(path).exists():
+                way_out = _way_to_model(path, config.model.download_hub) if name == "model_name_or_path" else ""
+                absent.append(f"{_place(config, name)}: '{path}' is not here.{way_out}")
+    return absent
+
+
+def require_files(config: RunConfig, verb: str = "train") -> None:
+    """Raise ConfigError naming every key that `verb` needs and that is not set, and every file that is not there."""
+    _refuse([*_unset(config, verb), *absent_files(config, verb)])
+
+
+def require_ready(config: RunConfig, verb: str = "train") -> None:
+    """Raise ConfigError naming everything that keeps `verb` from starting: not built, not set, not there."""
+    _refuse([*_refused(config, verb), *_unset(config, verb), *absent_files(config, verb)])
+
+
+def _refuse(lines: list[str]) -> None:
+    if lines:
+        raise ConfigError(lines)
+
+
+def _refused(config: RunConfig, verb: str) -> list[str]:
+    return [_unbuilt_line(config, name) for name in _unbuilt(config, (verb,))]
+
+
+def _unset(config: RunConfig, verb: str) -> list[str]:
+    return [
+        f"{name} is not set; `{verb}` needs it. Write it into the file or add {name}=... to the command."
+        for name in _NEEDS[verb]
+        if config.value(name) is None
+    ]
+
+
+def _unbuilt(config: RunConfig, verbs: tuple[str, ...]) -> list[str]:
+    sections = {section for verb in verbs for section in _READS[verb]}
+    return [
+        name for name, key in KEYS.items()
+        if key.effect == RESULTS and key.section in sections and key.lacks(config.value(name))
+        and config.has_effect(name) and not _stands_for_more(config, name)
+    ]  # fmt: skip
+
+
+def _stands_for_more(config: RunConfig, name: str) -> bool:
+    """Whether the key only details another one that is itself not built: naming that one is enough."""
+    only = KEYS[name].only
+    return only is not None and KEYS[only[0]].lacks(config.value(only[0]))
+
+
+def _unbuilt_line(config: RunConfig, name: str) -> str:
+    key, value = KEYS[name], config.value(name)
+    if name in DEVICE_DEGREES:
+        return f"{_place(config, name)}: {value} needs {value} devices; this version runs on one. Set {name}=1."
+    without = f"To go on without it, leave the key out or set it to {text_of(key.default)}."
+    way_out = f"Built: {', '.join(key.choices)}." if key.choices else without
+    return f"{_place(config, name)}: {text_of(value)} is not built in this version. {way_out}"
+
+
+def _degrees(config: RunConfig) -> list[str]:
+    return [
+        f"{_place(config, name)}: {config.value(name)} needs {config.value(name)} devices."
+        for name in DEVICE_DEGREES
+        if KEYS[name].lacks(config.value(name))
+    ]
+
+
+def _place(config: RunConfig, name: str) -> str:
+    return f"{config.origins[name]}: {name}" if config.given(name) else name
+
+
+def _way_to_model(model: str, hub: str | None) -> str:
+    """How to get a model into the folder that was named, as a hub's repository or as a path."""
+    folder = model.rstrip("/")
+    owner, _, name = folder.rpartition("/")
+    if owner and "/" not in owner and owner not in (".", "..", "~") and not Path(owner).exists():
+        words, repository = "To download it", folder
+    elif name.startswith("ERNIE-4.5-"):
+        words, repository = "To download it", f"baidu/{name}"
+    else:
+        words, repository = "Make one with `erniekit init`, or download one", "baidu/ERNIE-4.5-0.3B-PT"
+    return f" {words}: {_DOWNLOADS[hub or 'huggingface'].format(name=repository, folder=folder)}"

@@ -1,0 +1,129 @@
+"""What holds between keys: defaults that depend on another key, contradictions, and what the user should be told.
+
+Judges settings only. Whether files exist or a feature is built is readiness.py's question.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from typing import Any
+
+from erniekit.config.keys import INERT, SPEED, Key
+from erniekit.config.run import DEFAULT, KEYS, RunConfig
+from erniekit.config.values import text_of
+
+
+def fill_defaults(values: dict[str, Any], origins: dict[str, str]) -> None:
+    """Give the keys that the user left open, and that have no fixed default, their value."""
+    if values["mix_strategy"] is None:
+        num_sources = len(values["train_dataset_path"] or ())
+        values["mix_strategy"] = "random" if num_sources > 1 else "concat"
+        origins["mix_strategy"] = f"{DEFAULT} for {num_sources} train_dataset_path"
+    if values["per_device_eval_batch_size"] is None:
+        values["per_device_eval_batch_size"] = values["batch_size"]
+        origins["per_device_eval_batch_size"] = f"{DEFAULT}: batch_size"
+
+
+def problems(config: RunConfig, failed: Collection[str]) -> list[str]:
+    """Every contradiction between keys. Keys in `failed` have no readable value, so nothing is said about them."""
+    found = [*_shares(config), *_learning_rate(config), *_endless(config)]
+    return [text for names, text in found if not set(names) & set(failed)]
+
+
+_Finding = tuple[tuple[str, ...], str]
+
+
+def _shares(config: RunConfig) -> Iterator[_Finding]:
+    for part in ("train", "eval"):
+        path_name = f"{part}_dataset_path"
+        num_files = len(config.value(path_name) or ())
+        for name in (f"{part}_dataset_type", f"{part}_dataset_prob"):
+            given = config.value(name)
+            if given and num_files and len(given) not in (1, num_files):
+                yield (name, path_name), (
+                    f"{_quote(config, name)} has {len(given)} values and {path_name} ({config.origins[path_name]}) has "
+                    f"{num_files}; give one for each file, or one for all"
+                )
+        name = f"{part}_dataset_prob"
+        shares = config.value(name)
+        if shares and (min(shares) < 0 or sum(shares) <= 0):
+            yield (name,), f"{_quote(config, name)}: shares may not be negative, and one must be above 0"
+
+
+def _learning_rate(config: RunConfig) -> Iterator[_Finding]:
+    if config.has_effect("min_lr") and config.train.min_lr > config.train.learning_rate:
+        yield ("min_lr", "learning_rate"), (
+            f"{_quote(config, 'min_lr')} is above {_quote(config, 'learning_rate')}; "
+            "lower min_lr or raise learning_rate"
+        )
+
+
+def _endless(config: RunConfig) -> Iterator[_Finding]:
+    drawn = config.data.train_dataset_path and config.data.mix_strategy == "random"
+    if drawn and config.train.max_steps <= 0 and not config.given("num_samples_each_epoch"):
+        yield ("mix_strategy", "max_steps", "train_dataset_path"), (
+            f"{_quote(config, 'mix_strategy')} draws rows without end and {_quote(config, 'max_steps')} sets no end; "
+            "set max_steps, or num_samples_each_epoch to say what an epoch is, or mix_strategy=concat to take every "
+            "row once"
+        )
+
+
+def _quote(config: RunConfig, name: str) -> str:
+    return f"{name}: {text_of(config.value(name))} ({config.origins[name]})"
+
+
+def notices(config: RunConfig) -> list[str]:
+    """What the user should know about how the settings are understood, a line each."""
+    kinds = (_beaten, _fine_tuning, _no_evaluation, _not_acted_on, _without_effect)
+    return [text for kind in kinds for text in kind(config)]
+
+
+def _beaten(config: RunConfig) -> Iterator[str]:
+    train = config.train
+    if train.max_steps > 0 and config.given("num_train_epochs") and config.given("max_steps"):
+        yield f"max_steps: {train.max_steps} beats num_train_epochs: {text_of(train.num_train_epochs)}"
+    if train.warmup_steps > 0 and train.warmup_ratio > 0:
+        yield f"warmup_steps: {train.warmup_steps} beats warmup_ratio: {train.warmup_ratio}"
+    if 0 < train.max_steps < train.warmup_steps:
+        yield f"warmup_steps: {train.warmup_steps} is longer than the run (max_steps: {train.max_steps})"
+
+
+def _fine_tuning(config: RunConfig) -> Iterator[str]:
+    if config.data.train_dataset_path and not config.given("fine_tuning"):
+        yield "fine_tuning is not set: all parameters are trained (Full); ERNIEKit would train LoRA"
+
+
+def _no_evaluation(config: RunConfig) -> Iterator[str]:
+    if config.train.evaluation_strategy != "no" and not config.data.eval_dataset_path:
+        strategy = config.train.evaluation_strategy
+        yield f"evaluation_strategy: {strategy} has nothing to evaluate: eval_dataset_path is not set"
+
+
+def _not_acted_on(config: RunConfig) -> Iterator[str]:
+    names = [
+        name for name, key in KEYS.items()
+        if key.effect == SPEED and not key.built and _asks(config, key) and config.has_effect(name)
+    ]  # fmt: skip
+    if names:
+        yield f"accepted and not acted on in this version (speed, memory or layout only): {', '.join(names)}"
+
+
+def _without_effect(config: RunConfig) -> Iterator[str]:
+    names = [name for name, key in KEYS.items() if key.effect == INERT and _asks(config, key)]
+    conditional: dict[str, list[str]] = {}
+    for name, key in KEYS.items():
+        if key.only is None or config.has_effect(name) or not config.given(name):
+            continue
+        if not key.asks_for_nothing(config.value(name)):
+            because = f"{key.only[0]}: {text_of(config.value(key.only[0]))}"
+            conditional.setdefault(because, []).append(name)
+    parts = [", ".join(names)] if names else []
+    parts += [f"{', '.join(group)} (with {because})" for because, group in conditional.items()]
+    if parts:
+        yield f"without effect here: {'; '.join(parts)}"
+
+
+def _asks(config: RunConfig, key: Key) -> bool:
+    """Whether the user asked for something with this key."""
+    value = config.value(key.name)
+    return config.given(key.name) and value != key.default and not key.asks_for_nothing(value)
