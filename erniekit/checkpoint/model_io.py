@@ -90,8 +90,9 @@ def load_model(path: str | Path, dtype: str | None = None) -> ErnieForCausalLM:
 
 
 def save_model(
-    model: ErnieForCausalLM, path: str | Path, layout: str = "pt", *, dtype: str | None = None, base: Folder | None = None
-) -> None:
+    model: ErnieForCausalLM, path: str | Path, layout: str = "pt", *,
+    dtype: str | None = None, base: Folder | None = None,
+) -> None:  # fmt: skip
     """Save a model as a folder in "pt" or "paddle"; `dtype` None: as config.json says.
 
     `base`, the folder that it came from, gives tokenizer files and multi-token prediction weights that were not loaded.

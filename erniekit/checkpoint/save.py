@@ -1,0 +1,220 @@
+"""Writes a model folder: streamed weights, index, config.json, companions and manifest, all or nothing.
+
+Everything is written into a hidden folder inside the target and moved into place at the end, config.json last: a
+half-written model is never taken for a whole one. Refuses to know training state: checkpoints add theirs on top.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from collections import deque
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from erniekit.base.errors import CheckpointError
+from erniekit.base.files import fsync_file, fsync_folder, write_json, writing
+from erniekit.checkpoint.ernie45 import HEAD_BIAS, Form, Table, is_mtp, layout_table
+from erniekit.checkpoint.folder import Folder
+from erniekit.checkpoint.hf_files import (
+    BFLOAT16,
+    FORMATS,
+    INDEX_FILE,
+    SINGLE_FILE,
+    Entry,
+    index_content,
+    plan_shards,
+    weight_files,
+    write_safetensors,
+)
+from erniekit.checkpoint.manifest import MANIFEST_FILE, write_manifest
+from erniekit.checkpoint.source import Memory, Source, made
+from erniekit.config.architecture import ErnieConfig
+
+MAX_SHARD_BYTES = 5_000_000_000
+ORIGIN_FILE = "erniekit_origin.json"
+# The published -Paddle files say U16, so every reader of that layout knows it; -PT readers know BF16.
+BF16_TAG = {"pt": "BF16", "paddle": "U16"}
+_METADATA = {"pt": {"format": "pt"}, "paddle": {"format": "np"}}
+
+_COMPANION_SUFFIXES = (".json", ".model", ".jinja", ".txt", ".md", ".py", ".ttf")
+RUN_FILE = "run.json"  # what a training run writes about itself; it is not the model's
+_NOT_COMPANIONS = {"config.json", INDEX_FILE, MANIFEST_FILE, ORIGIN_FILE, RUN_FILE}
+_COMPANION_MAX_BYTES = 64_000_000
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What will be written: the layout's table, and which file holds which tensor in which format."""
+
+    table: Table
+    shards: dict[str, list[Entry]]
+    metadata: dict[str, dict[str, str]]  # by file
+
+    @classmethod
+    def new(cls, table: Table, tags: Mapping[str, str], *, layout: str, max_shard_bytes: int) -> Plan:
+        """Shards in model order; `tags` gives the format of each tensor."""
+        entries = [Entry(name, tags[name], tensor.shape) for name, tensor in table.tensors.items()]
+        shards = plan_shards(entries, max_shard_bytes=max_shard_bytes)
+        return cls(table, shards, dict.fromkeys(shards, _METADATA[layout]))
+
+
+# ---------------------------------------------------------------------- folders that are whole or absent
+def require_empty(path: str | Path) -> None:
+    """Refuse to write a new model over anything."""
+    if Path(path).is_dir() and any(Path(path).iterdir()):
+        raise CheckpointError(f"{path}: is not empty. Choose another folder, or remove what is in it.")
+
+
+@contextlib.contextmanager
+def staged(path: str | Path) -> Iterator[Path]:
+    """A hidden folder inside `path` whose files are moved into `path` if the block succeeds, and removed if it fails.
+
+    Weight files that an earlier model left in `path` give way to the new ones.
+    """
+    folder = Path(path)
+    if folder.exists() and not folder.is_dir():
+        raise CheckpointError(f"{folder}: is a file; a model is saved as a folder. Choose another name.")
+    stage = folder / f".saving-{os.getpid()}"
+    with writing(folder):
+        created = [parent for parent in (folder, *folder.parents) if not parent.exists()]
+        try:
+            stage.mkdir(parents=True)
+            yield stage
+            _publish(stage, folder)
+        except BaseException:
+            shutil.rmtree(stage, ignore_errors=True)
+            for parent in created:
+                with contextlib.suppress(OSError):
+                    parent.rmdir()
+            raise
+
+
+def _publish(stage: Path, folder: Path) -> None:
+    names = sorted((path.name for path in stage.iterdir()), key=lambda name: (name == "config.json", name))
+    stale = {path.name for path in [*weight_files(folder), folder / INDEX_FILE]} - set(names)
+    for name in stale if any(weight_files(stage)) else ():
+        (folder / name).unlink(missing_ok=True)
+    for name in names:
+        os.replace(stage / name, folder / name)
+    stage.rmdir()
+    fsync_folder(folder)
+
+
+def copy_companions(source: str | Path, target: str | Path) -> None:
+    """Copy the tokenizer, generation config and other small files of a model folder."""
+    for path in sorted(Path(source).iterdir()):
+        wanted = path.suffix in _COMPANION_SUFFIXES or path.name.startswith(("LICENSE", "NOTICE"))
+        if (
+            wanted
+            and path.is_file()
+            and path.name not in _NOT_COMPANIONS
+            and path.stat().st_size <= _COMPANION_MAX_BYTES
+        ):
+            copy = Path(target) / path.name
+            shutil.copyfile(path, copy)
+            fsync_file(copy)
+
+
+# ---------------------------------------------------------------------- weights
+def write_weights(stage: Path, plan: Plan, source: Source, *, workers: int = 0) -> dict[str, str]:
+    """Write all shards and the index; returns their sha256. At most `workers` + 2 tensors are in memory at a time."""
+    digests = {}
+    for file, entries in plan.shards.items():
+        digests[file] = write_safetensors(
+            stage / file, entries, metadata=plan.metadata[file],
+            arrays=lambda ordered: _arrays(ordered, plan.table, source, workers=workers),
+        )  # fmt: skip
+    if set(plan.shards) != {SINGLE_FILE}:
+        write_json(stage / INDEX_FILE, index_content(plan.shards))
+    return digests
+
+
+def _arrays(entries: list[Entry], table: Table, source: Source, *, workers: int) -> Iterator[np.ndarray]:
+    def make(entry: Entry) -> np.ndarray:
+        dtype = BFLOAT16 if entry.tag == "U16" else FORMATS[entry.tag]
+        return made(table.tensors[entry.name], dtype, source)
+
+    if not workers:
+        yield from map(make, entries)
+        return
+    ahead: deque[Future[np.ndarray]] = deque()
+    waiting = iter(entries)
+    with ThreadPoolExecutor(workers) as pool:
+        for entry in entries:
+            while len(ahead) <= workers and (following := next(waiting, None)) is not None:
+                ahead.append(pool.submit(make, following))
+            yield ahead.popleft().result()
+            for atom, _ in table.tensors[entry.name].parts:
+                source.release(atom)
+
+
+def finish(stage: Path, *, config: bytes | dict[str, Any], digests: Mapping[str, str]) -> None:
+    """Write config.json and the manifest: the last two files of a model folder."""
+    if isinstance(config, dict):
+        write_json(stage / "config.json", config)
+    else:
+        (stage / "config.json").write_bytes(config)
+        fsync_file(stage / "config.json")
+    write_manifest(stage, known=digests)
+
+
+def save_folder(
+    path: str | Path, parameters: Mapping[str, np.ndarray], *, cfg: ErnieConfig, layout: str, dtype: str,
+    base: Folder | None = None, max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:  # fmt: skip
+    """Save a model in memory (parameter name -> array; the mapping may fetch lazily) as a folder in "pt" or "paddle".
+
+    `dtype` is "bfloat16" or "float32"; routers and correction biases are always fp32. `base` is the folder that the
+    model came from: it gives the tokenizer and other companions, the way bfloat16 is tagged, the tied copy of the head,
+    and multi-token prediction weights that the model did not load.
+    """
+    form = Form.usual(cfg, "ram", mtp_layers=cfg.num_nextn_predict_layers)
+    form = replace(form, head_bias=HEAD_BIAS in parameters)
+    memory = Memory(layout_table(cfg, "ram", form), parameters)
+    assert set(memory.table.tensors) == set(parameters), "the model does not match its config"
+    source: Source = memory
+    tag, config = BF16_TAG[layout], cfg.replace(dtype=dtype)
+    form = form.in_layout(cfg, layout)
+    if base is not None:
+        if base.form.mtp_layers > form.mtp_layers:
+            form = replace(form, mtp_layers=base.form.mtp_layers)
+            config = config.replace(num_nextn_predict_layers=base.disk_config.num_nextn_predict_layers)
+            source = _Carrying(memory, base)
+        if base.layout == layout:
+            stored = base.form
+            form = replace(form, head_copy=stored.head_copy, head_rows=stored.head_rows, mtp_rows=stored.mtp_rows)
+            tag = next((base.tag(name) for name in base.names if base.tag(name) != "F32"), tag)
+    table = layout_table(cfg, layout, form)
+    tags = {
+        name: "F32" if dtype == "float32" or any(table.atoms[atom].fp32 for atom, _ in tensor.parts) else tag
+        for name, tensor in table.tensors.items()
+    }
+    plan = Plan.new(table, tags, layout=layout, max_shard_bytes=max_shard_bytes)
+    with staged(path) as stage:
+        digests = write_weights(stage, plan, source)
+        if base is not None:
+            copy_companions(base.path, stage)
+        finish(stage, config=config.to_dict(layout), digests=digests)
+
+
+class _Carrying:
+    """The atoms of a model in memory, and from a folder the multi-token prediction atoms that the model lacks."""
+
+    def __init__(self, memory: Memory, base: Folder) -> None:
+        self.memory, self.base = memory, base
+
+    def _holder(self, atom: str) -> Memory | Folder:
+        return self.base if is_mtp(atom) and atom not in self.memory.table.atoms else self.memory
+
+    def read(self, atom: str) -> np.ndarray:
+        return self._holder(atom).read(atom)
+
+    def release(self, atom: str) -> None:
+        self._holder(atom).release(atom)
