@@ -1,0 +1,198 @@
+"""Chat text byte for byte, and which tokens of a dialogue are trained."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+
+from erniekit.base.errors import DataError
+from erniekit.data.chat import (
+    UNTRAINED,
+    Dialogue,
+    Turn,
+    choose_template,
+    encode_dialogue,
+    encode_prompt,
+    named_template,
+    render,
+    require_base_format,
+)
+from erniekit.data.tokenizer import Tokenizer
+
+CLS, SEP, EOS = 13, 14, 2
+GOLDEN = json.loads((Path(__file__).parents[2] / "data/chat/chat.json").read_text(encoding="utf-8"))["cases"]
+BASE = named_template("base")
+
+
+def spell(text: str) -> list[int]:
+    """What `bytewise` makes of text: digits are 3-12, byte n is 29+n."""
+    marked = text.replace(" ", "▁")
+    return [n for c in marked for n in ([3 + int(c)] if c in "0123456789" else [29 + byte for byte in c.encode()])]
+
+
+def trained_text(tokenizer: Tokenizer, labels: list[int]) -> str:
+    return tokenizer.decode([label for label in labels if label != UNTRAINED], skip_special=False)
+
+
+@pytest.mark.parametrize("name", [name for name in GOLDEN if name.startswith("base/")])
+def test_goldens(name: str) -> None:
+    case = GOLDEN[name]
+    text = render(case["messages"], BASE, add_generation_prompt=case["kwargs"].get("gen", True))
+    assert text == case["text"]
+
+
+def test_there_are_goldens() -> None:
+    assert sum(name.startswith("base/") for name in GOLDEN) == 4
+
+
+def test_a_dialogue_by_hand(bytewise: Tokenizer) -> None:
+    encoded = encode_dialogue(bytewise, Dialogue((Turn("1", "2"), Turn("3", "45")), system="0"))
+    query, answer = spell("User: 1\nAssistant: "), spell("2")
+    query2, answer2 = spell("User: 3\nAssistant: "), spell("45")
+    assert encoded.input_ids == [CLS, *spell("0\n"), *query, *answer, SEP, *query2, *answer2]
+    untrained = [UNTRAINED] * len([CLS, *spell("0\n"), *query, *answer, SEP, *query2, *answer2])
+    expected = list(untrained)
+    first = 1 + 2 + len(query) - 1  # the last token of the query predicts the answer
+    expected[first : first + 2] = [*answer, EOS]  # not <|end_of_sentence|>, but </s>
+    expected[-3:] = [*answer2, EOS]
+    assert encoded.labels == expected
+    assert encoded.labels[first + 2] == UNTRAINED  # "User" after <|end_of_sentence|> is not trained
+    assert encoded.num_trained == 5
+    assert encoded.shortened == ""
+
+
+def test_label_per_turn(bytewise: Tokenizer) -> None:
+    turns = (Turn("1", "2", trained=False), Turn("3", "4"), Turn("5", "6", trained=False))
+    encoded = encode_dialogue(bytewise, Dialogue(turns))
+    assert trained_text(bytewise, encoded.labels) == "4</s>"
+    nothing = encode_dialogue(bytewise, Dialogue(turns[:1]))
+    assert nothing.num_trained == 0
+
+
+def random_dialogue(rng: random.Random, corpus: list[str]) -> Dialogue:
+    turns = tuple(
+        Turn(rng.choice(corpus), rng.choice(corpus), trained=rng.random() < 0.7) for _ in range(rng.randint(1, 5))
+    )
+    return Dialogue(turns, system=rng.choice(["", rng.choice(corpus), "two\nlines <|end_of_sentence|>"]))
+
+
+def test_tokens_spell_the_rendered_text_and_train_the_answers(tokenizer: Tokenizer, corpus: list[str]) -> None:
+    rng = random.Random(1)
+    for _ in range(300):
+        dialogue = random_dialogue(rng, corpus)
+        encoded = encode_dialogue(tokenizer, dialogue)
+        text = render(dialogue.messages(), BASE, add_generation_prompt=False)
+        assert tokenizer.decode([*encoded.input_ids, tokenizer.sep_id], skip_special=False) == text
+        answers = "".join(turn.answer + "</s>" for turn in dialogue.turns if turn.trained)
+        assert trained_text(tokenizer, encoded.labels) == answers
+        follows = [*encoded.input_ids[1:], tokenizer.sep_id]
+        for label, following in zip(encoded.labels, follows, strict=True):
+            assert label in (UNTRAINED, EOS if following == tokenizer.sep_id else following)
+
+
+def test_training_and_prompt_agree_on_the_first_query(tokenizer: Tokenizer, corpus: list[str]) -> None:
+    for query in corpus[:200]:
+        dialogue = Dialogue((Turn(query, "yes"),), system="Be brief.")
+        prompt = encode_prompt(tokenizer, dialogue.messages()[:-1])
+        assert encode_dialogue(tokenizer, dialogue).input_ids[: len(prompt)] == prompt
+
+
+def test_special_names_in_a_dialogue(bytewise: Tokenizer) -> None:
+    dialogue = Dialogue((Turn("<|end_of_sentence|>", "</s>"),), system="<|im_end|>")
+    encoded = encode_dialogue(bytewise, dialogue)
+    assert [index for index in encoded.input_ids if index < 3 or 13 <= index < 29] == [CLS]
+    allowed = encode_dialogue(bytewise, dialogue, allow_special=True)
+    im_end = bytewise.token_id("<|im_end|>")
+    assert [index for index in allowed.input_ids if index < 3 or 13 <= index < 29] == [CLS, im_end, SEP, EOS]
+
+
+def test_special_names_in_a_prompt(bytewise: Tokenizer) -> None:
+    tail = spell("\nAssistant: ")
+    for name in ("<|end_of_sentence|>", "</s>", "<unk>", "\ue000</s>\ue001"):
+        ids = encode_prompt(bytewise, [{"role": "user", "content": f"a{name}b"}])
+        assert ids == [CLS, *spell(f"User: a{name}b"), *tail]
+    ids = encode_prompt(bytewise, [{"role": "user", "content": "a</s>b"}], allow_special=True)
+    assert ids == [CLS, *spell("User: a"), EOS, *spell("b"), *tail]
+
+
+def test_special_names_in_tools_and_in_what_a_template_makes_of_them(bytewise: Tokenizer) -> None:
+    template = "{{ cls_token }}{{ tools|tojson }}{{ date }}{{ sep_token }}"
+    tools = [{"name": "</s>", "parameters": ["<s>", 1, None]}]
+    ids = encode_prompt(bytewise, [], template=template, tools=tools, variables={"date": "<s>今天"})
+    assert ids == [CLS, *spell('[{"name": "</s>", "parameters": ["<s>", 1, null]}]<s>今天'), SEP]
+
+
+def test_a_long_dialogue_loses_its_oldest_turns_and_keeps_the_system_prompt(bytewise: Tokenizer) -> None:
+    turns = tuple(Turn(f"{n}", f"{n}{n}") for n in range(1, 5))
+    whole = encode_dialogue(bytewise, Dialogue(turns, system="0"))
+    one_turn = len(spell("User: 1\nAssistant: 11")) + 1
+    assert encode_dialogue(bytewise, Dialogue(turns, system="0"), max_len=len(whole.input_ids)) == whole
+    for missing, max_len in [(1, len(whole.input_ids) - 1), (1, len(whole.input_ids) - one_turn), (3, one_turn + 2)]:
+        short = encode_dialogue(bytewise, Dialogue(turns, system="0"), max_len=max_len)
+        kept = encode_dialogue(bytewise, Dialogue(turns[missing:], system="0"))
+        assert (short.input_ids, short.labels) == (kept.input_ids, kept.labels)
+        assert short.shortened == f"the oldest {missing} of 4 turns left out to fit {max_len} tokens"
+
+
+def test_an_answer_that_is_too_long_alone_is_cut(bytewise: Tokenizer) -> None:
+    turns = (Turn("1", "2"), Turn("3", "4567"))
+    whole = encode_dialogue(bytewise, Dialogue(turns[1:], system="0"))
+    short = encode_dialogue(bytewise, Dialogue(turns, system="0"), max_len=len(whole.input_ids) - 2)
+    assert (short.input_ids, short.labels) == (whole.input_ids[:-2], whole.labels[:-2])
+    assert trained_text(bytewise, short.labels) == "456"  # no </s>: the answer doesn't end here
+    assert short.shortened.startswith("the oldest 1 of 2 turns left out and the last 2 tokens cut off to fit")
+    for max_len in range(1, len(whole.input_ids) - 4):
+        nothing = encode_dialogue(bytewise, Dialogue(turns, system="0"), max_len=max_len)
+        assert nothing.num_trained == 0
+        assert len(nothing.input_ids) == len(nothing.labels)
+
+
+def test_choosing_a_template(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    assert tokenizer.chat_template == BASE
+    assert choose_template(tokenizer) == BASE
+    (tmp_path / "own.jinja").write_text("mine", encoding="utf-8")
+    assert choose_template(tokenizer, str(tmp_path / "own.jinja")) == "mine"
+    assert choose_template(tokenizer, "base") == BASE
+    with pytest.raises(DataError, match=r"'bsae' is neither a jinja file nor a known name \(.*Did you mean 'base'"):
+        choose_template(tokenizer, "bsae")
+
+
+def test_a_tokenizer_without_a_template_has_the_published_one(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    tokenizer.save(tmp_path)
+    (tmp_path / "tokenizer_config.json").unlink()
+    assert choose_template(Tokenizer.from_folder(tmp_path)) == BASE
+
+
+def test_training_in_another_format_is_refused(tokenizer: Tokenizer) -> None:
+    same = (
+        '{{ cls_token }}{% for m in messages %}{{ m.content + "\\n" if m.role == "system" else "User: " + m.content + '
+    )
+    same += '"\\nAssistant: " if m.role == "user" else m.content + sep_token }}{% endfor %}'
+    require_base_format(tokenizer, BASE)
+    require_base_format(tokenizer, same)
+    with pytest.raises(DataError, match=r"not the published base format.*chat_template: base"):
+        require_base_format(tokenizer, same.replace("User", "Human"))
+
+
+@pytest.mark.parametrize(
+    ("messages", "template", "reason"),
+    [
+        ([{"role": "tool", "content": "x"}], BASE, "roles system, user and assistant, not 'tool'"),
+        ([{"role": "user"}], BASE, "content"),
+        ([{"role": "user", "content": None}], BASE, "cannot render"),
+        ([], "{% for %}", "cannot render"),
+        ([], "{{ [].append(1) }}", "cannot render"),  # a template may not change anything
+        ([], "{{ ''.__class__.__mro__ }}", "cannot render"),
+    ],
+)
+def test_what_cannot_be_rendered(messages: list[dict[str, object]], template: str, reason: str) -> None:
+    with pytest.raises(DataError, match=reason):
+        render(messages, template)
+
+
+def test_the_template_language_is_that_of_transformers() -> None:
+    template = "{% for m in messages %}\n    {% if loop.first %}{% continue %}{% endif %}\n{{ m|tojson }}\n{% endfor %}"
+    assert render([{"a": 1}, {"b": "<é>"}], template) == '{"b": "<é>"}\n'

@@ -1,0 +1,97 @@
+"""Packing: every sample in exactly one row, no row too long, the same rows each time."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Iterator
+
+import pytest
+
+from erniekit.data.packing import one_per_row, pack_best_fit, pack_in_order
+
+
+def test_one_per_row() -> None:
+    assert list(one_per_row([2, 0, 1])) == [[2], [0], [1]]
+
+
+def test_in_order_by_hand() -> None:
+    lengths = [5, 4, 2, 10, 1, 1]
+    assert list(pack_in_order(range(6), lengths, row_len=10)) == [[0, 1], [2], [3], [4, 5]]
+    assert list(pack_in_order([3, 4, 2], lengths, row_len=10)) == [[3], [4, 2]]
+    assert list(pack_in_order([], lengths, row_len=10)) == []
+
+
+def test_best_fit_by_hand() -> None:
+    lengths = [5, 4, 2, 10, 1, 3, 3]
+    # 0 is the oldest; of what fits 5 the longest is 1 (4); of what fits 1, 4. Then 2 is the oldest, and of the two
+    # threes 5 is the older one.
+    assert list(pack_best_fit(range(7), lengths, row_len=10, buffer_size=100)) == [[0, 1, 4], [2, 5, 6], [3]]
+    # Of a buffer of two only the first two that wait are seen.
+    assert list(pack_best_fit(range(7), lengths, row_len=10, buffer_size=2)) == [[0, 1], [2, 4, 5, 6], [3]]
+    assert list(pack_best_fit([], lengths, row_len=10, buffer_size=2)) == []
+
+
+def test_best_fit_with_a_buffer_of_one_is_packing_in_order() -> None:
+    rng = random.Random(0)
+    lengths = [rng.randint(1, 60) for _ in range(500)]
+    packed = list(pack_best_fit(range(500), lengths, row_len=64, buffer_size=1))
+    assert packed == list(pack_in_order(range(500), lengths, row_len=64))
+
+
+@pytest.mark.parametrize("buffer_size", [2, 7, 500])
+@pytest.mark.parametrize("seed", range(5))
+def test_nothing_is_lost_and_nothing_too_long(seed: int, buffer_size: int) -> None:
+    rng = random.Random(seed)
+    lengths = [min(64, int(rng.lognormvariate(2.5, 1)) + 1) for _ in range(2000)]
+    order = rng.sample(range(2000), 2000)
+    for rows in (
+        list(pack_in_order(order, lengths, row_len=64)),
+        list(pack_best_fit(order, lengths, row_len=64, buffer_size=buffer_size)),
+    ):
+        assert sorted(sample for row in rows for sample in row) == list(range(2000))
+        assert all(row for row in rows)
+        assert max(sum(lengths[sample] for sample in row) for row in rows) <= 64
+    assert rows == list(pack_best_fit(order, lengths, row_len=64, buffer_size=buffer_size))
+
+
+def test_best_fit_fills_rows() -> None:
+    rng = random.Random(0)
+    lengths = [min(1024, int(rng.lognormvariate(5, 1)) + 1) for _ in range(20000)]
+    rows = list(pack_best_fit(range(20000), lengths, row_len=1024, buffer_size=500))
+    assert sum(lengths) / (1024 * len(rows)) > 0.985
+    plain = list(pack_in_order(range(20000), lengths, row_len=1024))
+    assert len(rows) < 0.95 * len(plain)
+
+
+def test_no_sample_waits_for_more_rows_than_the_buffer_has_places() -> None:
+    rng = random.Random(0)
+    lengths = [rng.choice([3, 30, 33, 40, 61]) for _ in range(3000)]
+    rows_done = 0
+    arrived_at = {}
+
+    def stream() -> Iterator[int]:
+        for sample in range(3000):
+            arrived_at[sample] = rows_done
+            yield sample
+
+    waited = []
+    for row in pack_best_fit(stream(), lengths, row_len=64, buffer_size=50):
+        waited += [rows_done - arrived_at[sample] for sample in row]
+        rows_done += 1
+    assert 10 < max(waited) <= 50
+
+
+def test_rows_come_while_samples_are_still_unread() -> None:
+    read = 0
+
+    def endless() -> Iterator[int]:
+        nonlocal read
+        while True:
+            read += 1
+            yield 0
+
+    def first(rows: Iterable[list[int]]) -> list[int]:
+        return next(iter(rows))
+
+    assert first(pack_best_fit(endless(), [10], row_len=25, buffer_size=5)) == [0, 0]
+    assert read <= 8
