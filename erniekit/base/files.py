@@ -14,6 +14,10 @@ from typing import Any
 from erniekit.base.errors import CheckpointError
 
 _CHUNK_BYTES = 1 << 22
+_CANNOT_WRITE = (
+    errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENOENT, errno.EEXIST, errno.EISDIR, errno.EFBIG,
+    errno.ENAMETOOLONG, errno.EIO,
+)  # fmt: skip
 
 
 @contextlib.contextmanager
@@ -27,7 +31,7 @@ def writing(path: str | Path) -> Iterator[None]:
                 f"{path}: the disk is full ({error.strerror}). What was saved before stands; free space and run the "
                 "same command again."
             ) from error
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
+        if error.errno in _CANNOT_WRITE:
             raise CheckpointError(
                 f"{path}: cannot be written ({error.strerror}). Choose another output folder or change its permissions."
             ) from error

@@ -17,6 +17,7 @@ class ByteProgress:
         return self
 
     def __call__(self, done: int, total: int) -> None:
+        """`done` of `total` bytes are read."""
         if self._bar is None:
             from tqdm import tqdm
 

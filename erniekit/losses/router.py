@@ -63,5 +63,5 @@ def orthogonal_gradient(weight_DE: paddle.Tensor) -> paddle.Tensor:
 
 @paddle.no_grad()
 def bias_step(bias_E: paddle.Tensor, usage_E: paddle.Tensor, *, coefficient: float) -> paddle.Tensor:
-    """The correction bias after one optimizer step: b + u * sign(mean(usage) - usage) (arXiv 2408.15664, algorithm 1)."""
+    """The correction bias after one optimizer step: b + u * sign(mean(usage) - usage) (arXiv 2408.15664, alg. 1)."""
     return bias_E + coefficient * paddle.sign(usage_E.mean() - usage_E)

@@ -1,7 +1,7 @@
 """Grouped-query attention with rotary positions.
 
 Head counts are inferred from the tensors, so that slicing the projections from outside (tensor parallelism) needs no
-change here. Shapes: B batch, S rows, D hidden size, X = query heads * head_dim, Y = key heads * head_dim, J = head_dim/2.
+change here. Shapes: B batch, S rows, D hidden size, d head_dim, X = query heads * d, Y = key heads * d, J = d / 2.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from erniekit.config.architecture import ErnieConfig
 from erniekit.models.attention import Attention, KVCache, Positions
 from erniekit.models.layers import MLP, Embedding, Linear, RMSNorm, parameter
 from erniekit.models.moe import MoE, Routing
-from erniekit.ops.attention import end_rows_from_mask, end_rows_from_segments
+from erniekit.ops.attention import end_rows_from_mask, end_rows_from_segments, positions_in_segments
 from erniekit.ops.cross_entropy import head_logits
 
 
@@ -165,8 +165,9 @@ class ErnieForCausalLM(nn.Layer):
     ) -> paddle.Tensor:
         """fp32 logits [B, S, V].
 
-        `attention_mask` [B, S] is 1 for real tokens; `segment_ids` [B, S] numbers packed documents from 1 (0 = padding),
-        which never see each other. Positions count from 0 in each document unless `position_ids` says otherwise.
+        `attention_mask` [B, S] is 1 for real tokens; `segment_ids` [B, S] numbers packed documents from 1 (0 =
+        padding), which never see each other. Positions count from 0 in each document unless `position_ids` says
+        otherwise.
         """
         if attention_mask is not None and segment_ids is not None:
             raise ValueError("give attention_mask or segment_ids, not both: segment_ids marks padding with 0")
@@ -174,9 +175,7 @@ class ErnieForCausalLM(nn.Layer):
         count = paddle.arange(s, dtype="int64").unsqueeze(0).expand([b, s])
         if segment_ids is not None:
             end_rows = end_rows_from_segments(segment_ids)
-            first = paddle.concat([paddle.ones_like(segment_ids[:, :1]) > 0, segment_ids[:, 1:] != segment_ids[:, :-1]], 1)
-            start = paddle.cummax(paddle.where(first, count, paddle.zeros_like(count)), axis=1)[0]
-            count = count - start
+            count = positions_in_segments(segment_ids)
         elif attention_mask is not None:
             end_rows = end_rows_from_mask(attention_mask)
         else:

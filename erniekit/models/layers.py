@@ -10,7 +10,7 @@ import paddle
 import paddle.nn.functional as F
 from paddle import nn
 
-from erniekit.ops.mlp import swiglu
+from erniekit.ops.mlp import linear, swiglu
 from erniekit.ops.norm import rms_norm
 
 
@@ -31,7 +31,7 @@ class Linear(nn.Layer):
 
     def forward(self, x: paddle.Tensor) -> paddle.Tensor:
         """[..., in] -> [..., out]."""
-        return F.linear(x, self.weight, self.bias)
+        return linear(x, self.weight, self.bias)
 
 
 class RMSNorm(nn.Layer):

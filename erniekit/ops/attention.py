@@ -12,6 +12,7 @@ from __future__ import annotations
 import paddle
 import paddle.nn.functional as F
 
+from erniekit.ops.cpu.attention import Attention
 from erniekit.ops.dispatch import backend
 from erniekit.ops.rope import rotate
 
@@ -19,12 +20,21 @@ from erniekit.ops.rope import rotate
 def end_rows_from_segments(segment_ids_BS: paddle.Tensor) -> paddle.Tensor:
     """Column bounds of packed documents: segment ids 1, 2, ... in contiguous runs, 0 = padding. Returns int32 [B, S]."""
     s = segment_ids_BS.shape[1]
-    last = paddle.concat([segment_ids_BS[:, 1:] != segment_ids_BS[:, :-1], paddle.ones_like(segment_ids_BS[:, :1]) > 0], 1)
+    ones = paddle.ones_like(segment_ids_BS[:, :1]) > 0
+    last = paddle.concat([segment_ids_BS[:, 1:] != segment_ids_BS[:, :-1], ones], 1)
     position = paddle.arange(1, s + 1, dtype="int32")
     ends = paddle.where(last, position, paddle.full_like(position, s + 1))
     # The nearest document end at or after each column: a minimum running from the right.
     nearest = paddle.flip(paddle.cummin(paddle.flip(ends, [1]), axis=1)[0], [1])
     return paddle.where(segment_ids_BS == 0, position, nearest).astype("int32")
+
+
+def positions_in_segments(segment_ids_BS: paddle.Tensor) -> paddle.Tensor:
+    """Positions that count from 0 in every document: int64 [B, S]."""
+    count = paddle.arange(segment_ids_BS.shape[1], dtype="int64").unsqueeze(0).expand_as(segment_ids_BS)
+    ones = paddle.ones_like(segment_ids_BS[:, :1]) > 0
+    first = paddle.concat([ones, segment_ids_BS[:, 1:] != segment_ids_BS[:, :-1]], 1)
+    return count - paddle.cummax(paddle.where(first, count, paddle.zeros_like(count)), axis=1)[0]
 
 
 def end_rows_from_mask(attention_mask_BS: paddle.Tensor) -> paddle.Tensor:
@@ -51,7 +61,8 @@ def attention_plain(
 def _attend(q: paddle.Tensor, k: paddle.Tensor, v: paddle.Tensor, visible: paddle.Tensor) -> paddle.Tensor:
     """softmax(q k^T / sqrt(d)) v with fp32 softmax; q [B, S, N, d], k and v [B, T, K, d], visible [B, 1, S, T].
 
-    The softmax is written out: Paddle's CPU operators never give less than e^-64 (exp: e^-88), a masked column must give 0.
+    The softmax is written out: Paddle's CPU operators never give less than e^-64 (exp: e^-88), and a masked column
+    must give 0.
     """
     b, s, n, d = q.shape
     groups = k.shape[2]
@@ -78,7 +89,10 @@ def attention(
     cos_BSJ: paddle.Tensor, sin_BSJ: paddle.Tensor, end_rows_BS: paddle.Tensor, head_dim: int,
 ) -> paddle.Tensor:  # fmt: skip
     """Rotate q and k, attend under the column bounds; returns [B, S, X]. Heads are inferred from the tensors."""
-    chosen = _attention_gpu if backend(q_BSX) == "gpu" and q_BSX.dtype != paddle.float32 else attention_plain
+    place = backend(q_BSX, k_BSY, v_BSY)
+    if place == "cpu":
+        return Attention.apply(q_BSX, k_BSY, v_BSY, cos_BSJ, sin_BSJ, end_rows_BS, head_dim)
+    chosen = _attention_gpu if place == "gpu" and q_BSX.dtype != paddle.float32 else attention_plain
     return chosen(
         q_BSX, k_BSY, v_BSY, cos_BSJ=cos_BSJ, sin_BSJ=sin_BSJ, end_rows_BS=end_rows_BS, head_dim=head_dim
     )  # fmt: skip

@@ -9,6 +9,9 @@ from __future__ import annotations
 import paddle
 import paddle.nn.functional as F
 
+from erniekit.ops.cpu import cross_entropy as cpu
+from erniekit.ops.dispatch import backend
+
 CHUNK_TOKENS = 512
 IGNORED = -100
 
@@ -56,13 +59,23 @@ def head_logits(hidden: paddle.Tensor, weight: paddle.Tensor, bias_V: paddle.Ten
     return logits if bias_V is None else logits + bias_V.astype("float32")
 
 
+def linear_cross_entropy_plain(
+    hidden_MD: paddle.Tensor, weight: paddle.Tensor, labels_M: paddle.Tensor, *,
+    vocab_first: bool, bias_V: paddle.Tensor | None = None,
+) -> paddle.Tensor:  # fmt: skip
+    """The plain twin of `linear_cross_entropy`."""
+    need_grad = paddle.is_grad_enabled() and not (hidden_MD.stop_gradient and weight.stop_gradient)
+    return _LinearCrossEntropy.apply(hidden_MD, weight, bias_V, labels_M, vocab_first, need_grad)
+
+
 def linear_cross_entropy(
     hidden_MD: paddle.Tensor, weight: paddle.Tensor, labels_M: paddle.Tensor, *,
     vocab_first: bool, bias_V: paddle.Tensor | None = None,
 ) -> paddle.Tensor:  # fmt: skip
     """Sum of -log softmax(head(hidden))[label] over the labels that are not IGNORED: an fp32 scalar."""
-    need_grad = paddle.is_grad_enabled() and not (hidden_MD.stop_gradient and weight.stop_gradient)
-    return _LinearCrossEntropy.apply(hidden_MD, weight, bias_V, labels_M, vocab_first, need_grad)
+    if backend(hidden_MD, weight) == "cpu":
+        return cpu.LinearCrossEntropy.apply(hidden_MD, weight, bias_V, labels_M, vocab_first, paddle.is_grad_enabled())
+    return linear_cross_entropy_plain(hidden_MD, weight, labels_M, vocab_first=vocab_first, bias_V=bias_V)
 
 
 @paddle.no_grad()
@@ -71,6 +84,17 @@ def token_scores(
     vocab_first: bool, bias_V: paddle.Tensor | None = None,
 ) -> tuple[paddle.Tensor, paddle.Tensor]:  # fmt: skip
     """For evaluation: (loss [M] fp32, correct [M] bool) per token; ignored positions give 0 and False."""
+    if backend(hidden_MD, weight) == "cpu":
+        return cpu.cross_entropy(hidden_MD, weight, bias_V, labels_M, vocab_first, [None] * 3)
+    return token_scores_plain(hidden_MD, weight, labels_M, vocab_first=vocab_first, bias_V=bias_V)
+
+
+@paddle.no_grad()
+def token_scores_plain(
+    hidden_MD: paddle.Tensor, weight: paddle.Tensor, labels_M: paddle.Tensor, *,
+    vocab_first: bool, bias_V: paddle.Tensor | None = None,
+) -> tuple[paddle.Tensor, paddle.Tensor]:  # fmt: skip
+    """The plain twin of `token_scores`."""
     losses, corrects = [], []
     for start in range(0, hidden_MD.shape[0], CHUNK_TOKENS):
         labels = labels_M[start : start + CHUNK_TOKENS]

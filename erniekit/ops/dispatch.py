@@ -1,5 +1,5 @@
-"""The one rule that picks a kernel: fp32 tensors on a CPU take the fast CPU kernels, tensors on a GPU take Paddle's
-fused operators, everything else (and ERNIEKIT_PLAIN_OPS=1) takes the plain twin."""
+"""The one rule that picks a kernel: fp32 tensors on a CPU take the fast CPU kernels (if they could be compiled), tensors
+on a GPU take Paddle's fused operators, everything else (and ERNIEKIT_PLAIN_OPS=1) takes the plain twin."""
 
 from __future__ import annotations
 
@@ -8,14 +8,17 @@ from typing import Literal
 import paddle
 
 from erniekit.base import runtime
+from erniekit.ops.cpu.library import library
 
 Backend = Literal["cpu", "gpu", "plain"]
+_CPU_TYPES = (paddle.float32, paddle.int64)  # numbers and indices of the CPU kernels
 
 
-def backend(x: paddle.Tensor) -> Backend:
-    """Which implementation serves a tensor like `x`."""
+def backend(*tensors: paddle.Tensor) -> Backend:
+    """Which implementation serves these tensors."""
     if runtime.plain_ops():
         return "plain"
-    if x.place.is_gpu_place():
+    if all(x.place.is_gpu_place() for x in tensors):
         return "gpu"
-    return "cpu" if x.place.is_cpu_place() and x.dtype == paddle.float32 else "plain"
+    fast = all(x.place.is_cpu_place() and x.dtype in _CPU_TYPES for x in tensors)
+    return "cpu" if fast and library() is not None else "plain"

@@ -12,6 +12,9 @@ from dataclasses import dataclass
 import paddle
 import paddle.nn.functional as F
 
+from erniekit.ops.cpu import experts
+from erniekit.ops.dispatch import backend
+
 
 @dataclass(frozen=True)
 class Order:
@@ -22,8 +25,8 @@ class Order:
     counts: list[int]  # rows per expert
 
 
-def sort_by_expert(experts_MC: paddle.Tensor, *, num_experts: int) -> Order:
-    """Stable order of the routed rows by expert; `experts_MC` holds the chosen expert ids."""
+def sort_by_expert_plain(experts_MC: paddle.Tensor, *, num_experts: int) -> Order:
+    """The plain twin of `sort_by_expert`."""
     m, c = experts_MC.shape
     flat_T = experts_MC.detach().reshape([-1])
     order_T = paddle.argsort(flat_T, stable=True)
@@ -31,6 +34,14 @@ def sort_by_expert(experts_MC: paddle.Tensor, *, num_experts: int) -> Order:
     place_T = paddle.scatter(place_T, order_T, paddle.arange(m * c, dtype=order_T.dtype))
     counts = paddle.bincount(flat_T, minlength=num_experts).tolist()
     return Order(token_T=order_T // c, place_MC=place_T.reshape([m, c]), counts=counts)
+
+
+def sort_by_expert(experts_MC: paddle.Tensor, *, num_experts: int) -> Order:
+    """Stable order of the routed rows by expert; `experts_MC` holds the chosen expert ids."""
+    if backend(experts_MC) != "cpu":
+        return sort_by_expert_plain(experts_MC, num_experts=num_experts)
+    token_T, place_MC, counts_E = experts.sort_by_expert(experts_MC, num_experts)
+    return Order(token_T, place_MC, counts_E.tolist())
 
 
 class _Permute(paddle.autograd.PyLayer):
@@ -45,9 +56,16 @@ class _Permute(paddle.autograd.PyLayer):
         return paddle.gather(grad_TD, ctx.order.place_MC.reshape([-1])).reshape([m, c, -1]).sum(1)
 
 
+def permute_plain(x_MD: paddle.Tensor, order: Order) -> paddle.Tensor:
+    """The plain twin of `permute`."""
+    return _Permute.apply(x_MD, order)
+
+
 def permute(x_MD: paddle.Tensor, order: Order) -> paddle.Tensor:
     """Rows of x [M, D] copied once per choice, sorted by expert: [T, D]."""
-    return _Permute.apply(x_MD, order)
+    if backend(x_MD) == "cpu":
+        return experts.Permute.apply(x_MD, order.token_T, order.place_MC)
+    return permute_plain(x_MD, order)
 
 
 class _Combine(paddle.autograd.PyLayer):
@@ -70,9 +88,16 @@ class _Combine(paddle.autograd.PyLayer):
         return paddle.gather(grad_MD, ctx.order.token_T) * row_weight_T1.unsqueeze(-1), grad_weights
 
 
+def combine_plain(y_TD: paddle.Tensor, weights_MC: paddle.Tensor, order: Order) -> paddle.Tensor:
+    """The plain twin of `combine`."""
+    return _Combine.apply(y_TD, weights_MC, order)
+
+
 def combine(y_TD: paddle.Tensor, weights_MC: paddle.Tensor, order: Order) -> paddle.Tensor:
     """Weighted sum of each token's expert outputs: [M, D]."""
-    return _Combine.apply(y_TD, weights_MC, order)
+    if backend(y_TD, weights_MC) == "cpu":
+        return experts.Combine.apply(y_TD, weights_MC, order.place_MC)
+    return combine_plain(y_TD, weights_MC, order)
 
 
 class _GroupedMLP(paddle.autograd.PyLayer):
@@ -110,8 +135,17 @@ class _GroupedMLP(paddle.autograd.PyLayer):
         return paddle.concat(grad_x) if grad_x else paddle.zeros_like(x_TD), grad_gate_up, grad_down
 
 
+def grouped_mlp_plain(
+    x_TD: paddle.Tensor, gate_up_ED2I: paddle.Tensor, down_EID: paddle.Tensor, *, counts: list[int]
+) -> paddle.Tensor:
+    """The plain twin of `grouped_mlp`."""
+    return _GroupedMLP.apply(x_TD, gate_up_ED2I, down_EID, counts)
+
+
 def grouped_mlp(
     x_TD: paddle.Tensor, gate_up_ED2I: paddle.Tensor, down_EID: paddle.Tensor, *, counts: list[int]
 ) -> paddle.Tensor:
     """down_e(silu(gate_e x) * up_e x) for rows sorted by expert; `counts[e]` rows belong to expert e. Returns [T, D]."""
-    return _GroupedMLP.apply(x_TD, gate_up_ED2I, down_EID, counts)
+    if backend(x_TD, gate_up_ED2I, down_EID) == "cpu":
+        return experts.GroupedMLP.apply(x_TD, gate_up_ED2I, down_EID, counts)
+    return grouped_mlp_plain(x_TD, gate_up_ED2I, down_EID, counts=counts)

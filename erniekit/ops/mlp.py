@@ -1,9 +1,22 @@
-"""The gated activation of every MLP: silu(gate) * up."""
+"""The two pieces of every MLP: the linear layer, and the gated activation silu(gate) * up.
+
+Shapes: `...` any leading dimensions, D and I sizes of the last one.
+"""
 
 from __future__ import annotations
 
 import paddle
 import paddle.nn.functional as F
+
+from erniekit.ops.cpu import dense
+from erniekit.ops.dispatch import backend
+
+
+def linear(x_D: paddle.Tensor, weight_DI: paddle.Tensor, bias_I: paddle.Tensor | None) -> paddle.Tensor:
+    """x @ weight (+ bias); x [..., D] -> [..., I]. Its plain twin is `F.linear`."""
+    if backend(x_D, weight_DI) == "cpu":
+        return dense.Linear.apply(x_D, weight_DI, bias_I)
+    return F.linear(x_D, weight_DI, bias_I)
 
 
 def swiglu_plain(gate: paddle.Tensor, up: paddle.Tensor) -> paddle.Tensor:
@@ -13,4 +26,7 @@ def swiglu_plain(gate: paddle.Tensor, up: paddle.Tensor) -> paddle.Tensor:
 
 def swiglu(gate: paddle.Tensor, up: paddle.Tensor) -> paddle.Tensor:
     """silu(gate) * up, elementwise (Shazeer, arXiv 2002.05202)."""
-    return F.swiglu(gate, up)
+    chosen = backend(gate, up)
+    if chosen == "cpu":
+        return dense.SwiGLU.apply(gate, up)
+    return F.swiglu(gate, up) if chosen == "gpu" else swiglu_plain(gate, up)

@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import paddle
 
+from erniekit.ops.cpu import dense
+from erniekit.ops.dispatch import backend
+
 
 def rms_norm_plain(x: paddle.Tensor, weight_D: paddle.Tensor, *, eps: float) -> paddle.Tensor:
     """The plain twin of `rms_norm`."""
@@ -17,4 +20,6 @@ def rms_norm_plain(x: paddle.Tensor, weight_D: paddle.Tensor, *, eps: float) -> 
 
 def rms_norm(x: paddle.Tensor, weight_D: paddle.Tensor, *, eps: float) -> paddle.Tensor:
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension; x [..., D] -> [..., D]."""
+    if backend(x, weight_D) == "cpu":
+        return dense.RMSNorm.apply(x, weight_D, eps)
     return rms_norm_plain(x, weight_D, eps=eps)

@@ -1,4 +1,4 @@
-"""Recomputation from outside: forwards of whole layers, of attention, or of its core are run again in the backward pass.
+"""Recomputation from outside: the forward of whole layers, of attention or of its core runs again in the backward pass.
 
 Parameter names and results do not change; only the memory does.
 """

@@ -1,4 +1,4 @@
-"""`eval`: loss, perplexity and token accuracy of a model on the eval set, and some of its answers beside the references."""
+"""`eval`: loss, perplexity and token accuracy of a model on the eval set, and some answers beside their references."""
 
 from __future__ import annotations
 

@@ -23,8 +23,8 @@ from erniekit.training.evaluate import evaluate
 from erniekit.training.loop import Rhythm, Run, train_loop
 from erniekit.training.metrics import LOG_NAME, Reporter
 from erniekit.training.objective import LanguageModelObjective
-from erniekit.training.optimizer import make_schedule
-from erniekit.training.run_folder import CONFIG_FILE, RunFolder, claim
+from erniekit.training.optimizer import Schedule, make_schedule
+from erniekit.training.run_folder import CONFIG_FILE, RunFolder, claim, require_writable
 from erniekit.training.state import Checkpoints, load_optimizer
 
 
@@ -38,11 +38,15 @@ class TrainResult:
 
 
 def train_language_model(cfg: RunConfig) -> TrainResult:
-    """Train `cfg.model.model_name_or_path` on the run's data; resumes by itself. Raises ErnieKitError for users' mistakes."""
+    """Train `cfg.model.model_name_or_path` on the run's data; resumes by itself.
+
+    Raises ErnieKitError for what the user can mend.
+    """
     require_built(cfg)
     require_files(cfg)
     for text in cfg.notices:
         notice(text)
+    require_writable(Path(cfg.train.output_dir))
     base = Folder.open(cfg.model.model_name_or_path)
     arch = architecture(base, cfg)
     tokenizer = Tokenizer.from_folder(base.path)
@@ -84,8 +88,9 @@ def _train(
         return evaluate(model, eval_data.batches(rows), max_batches=cfg.train.max_evaluate_steps)
 
     reporter = Reporter(
-        folder.path, total_steps=rhythm.total_steps, start_step=folder.start_step, logging_steps=cfg.train.logging_steps,
-        logging_dir=cfg.train.logging_dir, show_bar=False if cfg.train.disable_tqdm else None,
+        folder.path, total_steps=rhythm.total_steps, start_step=folder.start_step,
+        logging_steps=cfg.train.logging_steps, logging_dir=cfg.train.logging_dir,
+        show_bar=False if cfg.train.disable_tqdm else None,
     )  # fmt: skip
     run = Run(
         model=model, optimizer=optimizer, schedule=_schedule(cfg, rhythm), data=data,
@@ -136,7 +141,7 @@ def _rhythm(cfg: RunConfig, data: TrainData) -> Rhythm:
     )  # fmt: skip
 
 
-def _schedule(cfg: RunConfig, rhythm: Rhythm):
+def _schedule(cfg: RunConfig, rhythm: Rhythm) -> Schedule:
     train = cfg.train
     return make_schedule(
         train.lr_scheduler_type, peak=train.learning_rate, total_steps=rhythm.total_steps,

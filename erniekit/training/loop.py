@@ -109,7 +109,7 @@ def _stop_request() -> Iterator[Callable[[], bool]]:
     """Ctrl-C and SIGTERM ask once: the step under way is finished and saved. A second Ctrl-C interrupts at once."""
     asked: list[int] = []
 
-    def ask(number: int, frame: Any) -> None:
+    def ask(number: int, _frame: Any) -> None:
         if asked:
             raise KeyboardInterrupt
         asked.append(number)

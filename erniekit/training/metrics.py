@@ -39,7 +39,7 @@ class Reporter:
         """`show_bar` None means: if stderr is a terminal."""
         path = output_dir / LOG_NAME
         self.history = _kept_rows(path, start_step)
-        self._log: IO[str] = open(path, "w", encoding="utf-8")
+        self._log: IO[str] = open(path, "w", encoding="utf-8")  # noqa: SIM115 - closed by close()
         for row in self.history:
             self._log.write(json.dumps(row) + "\n")
         self._log.flush()

@@ -69,7 +69,9 @@ class LanguageModelObjective:
             loss = loss + gradient_only(term)
         return Losses(loss, parts, trunk.routings, mask_M)
 
-    def _tokens(self, model: ErnieForCausalLM, hidden_BSD: paddle.Tensor, labels: np.ndarray, totals: Totals) -> paddle.Tensor:
+    def _tokens(
+        self, model: ErnieForCausalLM, hidden_BSD: paddle.Tensor, labels: np.ndarray, totals: Totals
+    ) -> paddle.Tensor:
         weight, bias, vocab_first = model.head()
         loss_sum = linear_cross_entropy(
             hidden_BSD.reshape([-1, hidden_BSD.shape[-1]]), weight, paddle.to_tensor(labels).reshape([-1]),

@@ -1,4 +1,4 @@
-"""AdamW over a model's trainable parameters, with global-norm clipping, and learning-rate schedules as functions of the step.
+"""AdamW over a model's trainable parameters with global-norm clipping, and learning-rate schedules.
 
 State is named by the model's own parameter names, so that a checkpoint does not depend on Paddle's counters.
 """
@@ -93,9 +93,13 @@ class Optimizer:
         return out
 
     def load_state(self, state: Mapping[str, np.ndarray], *, num_steps: int, source: str) -> None:
-        """Take over what `state` of an equal optimizer returned. Raises CheckpointError if a name is unknown or lacks a part."""
+        """Take over what `state` of an equal optimizer returned.
+
+        Raises CheckpointError if a name is unknown or lacks a part.
+        """
         names = {key.rsplit(".", 1)[0] for key in state}
-        problems = [f"{source}: optimizer state of '{name}', which is no parameter." for name in names - set(self.parameters)]
+        unknown = names - set(self.parameters)
+        problems = [f"{source}: optimizer state of '{name}', which is no parameter." for name in unknown]
         problems += [
             f"{source}: '{name}' has one moment without the other."
             for name in names
@@ -121,7 +125,8 @@ def make_schedule(
 ) -> Schedule:  # fmt: skip
     """The learning rate of the 0-based step N: linear warm-up to `peak`, then `kind`.
 
-    linear and cosine (half a wave): down to `least` at the end; constant: flat. Positive `warmup_steps` beats the ratio.
+    linear and cosine (half a wave): down to `least` at the end; constant: flat. Positive `warmup_steps` beats the
+    ratio.
     The first step already moves (1 / warmup of the peak), where the official toolkit spends one step at rate 0.
     """
     assert kind in ("linear", "cosine", "constant"), kind

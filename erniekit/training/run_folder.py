@@ -45,6 +45,15 @@ class RunFolder:
             self._lock = -1
 
 
+def require_writable(path: Path) -> None:
+    """Raise ConfigError, before any work is done, if `path` exists as a file or cannot be made or written."""
+    nearest = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
+    if not nearest.is_dir():
+        raise ConfigError(f"output_dir {path}: {nearest} is a file. Choose another output_dir.")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise ConfigError(f"output_dir {path}: {nearest} cannot be written. Choose another output_dir.")
+
+
 def claim(cfg: RunConfig, *, record: dict[str, Any], total_steps: int) -> RunFolder:
     """Decide what `output_dir` is to this run and take it.
 
@@ -114,7 +123,8 @@ def _resume(
     if checkpoint is None:
         if finished_at is not None:
             raise CheckpointError(
-                f"{path}: the run finished at step {finished_at} and kept no checkpoint, so it cannot go on to step {total_steps}."
+                f"{path}: the run finished at step {finished_at} and kept no checkpoint, so it cannot go on to step "
+                f"{total_steps}."
             )
         return RunFolder(path)
     step = saved_step(checkpoint)

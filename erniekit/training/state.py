@@ -98,7 +98,8 @@ def newest_complete(output_dir: Path) -> Path | None:
 
 def named_checkpoint(path: Path) -> Path:
     """The checkpoint that the user named with resume_from_checkpoint. Raises CheckpointError if it is not whole."""
-    problems = check_manifest(path) if (path / _STATE).is_file() else [f"{path}: holds no {_STATE}; it is no checkpoint."]
+    is_checkpoint = (path / _STATE).is_file()
+    problems = check_manifest(path) if is_checkpoint else [f"{path}: holds no {_STATE}; it is no checkpoint."]
     if problems:
         raise CheckpointError(["resume_from_checkpoint cannot be used:", *problems])
     return path
@@ -116,9 +117,8 @@ def _state(folder: Path) -> dict[str, Any]:
 def load_optimizer(folder: Path, optimizer: Optimizer) -> None:
     """Take over the optimizer state of a checkpoint."""
     file = SafetensorsFile(folder / _OPTIMIZER)
-    optimizer.load_state(
-        {name: file.read(name) for name in file.tensors}, num_steps=_state(folder)["optimizer_steps"], source=str(folder)
-    )
+    state = {name: file.read(name) for name in file.tensors}
+    optimizer.load_state(state, num_steps=_state(folder)["optimizer_steps"], source=str(folder))
 
 
 def _digests(folder: Path) -> dict[str, str]:

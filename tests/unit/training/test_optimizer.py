@@ -38,8 +38,8 @@ def test_three_steps_equal_textbook_adamw_with_clipping():
     settings = AdamWSettings(beta1=0.9, beta2=0.95, epsilon=1e-8, weight_decay=0.1, max_grad_norm=1.0)
     optimizer = Optimizer(params.items(), settings)
     weights = {name: p.numpy().astype("float64") for name, p in params.items()}
-    first = {name: 0.0 for name in params}
-    second = {name: 0.0 for name in params}
+    first = dict.fromkeys(params, 0.0)
+    second = dict.fromkeys(params, 0.0)
     for t in range(1, 4):
         gradients = backward(params, rng)
         norm = math.sqrt(sum(float((g.astype("float64") ** 2).sum()) for g in gradients.values()))

@@ -1,0 +1,35 @@
+"""PyLayer of the tiled attention kernel.
+
+Shapes: B batch, S rows, X = query heads * head_dim, Y = key heads * head_dim, J = head_dim / 2, N query heads.
+"""
+
+from __future__ import annotations
+
+import paddle
+
+from erniekit.ops.cpu.library import library
+
+
+class Attention(paddle.autograd.PyLayer):
+    """Rotation of q and k, then attention under column bounds."""
+
+    @staticmethod
+    def forward(ctx, q_BSX, k_BSY, v_BSY, cos_BSJ, sin_BSJ, end_rows_BS, head_dim: int):
+        ctx.wanted = [not t.stop_gradient for t in (q_BSX, k_BSY, v_BSY)]
+        b, s = q_BSX.shape[:2]
+        ctx.sizes = (b, s, q_BSX.shape[2] // head_dim, k_BSY.shape[2] // head_dim, head_dim)
+        v, cos, sin = v_BSY.contiguous(), cos_BSJ.contiguous(), sin_BSJ.contiguous()
+        ends = end_rows_BS.astype("int32").contiguous()
+        q_turned, k_turned, out = (paddle.empty(t.shape, "float32") for t in (q_BSX, k_BSY, q_BSX))
+        log_sums_BNS = paddle.empty([b, ctx.sizes[2], s], "float32")
+        inputs = (q_BSX.contiguous(), k_BSY.contiguous(), v, cos, sin, ends)
+        library().call("attention_forward", *inputs, q_turned, k_turned, out, log_sums_BNS, *ctx.sizes)
+        ctx.save_for_backward(q_turned, k_turned, v, cos, sin, ends, out, log_sums_BNS)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad_BSX):
+        saved = ctx.saved_tensor()
+        grads = [paddle.empty_like(t) for t in saved[:3]]
+        library().call("attention_backward", *saved, grad_BSX.contiguous(), *grads, *ctx.sizes)
+        return (*(made if wanted else None for made, wanted in zip(grads, ctx.wanted)), None, None, None)

@@ -1,0 +1,85 @@
+// Cross-entropy of a linear head over chunks of tokens; ignored tokens cost nothing.
+#include "common.h"
+
+namespace {
+
+constexpr int64_t kIgnored = -100;
+
+struct Softmax {
+    float log_sum;
+    Size best;
+};
+
+// Turns a row of logits into exp(logits - max) / sum, the gradient of log_sum.
+Softmax softmax(float* logits, Size vocab) {
+    float top = -std::numeric_limits<float>::infinity(), sum = 0;
+#pragma omp simd reduction(max : top)
+    for (Size i = 0; i < vocab; ++i) top = std::max(top, logits[i]);
+    const Size best = std::find(logits, logits + vocab, top) - logits;
+#pragma omp simd reduction(+ : sum)
+    for (Size i = 0; i < vocab; ++i) {
+        logits[i] = exponential(logits[i] - top);
+        sum += logits[i];
+    }
+    const float scale = 1.0f / sum;
+#pragma omp simd
+    for (Size i = 0; i < vocab; ++i) logits[i] *= scale;
+    return {top + std::log(sum), best};
+}
+
+}  // namespace
+
+// Writes per-token losses and whether the label is the best token; with gradient pointers, the gradients of the sum.
+// weight is [vocab, size] if vocab_first, else [size, vocab]. Returns the index of a label outside the vocabulary, or -1.
+EXPORT Size cross_entropy(const float* hidden, const float* weight, const float* bias, const int64_t* labels,
+                          float* losses, bool* correct, float* grad_hidden, float* grad_weight, float* grad_bias,
+                          Size tokens, Size size, Size vocab, Size vocab_first, Size chunk) {
+    Threads threads;
+    std::vector<Size> trained;
+    for (Size m = 0; m < tokens; ++m) {
+        losses[m] = 0, correct[m] = false;
+        if (labels[m] == kIgnored) continue;
+        if (labels[m] < 0 || labels[m] >= vocab) return m;
+        trained.push_back(m);
+    }
+    if (grad_hidden) std::fill_n(grad_hidden, tokens * size, 0.0f);
+    if (grad_weight) std::fill_n(grad_weight, vocab * size, 0.0f);
+    if (grad_bias) std::fill_n(grad_bias, vocab, 0.0f);
+    chunk = std::min<Size>(chunk, trained.size());
+    auto x = scratch(chunk * size), logits = scratch(chunk * vocab);
+    const Size stride = vocab_first ? size : vocab;
+    for (Size start = 0; start < Size(trained.size()); start += chunk) {
+        const Size rows = std::min<Size>(chunk, trained.size() - start);
+        const Size* token = trained.data() + start;
+#pragma omp parallel for
+        for (Size r = 0; r < rows; ++r) {
+            std::copy_n(hidden + token[r] * size, size, x.get() + r * size);
+            if (bias) std::copy_n(bias, vocab, logits.get() + r * vocab);
+        }
+        matmul({x.get(), size}, {weight, stride, vocab_first != 0}, logits.get(), vocab, rows, vocab, size, bias ? 1 : 0);
+#pragma omp parallel for
+        for (Size r = 0; r < rows; ++r) {
+            float* row = logits.get() + r * vocab;
+            const Size label = labels[token[r]];
+            const float picked = row[label];
+            const Softmax made = softmax(row, vocab);
+            losses[token[r]] = made.log_sum - picked;
+            correct[token[r]] = made.best == label;
+            row[label] -= 1.0f;
+        }
+        if (grad_bias)
+            for (Size r = 0; r < rows; ++r)
+#pragma omp simd
+                for (Size i = 0; i < vocab; ++i) grad_bias[i] += logits[r * vocab + i];
+        if (grad_weight && vocab_first)
+            matmul(transposed(logits.get(), vocab), {x.get(), size}, grad_weight, size, vocab, size, rows, 1);
+        if (grad_weight && !vocab_first)
+            matmul(transposed(x.get(), size), {logits.get(), vocab}, grad_weight, vocab, size, vocab, rows, 1);
+        if (grad_hidden) {
+            matmul({logits.get(), vocab}, {weight, stride, !vocab_first}, x.get(), size, rows, size, vocab);
+#pragma omp parallel for
+            for (Size r = 0; r < rows; ++r) std::copy_n(x.get() + r * size, size, grad_hidden + token[r] * size);
+        }
+    }
+    return -1;
+}

@@ -1,0 +1,131 @@
+// Routed experts: sort rows by expert, copy them there, one gated MLP per expert, and back with weights.
+//
+// T routed rows = tokens * choices; place[t] is the sorted row of routed row t; token[r] the token of sorted row r.
+#include "common.h"
+
+// A stable counting sort of the routed rows by expert.
+EXPORT void sort_by_expert(const int64_t* experts, int64_t* token, int64_t* place, int64_t* counts, Size routed,
+                           Size choices, Size num_experts) {
+    std::fill(counts, counts + num_experts, 0);
+    for (Size t = 0; t < routed; ++t) ++counts[experts[t]];
+    std::vector<int64_t> next(num_experts, 0);
+    for (Size e = 1; e < num_experts; ++e) next[e] = next[e - 1] + counts[e - 1];
+    for (Size t = 0; t < routed; ++t) {
+        place[t] = next[experts[t]]++;
+        token[place[t]] = t / choices;
+    }
+}
+
+// y[r] = x[token[r]]
+EXPORT void permute(const float* x, const int64_t* token, float* y, Size routed, Size size) {
+    Threads threads;
+#pragma omp parallel for
+    for (Size r = 0; r < routed; ++r) std::copy_n(x + token[r] * size, size, y + r * size);
+}
+
+// y[m] = sum over c of weights[m, c] * x[place[m, c]]; without weights, a plain sum.
+EXPORT void combine(const float* x, const float* weights, const int64_t* place, float* y, Size tokens, Size choices,
+                    Size size) {
+    Threads threads;
+#pragma omp parallel for
+    for (Size m = 0; m < tokens; ++m) {
+        float* out = y + m * size;
+        std::fill(out, out + size, 0.0f);
+        for (Size c = m * choices; c < (m + 1) * choices; ++c) {
+            const float* in = x + place[c] * size;
+            const float weight = weights ? weights[c] : 1.0f;
+#pragma omp simd
+            for (Size i = 0; i < size; ++i) out[i] += weight * in[i];
+        }
+    }
+}
+
+EXPORT void combine_backward(const float* x, const float* weights, const int64_t* place, const float* grad,
+                             float* grad_x, float* grad_weights, Size tokens, Size choices, Size size) {
+    Threads threads;
+#pragma omp parallel for
+    for (Size m = 0; m < tokens; ++m) {
+        const float* g = grad + m * size;
+        for (Size c = m * choices; c < (m + 1) * choices; ++c) {
+            const float *in = x + place[c] * size, weight = weights[c];
+            float* out = grad_x + place[c] * size;
+            float dot = 0;
+#pragma omp simd reduction(+ : dot)
+            for (Size i = 0; i < size; ++i) {
+                dot += g[i] * in[i];
+                out[i] = weight * g[i];
+            }
+            grad_weights[c] = dot;
+        }
+    }
+}
+
+namespace {
+
+// act[r] = silu(gate) * up of the rows [gate | up].
+void activate(const float* gate_up, float* act, Size rows, Size width) {
+#pragma omp parallel for
+    for (Size row = 0; row < rows; ++row) {
+        const float *gate = gate_up + row * 2 * width, *up = gate + width;
+#pragma omp simd
+        for (Size i = 0; i < width; ++i) act[row * width + i] = gate[i] * sigmoid(gate[i]) * up[i];
+    }
+}
+
+// From the gradient of act in `grad_act` to that of [gate | up]; `act` is made again for the gradient of down.
+void activate_backward(const float* gate_up, const float* grad_act, float* act, float* grad_gate_up, Size rows,
+                       Size width) {
+#pragma omp parallel for
+    for (Size row = 0; row < rows; ++row) {
+        const float *gate = gate_up + row * 2 * width, *up = gate + width, *g = grad_act + row * width;
+        float *grad_gate = grad_gate_up + row * 2 * width, *grad_up = grad_gate + width;
+#pragma omp simd
+        for (Size i = 0; i < width; ++i) {
+            const float sigma = sigmoid(gate[i]), silu = gate[i] * sigma;
+            act[row * width + i] = silu * up[i];
+            grad_gate[i] = g[i] * up[i] * (sigma + silu * (1.0f - sigma));
+            grad_up[i] = g[i] * silu;
+        }
+    }
+}
+
+}  // namespace
+
+// gate_up [E, size, 2 * width], down [E, width, size]; hidden [T, 2 * width] is kept for backward.
+EXPORT void experts_forward(const float* x, const float* gate_up, const float* down, const int64_t* counts,
+                            float* hidden, float* y, Size num_experts, Size size, Size width) {
+    Threads threads;
+    auto act = scratch(*std::max_element(counts, counts + num_experts) * width);
+    for (Size e = 0; e < num_experts; ++e) {
+        const Size rows = counts[e];
+        matmul({x, size}, {gate_up, 2 * width}, hidden, 2 * width, rows, 2 * width, size);
+        activate(hidden, act.get(), rows, width);
+        matmul({act.get(), width}, {down, size}, y, size, rows, size, width);
+        x += rows * size, y += rows * size, hidden += rows * 2 * width;
+        gate_up += size * 2 * width, down += width * size;
+    }
+}
+
+EXPORT void experts_backward(const float* x, const float* gate_up, const float* down, const int64_t* counts,
+                             const float* hidden, const float* grad, float* grad_x, float* grad_gate_up,
+                             float* grad_down, Size num_experts, Size size, Size width) {
+    Threads threads;
+    const Size most = *std::max_element(counts, counts + num_experts) * width;
+    auto act = scratch(most), grad_act = scratch(most), grad_hidden = scratch(2 * most);
+    for (Size e = 0; e < num_experts; ++e) {
+        const Size rows = counts[e], offset = e * size * width;
+        matmul({grad, size}, transposed(down + offset, size), grad_act.get(), width, rows, width, size);
+        activate_backward(hidden, grad_act.get(), act.get(), grad_hidden.get(), rows, width);
+        if (grad_down)
+            matmul(transposed(act.get(), width), {grad, size}, grad_down + offset, size, width, size, rows);
+        if (grad_gate_up)
+            matmul(transposed(x, size), {grad_hidden.get(), 2 * width}, grad_gate_up + 2 * offset, 2 * width, size,
+                   2 * width, rows);
+        if (grad_x) {
+            matmul({grad_hidden.get(), 2 * width}, transposed(gate_up + 2 * offset, 2 * width), grad_x, size, rows,
+                   size, 2 * width);
+            grad_x += rows * size;
+        }
+        x += rows * size, grad += rows * size, hidden += rows * 2 * width;
+    }
+}

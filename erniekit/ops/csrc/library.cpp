@@ -1,0 +1,7 @@
+// The one unit that is compiled: all kernels and their set-up.
+#include "attention.cpp"
+#include "cross_entropy.cpp"
+#include "dense.cpp"
+#include "experts.cpp"
+
+EXPORT void set_up(Sgemm sgemm, int threads) { settings = {sgemm, threads}; }

@@ -1,0 +1,141 @@
+"""What `check` lists and what a verb refuses."""
+
+import pytest
+
+from erniekit.base.errors import ConfigError
+from erniekit.config.load import load_config
+from erniekit.config.readiness import (
+    absent_files,
+    not_built,
+    not_checked_here,
+    require_built,
+    require_files,
+    require_ready,
+)
+
+
+def refused(judge, config, *arguments):
+    with pytest.raises(ConfigError) as caught:
+        judge(config, *arguments)
+    return caught.value.problems
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("stage", "DPO"), ("stage", "vl-sft"), ("stage", "KTO"), ("fine_tuning", "LoRA"), ("compute_type", "fp8"),
+        ("compute_type", "wint4/8"), ("lr_scheduler_type", "polynomial"), ("mix_strategy", "interleave_over"),
+        ("train_dataset_type", "alpaca"), ("train_dataset_type", "erniekit,messages"), ("optim", "muon"),
+        ("attention_probs_dropout_prob", 0.1), ("layerwise_lr_decay_bound", 0.5), ("freeze_config", "freeze_vision"),
+        ("moe_gate_lr_ratio", 0.01), ("use_lowprecision_moment", True), ("train_emb_only", 1), ("use_cls", False),
+        ("ignore_data_skip", True), ("expert_max_capacity", 128), ("load_best_model_at_end", True),
+        ("continue_training", False), ("skip_data_intervals", [[1, 2]]), ("chat_template", "ernie_vl_thinking"),
+    ],
+)  # fmt: skip
+def test_what_changes_results_and_is_not_built(key, value):
+    config = load_config({key: value, "train_dataset_path": "a,b", "max_steps": 1})
+    (line,) = not_built(config)
+    assert line.startswith(f"argument: {key}: ")
+    assert "not built" in line
+    assert refused(require_built, config) == [line]
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("tensor_parallel_degree", 1), ("pipeline_parallel_degree", -1), ("expert_parallel_degree", 0),
+        ("sequence_parallel", True), ("sharding", "stage1"), ("offload_optim", True), ("recompute", True),
+        ("layerwise_lr_decay_bound", 1.0), ("hidden_dropout_prob", 0), ("attention_probs_dropout_prob", "0.0"),
+        ("freeze_config", ""), ("moe_group", "mp"), ("amp_custom_white_list", "a,b"),
+        ("use_lowprecision_moment", False), ("train_emb_only", 0), ("moe_gate", "topk"), ("temperature", 0), ("temperature", None), ("beta", 0.3),
+        ("lora_rank", 32), ("use_cls", True),
+    ],
+)  # fmt: skip
+def test_what_asks_for_nothing_or_only_for_speed(key, value):
+    config = load_config({key: value})
+    assert not_built(config) == []
+    require_built(config)
+
+
+def test_a_degree_is_not_checked_here_and_refused_by_train():
+    config = load_config({"tensor_parallel_degree": 8, "sharding_parallel_degree": 2})
+    assert not_built(config) == []
+    assert not_checked_here(config) == [
+        "argument: tensor_parallel_degree: 8 needs 8 devices.",
+        "argument: sharding_parallel_degree: 2 needs 2 devices.",
+    ]
+    assert [line.rpartition(" ")[2] for line in refused(require_built, config)] == [
+        "tensor_parallel_degree=1.", "sharding_parallel_degree=1.",
+    ]  # fmt: skip
+
+
+def test_details_of_what_is_not_built_are_not_listed_apart():
+    keys = {
+        "stage": "DPO", "loss_type": "simpo", "beta": 2, "fine_tuning": "LoRA", "lora_rank": 32, "compute_type": "fp8",
+        "apply_hadamard": False,
+    }  # fmt: skip
+    assert [line.split(": ")[1] for line in not_built(load_config(keys))] == ["stage", "fine_tuning", "compute_type"]
+
+
+def test_everything_at_once():
+    config = load_config({"stage": "DPO", "model_name_or_path": "nowhere", "pipeline_parallel_degree": 2})
+    lines = refused(require_ready, config)
+    assert len(lines) == 5
+    for line, part in zip(lines, ("stage", "pipeline", "train_dataset_path", "output_dir", "nowhere"), strict=True):
+        assert part in line
+
+
+def test_each_verb_judges_what_it_reads():
+    config = load_config({"temperature": 0.7, "attention_probs_dropout_prob": 0.1, "tensor_parallel_degree": 2})
+    assert [line.split(": ")[1] for line in refused(require_built, config, "chat")] == ["temperature"]
+    assert "temperature" not in str(refused(require_built, config, "train"))
+    require_built(load_config({"tensor_parallel_degree": 2, "attention_probs_dropout_prob": 0.1}), "export")
+
+
+def test_absent_files(tmp_path):
+    (tmp_path / "there.jsonl").write_text("")
+    (tmp_path / "model").mkdir()
+    config = load_config(
+        {
+            "model_name_or_path": tmp_path / "model",
+            "train_dataset_path": f"{tmp_path}/there.jsonl,{tmp_path}/no.jsonl",
+            "eval_dataset_path": tmp_path / "no2.jsonl",
+            "mix_strategy": "concat",
+            "output_dir": "x",
+        }
+    )
+    expected = [
+        f"argument: train_dataset_path: '{tmp_path}/no.jsonl' is not here.",
+        f"argument: eval_dataset_path: '{tmp_path}/no2.jsonl' is not here.",
+    ]
+    assert absent_files(config) == not_checked_here(config) == refused(require_files, config) == expected
+
+
+def test_what_train_needs():
+    lines = refused(require_files, load_config({}))
+    assert [line.partition(" ")[0] for line in lines] == ["model_name_or_path", "train_dataset_path", "output_dir"]
+
+
+@pytest.mark.parametrize(
+    ("model", "hub", "command"),
+    [
+        ("baidu/ERNIE-4.5-0.3B-PT", None, "hf download baidu/ERNIE-4.5-0.3B-PT --local-dir baidu/ERNIE-4.5-0.3B-PT"),
+        ("baidu/ERNIE-4.5-VL-28B-A3B-Paddle/", "modelscope",
+         "modelscope download --model baidu/ERNIE-4.5-VL-28B-A3B-Paddle --local_dir baidu/ERNIE-4.5-VL-28B-A3B-Paddle"),
+        ("/models/ERNIE-4.5-0.3B-PT", "aistudio",
+         "aistudio download --model baidu/ERNIE-4.5-0.3B-PT --local_dir /models/ERNIE-4.5-0.3B-PT"),
+        ("./mine", None, "Make one with `erniekit init`, or download one: "
+         "hf download baidu/ERNIE-4.5-0.3B-PT --local-dir ./mine"),
+    ],
+)  # fmt: skip
+def test_a_missing_model_names_the_download_command(model, hub, command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (line,) = absent_files(load_config({"model_name_or_path": model, "download_hub": hub}))
+    assert line.endswith(command)
+
+
+def test_a_local_folder_is_not_taken_for_a_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "output").mkdir()
+    (line,) = absent_files(load_config({"model_name_or_path": "output/base"}))
+    assert "erniekit init" in line

@@ -1,0 +1,124 @@
+"""What holds between keys, and what the user is told."""
+
+import pytest
+
+from erniekit.base.errors import ConfigError
+from erniekit.config.load import load_config
+
+
+def problem(**keys):
+    with pytest.raises(ConfigError) as caught:
+        load_config(keys)
+    (text,) = caught.value.problems
+    return text
+
+
+def notices(**keys):
+    return load_config(keys).notices
+
+
+def test_a_positive_max_steps_beats_epochs_with_one_notice():
+    assert notices(max_steps=5, num_train_epochs=3) == ("max_steps: 5 beats num_train_epochs: 3.0",)
+    assert notices(max_steps=-1, num_train_epochs=3) == ()
+    assert notices(max_steps=5) == ()
+
+
+def test_warmup():
+    assert notices(warmup_steps=5, warmup_ratio=0.1) == ("warmup_steps: 5 beats warmup_ratio: 0.1",)
+    assert notices(warmup_steps=20, max_steps=10) == ("warmup_steps: 20 is longer than the run (max_steps: 10)",)
+    assert notices(warmup_steps=20, max_steps=20) == ()
+
+
+def test_fine_tuning_is_not_guessed_in_silence():
+    (text,) = notices(train_dataset_path="a.jsonl")
+    assert "Full" in text
+    assert "ERNIEKit would train LoRA" in text
+    assert notices(train_dataset_path="a.jsonl", fine_tuning="Full") == ()
+
+
+def test_an_evaluation_of_nothing_is_named():
+    (text,) = notices(evaluation_strategy="steps")
+    assert "eval_dataset_path is not set" in text
+    assert notices(evaluation_strategy="steps", eval_dataset_path="a.jsonl") == ()
+    assert notices(evaluation_strategy="no") == ()
+
+
+def test_speed_keys_share_one_notice():
+    (text,) = notices(offload_optim=True, amp_custom_white_list=None, fuse_rope=1, sharding="stage1", recompute=True)
+    assert text.startswith("accepted and not acted on in this version")
+    assert text.endswith(": sharding, fuse_rope, offload_optim")
+
+
+def test_speed_keys_that_ask_for_nothing_are_not_named():
+    assert notices(offload_optim=False, fuse_rope="false", dataloader_num_workers=0, virtual_pp_degree=1) == ()
+
+
+def test_keys_without_effect_share_one_notice():
+    assert notices(stage="SFT", beta=0.1, loss_type="hinge", lora_rank=32, scale_loss=4096, apply_hadamard=True) == (
+        "without effect here: scale_loss; apply_hadamard (with compute_type: bf16); lora_rank (with fine_tuning: Full); "
+        "loss_type, beta (with stage: SFT)",
+    )
+
+
+def test_idle_keys_without_effect_are_not_named():
+    assert notices(reference_free=False, do_train=True, train_dataset_prob="1.0", rslora=False) == ()
+
+
+def test_recomputed_part_needs_recomputation():
+    assert "recompute_granularity (with recompute: false)" in notices(recompute_granularity="full_attn")[0]
+    assert notices(recompute_granularity="full_attn", recompute=True) == ()
+
+
+@pytest.mark.parametrize(
+    ("keys", "parts"),
+    [
+        ({"train_dataset_path": "a,b,c", "train_dataset_prob": "0.5,0.5", "max_steps": 5}, ("2 values", "has 3")),
+        ({"eval_dataset_path": "a,b", "eval_dataset_type": "erniekit,text,text"}, ("3 values", "has 2")),
+        ({"train_dataset_path": "a,b", "train_dataset_prob": "1.5,-0.5", "max_steps": 5}, ("negative",)),
+        ({"train_dataset_path": "a,b", "train_dataset_prob": "0,0", "max_steps": 5}, ("above 0",)),
+    ],
+)
+def test_shares(keys, parts):
+    text = problem(**keys)
+    assert all(part in text for part in parts)
+    assert "argument" in text
+
+
+def test_one_type_serves_all_files():
+    config = load_config({"train_dataset_path": "a,b", "train_dataset_type": "erniekit", "max_steps": 5})
+    assert config.data.train_dataset_type == ["erniekit"]
+
+
+def test_learning_rates():
+    text = problem(learning_rate=1e-6, min_lr=1e-5)
+    assert "min_lr: 1e-05 (argument)" in text
+    assert "learning_rate: 1e-06 (argument)" in text
+    assert load_config({"learning_rate": 5e-7, "min_lr": 5e-7}).train.min_lr == 5e-7
+    load_config({"learning_rate": 1e-6, "min_lr": 1e-5, "lr_scheduler_type": "constant_with_warmup"})
+
+
+def test_mixing_follows_the_number_of_files():
+    one, two = load_config({"train_dataset_path": "a"}), load_config({"train_dataset_path": "a,b", "max_steps": 1})
+    assert (one.data.mix_strategy, two.data.mix_strategy) == ("concat", "random")
+    assert two.origins["mix_strategy"] == "default for 2 train_dataset_path"
+    assert not two.given("mix_strategy")
+
+
+def test_drawing_rows_needs_an_end():
+    text = problem(train_dataset_path="a,b")
+    for part in ("mix_strategy: random (default for 2 train_dataset_path)", "max_steps: -1 (default)", "concat"):
+        assert part in text
+    for end in ({"max_steps": 5}, {"num_samples_each_epoch": 100}, {"mix_strategy": "concat"}):
+        load_config({"train_dataset_path": "a,b", **end})
+    load_config({"eval_dataset_path": "a,b", "mix_strategy": "random"})  # an evaluation draws nothing
+
+
+def test_evaluation_batches_follow_training_batches():
+    config = load_config({"batch_size": 3})
+    assert config.train.per_device_eval_batch_size == 3
+    assert config.origins["per_device_eval_batch_size"] == "default: batch_size"
+    assert load_config({"batch_size": 3, "per_device_eval_batch_size": 1}).train.per_device_eval_batch_size == 1
+
+
+def test_an_unreadable_value_gives_no_second_problem():
+    assert problem(learning_rate="quick", min_lr=1e-3) == "argument: learning_rate: quick is not a number"
