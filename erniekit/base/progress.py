@@ -11,7 +11,8 @@ class ByteProgress:
     """Call with (done, total) as often as you like, inside a `with`."""
 
     def __init__(self, label: str) -> None:
-        self._label, self._bar = label, None
+        self._label = label
+        self._bar: Any = None
 
     def __enter__(self) -> ByteProgress:
         return self

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import pickle
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from erniekit.base.errors import CheckpointError
 # paddle.save adds this table of parameter names beside the tensors.
 _NAME_TABLE = "StructuredToParameterName@@"
 # What unpickling damaged bytes raises besides its own error.
-_BROKEN = (ValueError, TypeError, AttributeError, IndexError, KeyError, OverflowError, MemoryError, ImportError)
+_BROKEN = (ValueError, TypeError, AttributeError, IndexError, KeyError, OverflowError, MemoryError, struct.error)
 _FORMATS: dict[str, np.dtype] = {"f4": np.dtype("<f4"), "u2": np.dtype("<u2")}
 
 

@@ -33,7 +33,7 @@ def show(arguments: Arguments) -> None:
     rows = [
         (name, _shown(config, name), config.origins[name])
         for name in KEYS
-        if "changed" not in arguments.flags or config.value(name) != KEYS[name].default
+        if "changed" not in arguments.flags or config.given(name)
     ]
     widths = [min(max((len(row[column]) for row in rows), default=0), 48) for column in (0, 1)]
     for name, value, origin in rows:

@@ -3,7 +3,7 @@ hand it to a recipe, which says its notices."""
 
 from __future__ import annotations
 
-from pathlib import Path
+import os
 
 from erniekit.cli.arguments import LAYOUTS, Arguments
 from erniekit.config.load import load_config
@@ -39,8 +39,8 @@ def export(arguments: Arguments) -> None:
 
 def chat(arguments: Arguments) -> None:
     """Talk to a model folder, or to the model of a config."""
-    place = Path(arguments.places[0])
-    is_folder = place.is_dir()
+    place = arguments.places[0]
+    is_folder = os.path.isdir(place)
     config = load_config({"model_name_or_path": place} if is_folder else place, arguments.overrides)
     require_built(config, "chat")
     from erniekit.recipes.chat import chat

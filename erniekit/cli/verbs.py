@@ -87,7 +87,7 @@ VERBS = {
         ),
         Verb(
             "show", "the resolved config, each value with its origin", home="configs:show", places=("CFG",),
-            overrides=True, options=(Option("changed", "only values that are not defaults"),),
+            overrides=True, options=(Option("changed", "only what was set, not the defaults"),),
         ),
         Verb(
             "convert", "write a checkpoint folder in the other layout", home="folders:convert", places=("IN", "OUT"),

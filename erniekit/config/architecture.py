@@ -209,7 +209,8 @@ class _Reader:
     """Typed access to a config.json that collects problems instead of stopping at the first."""
 
     def __init__(self, values: dict[str, Any], source: str) -> None:
-        self.values, self.source, self.problems = values, source, []
+        self.values, self.source = values, source
+        self.problems: list[str] = []
 
     def problem(self, text: str) -> None:
         self.problems.append(f"{self.source}: {text}")

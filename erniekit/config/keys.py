@@ -71,9 +71,7 @@ class Key:
 
     def asks_for_nothing(self, value: Any) -> bool:
         """Whether setting the key to `value` is the same as not using what it offers."""
-        if value is None or (value is False and self.default is not True):
-            return True
-        return any(value == idle and isinstance(value, bool) == isinstance(idle, bool) for idle in self.idle)
+        return value is None or (value is False and self.default is not True) or value in self.idle
 
     def lacks(self, value: Any) -> bool:
         """Whether `value` asks for something that this version does not do."""

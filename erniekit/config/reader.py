@@ -48,7 +48,7 @@ def read_file(path: Path) -> list[Entry]:
         origin = f"{path}:{_line(name)}"
         if name.id != "scalar":
             raise ConfigError(f"{origin}: a key must be a word")
-        entries.append(Entry(name.value, _raw(value, str(path), seen), origin))
+        entries.append(Entry(_text(name, str(path)), _raw(value, str(path), seen), origin))
     return entries
 
 
@@ -63,10 +63,13 @@ def read_words(words: Iterable[str], problems: list[str]) -> list[Entry]:
     entries = []
     for word in words:
         name, equals, value = word.partition("=")
-        if equals and name:
-            entries.append(Entry(name.strip(), value, COMMAND_LINE))
-        else:
+        if not equals or not name:
             problems.append(f"{COMMAND_LINE}: {word!r} is not of the form key=value")
+            continue
+        try:
+            entries.append(Entry(values.checked(name.strip()), values.checked(value), COMMAND_LINE))
+        except values.Mismatch as error:
+            problems.append(f"{COMMAND_LINE}: {word!r} {error}")
     return entries
 
 
@@ -75,9 +78,9 @@ def read_mapping(mapping: Mapping[str, Any], problems: list[str]) -> list[Entry]
     entries = []
     for name, value in mapping.items():
         try:
-            entries.append(Entry(str(name), values.raw(value), ARGUMENT))
+            entries.append(Entry(values.checked(str(name)), values.raw(value), ARGUMENT))
         except values.Mismatch as error:
-            problems.append(f"{ARGUMENT}: {name}: {error}")
+            problems.append(f"{ARGUMENT}: {name}: {error}".encode(errors="backslashreplace").decode())
     return entries
 
 
@@ -101,13 +104,20 @@ def _raw(node: Any, source: str, seen: set[int]) -> values.Raw:
     """A node as texts, lists and mappings. A list or mapping may stand in one place only: a shared one could hold
     itself, or grow without bound."""
     if node.id == "scalar":
-        return node.value
+        return _text(node, source)
     if id(node) in seen:
         raise ConfigError(f"{source}:{_line(node)}: YAML anchors are understood for single values only; write it out")
     seen.add(id(node))
     if node.id == "sequence":
         return [_raw(item, source, seen) for item in node.value]
-    return {str(name.value): _raw(item, source, seen) for name, item in node.value}
+    return {_text(name, source): _raw(item, source, seen) for name, item in node.value}
+
+
+def _text(node: Any, source: str) -> str:
+    try:
+        return values.checked(str(node.value))
+    except values.Mismatch as error:
+        raise ConfigError(f"{source}:{_line(node)}: {error}") from None
 
 
 def _line(node: Any) -> int:

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import os
 
 from erniekit.base.errors import ConfigError
 from erniekit.config.keys import RESULTS
@@ -60,7 +60,7 @@ def absent_files(config: RunConfig, verb: str = "train") -> list[str]:
     for name in _FILES[verb]:
         value = config.value(name)
         for path in value if isinstance(value, list) else [value]:
-            if path and not Path(path).exists():
+            if path and not os.path.exists(path):
                 way_out = _way_to_model(path, config.model.download_hub) if name == "model_name_or_path" else ""
                 absent.append(f"{_place(config, name)}: '{path}' is not here.{way_out}")
     return absent
@@ -133,7 +133,7 @@ def _way_to_model(model: str, hub: str | None) -> str:
     """How to get a model into the folder that was named, as a hub's repository or as a path."""
     folder = model.rstrip("/")
     owner, _, name = folder.rpartition("/")
-    if owner and "/" not in owner and owner not in (".", "..", "~") and not Path(owner).exists():
+    if owner and "/" not in owner and owner not in (".", "..", "~") and not os.path.exists(owner):
         words, repository = "To download it", folder
     elif name.startswith("ERNIE-4.5-"):
         words, repository = "To download it", f"baidu/{name}"

@@ -18,7 +18,7 @@ def fill_defaults(values: dict[str, Any], origins: dict[str, str]) -> None:
     if values["mix_strategy"] is None:
         num_sources = len(values["train_dataset_path"] or ())
         values["mix_strategy"] = "random" if num_sources > 1 else "concat"
-        origins["mix_strategy"] = f"{DEFAULT} for {num_sources} train_dataset_path"
+        origins["mix_strategy"] = f"{DEFAULT} for {num_sources} training files"
     if values["per_device_eval_batch_size"] is None:
         values["per_device_eval_batch_size"] = values["batch_size"]
         origins["per_device_eval_batch_size"] = f"{DEFAULT}: batch_size"

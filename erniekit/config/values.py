@@ -31,19 +31,28 @@ class Mismatch(ValueError):
 
 def raw(value: Any) -> Raw:
     """A Python value as the texts that a file would hold."""
-    if value is None or isinstance(value, str):
-        return value
+    if value is None:
+        return None
+    if isinstance(value, str):
+        return checked(value)
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, (int, float)):
         return repr(value)
     if isinstance(value, PathLike):
-        return str(value)
+        return checked(str(value))
     if isinstance(value, Mapping):
-        return {str(name): raw(item) for name, item in value.items()}
+        return {checked(str(name)): raw(item) for name, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [raw(item) for item in value]
-    raise Mismatch(f"a {type(value).__name__} cannot be a setting")
+    raise Mismatch(f"a setting cannot be of type {type(value).__name__}")
+
+
+def checked(text: str) -> str:
+    """`text`, unless it has what no file name or message can hold: NUL or half a character."""
+    if "\0" in text or any(0xD800 <= ord(char) < 0xE000 for char in text):
+        raise Mismatch("holds a character that is no text")
+    return text
 
 
 def parse(value: Raw, kind: Any) -> Any:
@@ -74,14 +83,9 @@ def _parse_one(value: Raw, kind: Any) -> Any:
         return _list(value, *get_args(kind))
     if origin is dict:
         return _dict(value)
-    if not isinstance(value, str) or not _is_text(value):
+    if not isinstance(value, str):
         raise Mismatch
     return _SCALARS[kind](value)
-
-
-def _is_text(value: str) -> bool:
-    """False for what no file name or message can hold: NUL and half characters."""
-    return "\0" not in value and not any(0xD800 <= ord(char) < 0xE000 for char in value)
 
 
 def _int(text: str) -> int:
@@ -165,8 +169,6 @@ def _natural(value: Raw) -> Any:
             return read(value)
         except Mismatch:
             continue
-    if not _is_text(value):
-        raise Mismatch
     return value
 
 

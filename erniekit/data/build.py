@@ -11,7 +11,7 @@ import json
 import math
 from collections.abc import Iterator, Sequence
 
-from erniekit.base.errors import listed
+from erniekit.base.errors import ConfigError, listed
 from erniekit.config.data import DataConfig
 from erniekit.data.batch import Batch, Row, make_batches
 from erniekit.data.chat import Dialogue, Message, choose_template, require_base_format
@@ -138,8 +138,10 @@ def build_train_data(
     sources = list_sources(
         data.train_dataset_path, data.train_dataset_type, data.train_dataset_prob, stage=stage, key="train_dataset"
     )
-    store, ledger, summary = _read(sources, data, tokenizer, stage=stage, progress=progress)
     mix = data.mix_strategy or ("random" if len(sources) > 1 else "concat")
+    if mix not in ("random", "concat"):
+        raise ConfigError(f"mix_strategy '{mix}' is not built yet; random and concat are.")
+    store, ledger, summary = _read(sources, data, tokenizer, stage=stage, progress=progress)
     order: Concat | RandomMix = Concat(store.num_samples, seed, data.random_shuffle)
     if mix == "random":
         weights = tuple(source.weight for source in sources)

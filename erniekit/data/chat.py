@@ -62,7 +62,7 @@ class Encoded:
     @property
     def num_trained(self) -> int:
         """How many positions count in the loss."""
-        return sum(label != UNTRAINED for label in self.labels)
+        return len(self.labels) - self.labels.count(UNTRAINED)
 
 
 def named_template(name: str) -> str:
@@ -110,6 +110,7 @@ def encode_prompt(
 ) -> list[int]:
     """The ids of a conversation up to where the assistant speaks: those of the rendered text, as every server has them.
 
+    (`encode_dialogue` tokenises answers apart, so the first token of a past answer may differ from training.)
     Names of special tokens inside the messages stay text unless `allow_special`.
     """
     template = choose_template(tokenizer) if template is None else template

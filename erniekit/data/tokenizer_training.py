@@ -38,7 +38,7 @@ SPECIAL = (  # the ids after them
     "<|VIDEO_START|>",
     "<|VIDEO_END|>",
 )
-_RESERVED = "\0\t▁▅"  # sentencepiece's trainer skips lines with them or gives them a meaning
+_RESERVED = "▁▅"  # the trainer takes the first for a space and leaves out lines with the second
 _NUM_FIXED = 3 + len(DIGITS) + len(SPECIAL) + 256  # <unk> <s> </s>, ..., one piece per byte
 
 
@@ -122,7 +122,7 @@ def _strings_of_row(raw: bytes) -> list[str]:
         if isinstance(value, str):
             found.append(value)
         elif isinstance(value, list | dict):
-            pending += reversed(list(value.values()) if isinstance(value, dict) else value)
+            pending += value.values() if isinstance(value, dict) else value
     return found
 
 

@@ -33,28 +33,25 @@ class Positions:
 
 
 class KVCache:
-    """Rotated keys and values of one layer, [B, T, K, head_dim], grown in place by doubling."""
+    """Rotated keys and values of one layer, [B, T, K, head_dim], grown by doubling."""
 
     def __init__(self) -> None:
         self.length = 0
-        self._keys: paddle.Tensor | None = None
-        self._values: paddle.Tensor | None = None
+        self._held: list[paddle.Tensor] = []  # keys and values with room for more columns
 
     def append(self, k_BSKd: paddle.Tensor, v_BSKd: paddle.Tensor) -> tuple[paddle.Tensor, paddle.Tensor]:
         """Add S columns; returns all columns so far."""
         b, s, heads, d = k_BSKd.shape
-        end = self.length + s
-        if self._keys is None or end > self._keys.shape[1]:
-            room = max(2 * end, 64)
-            keys, values = (paddle.zeros([b, room, heads, d], x.dtype) for x in (k_BSKd, v_BSKd))
-            if self._keys is not None:
-                keys[:, : self.length] = self._keys[:, : self.length]
-                values[:, : self.length] = self._values[:, : self.length]
-            self._keys, self._values = keys, values
-        self._keys[:, self.length : end] = k_BSKd
-        self._values[:, self.length : end] = v_BSKd
+        start, end = self.length, self.length + s
+        if not self._held or end > self._held[0].shape[1]:
+            grown = [paddle.zeros([b, max(2 * end, 64), heads, d], k_BSKd.dtype) for _ in range(2)]
+            for new, old in zip(grown, self._held, strict=bool(self._held)):
+                new[:, :start] = old[:, :start]
+            self._held = grown
+        for held, added in zip(self._held, (k_BSKd, v_BSKd), strict=True):
+            held[:, start:end] = added
         self.length = end
-        return self._keys[:, :end], self._values[:, :end]
+        return self._held[0][:, :end], self._held[1][:, :end]
 
 
 class CoreAttention(nn.Layer):

@@ -25,6 +25,12 @@ class Routing(NamedTuple):
     weights_MK: paddle.Tensor  # fp32, normalised over K
 
 
+def _text(value: int | tuple[int, int]) -> int:
+    """A size of a text model, where it is one number (vision-language models have two)."""
+    assert isinstance(value, int)
+    return value
+
+
 class MoEStatics(nn.Layer):
     """The correction bias: it selects experts, has no gradient, and is saved with the model."""
 
@@ -39,7 +45,7 @@ class Router(nn.Layer):
     def __init__(self, cfg: ErnieConfig) -> None:
         super().__init__()
         self.experts_per_token, self.norm_min = cfg.moe_k, cfg.moe_norm_min
-        self.weight = parameter(self, [cfg.hidden_size, cfg.moe_num_experts], dtype="float32")
+        self.weight = parameter(self, [cfg.hidden_size, _text(cfg.moe_num_experts)], dtype="float32")
 
     def forward(self, x_MD: paddle.Tensor, bias_1E: paddle.Tensor) -> Routing:
         """Choose K experts per token."""
@@ -56,7 +62,7 @@ class Experts(nn.Layer):
 
     def __init__(self, cfg: ErnieConfig, *, dtype: str) -> None:
         super().__init__()
-        e, d, i = cfg.moe_num_experts, cfg.hidden_size, cfg.moe_intermediate_size
+        e, d, i = _text(cfg.moe_num_experts), cfg.hidden_size, _text(cfg.moe_intermediate_size)
         self.gate_up_proj = parameter(self, [e, d, 2 * i], dtype=dtype)
         self.down_proj = parameter(self, [e, i, d], dtype=dtype)
 
@@ -81,7 +87,7 @@ class MoE(nn.Layer):
     def __init__(self, cfg: ErnieConfig, *, dtype: str) -> None:
         super().__init__()
         self.gate = Router(cfg)
-        self.moe_statics = MoEStatics(cfg.moe_num_experts)
+        self.moe_statics = MoEStatics(_text(cfg.moe_num_experts))
         self.experts = Experts(cfg, dtype=dtype)
         self.dispatcher = LocalDispatcher()
         self.shared_experts = None

@@ -11,6 +11,7 @@ import paddle.nn.functional as F
 
 from erniekit.ops.cpu import cross_entropy as cpu
 from erniekit.ops.dispatch import backend
+from erniekit.ops.gradients import only, wanted
 
 CHUNK_TOKENS = 512
 IGNORED = -100
@@ -40,17 +41,15 @@ class _LinearCrossEntropy(paddle.autograd.PyLayer):
             grad_weight += paddle.matmul(left, right, transpose_x=True)
             if ctx.has_bias:
                 grad_bias += grad.sum(0)
-        ctx.need_grad = need_grad
+        ctx.wanted = wanted(hidden_MD, weight, *([bias_V] if ctx.has_bias else []), labels_M)
         if need_grad:
             ctx.save_for_backward(paddle.concat(grad_hidden), grad_weight, grad_bias)
         return total
 
     @staticmethod
     def backward(ctx, grad_total):
-        assert ctx.need_grad
-        grad_hidden, grad_weight, grad_bias = ctx.saved_tensor()
-        out = (grad_hidden * grad_total.astype(grad_hidden.dtype), grad_weight * grad_total.astype(grad_weight.dtype))
-        return (*out, grad_bias * grad_total.astype(grad_bias.dtype)) if ctx.has_bias else out
+        grads = [x * grad_total.astype(x.dtype) for x in ctx.saved_tensor() if x is not None]
+        return only(ctx.wanted, (*grads, None))
 
 
 def head_logits(hidden: paddle.Tensor, weight: paddle.Tensor, bias_V: paddle.Tensor | None, *, vocab_first: bool) -> paddle.Tensor:
@@ -64,7 +63,7 @@ def linear_cross_entropy_plain(
     vocab_first: bool, bias_V: paddle.Tensor | None = None,
 ) -> paddle.Tensor:  # fmt: skip
     """The plain twin of `linear_cross_entropy`."""
-    need_grad = paddle.is_grad_enabled() and not (hidden_MD.stop_gradient and weight.stop_gradient)
+    need_grad = paddle.is_grad_enabled() and any(wanted(hidden_MD, weight, bias_V))
     return _LinearCrossEntropy.apply(hidden_MD, weight, bias_V, labels_M, vocab_first, need_grad)
 
 

@@ -14,6 +14,7 @@ import paddle.nn.functional as F
 
 from erniekit.ops.cpu import experts
 from erniekit.ops.dispatch import backend
+from erniekit.ops.gradients import only, wanted
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ class _Combine(paddle.autograd.PyLayer):
     @staticmethod
     def forward(ctx, y_TD, weights_MC, order: Order):
         m, c = order.place_MC.shape
-        ctx.order = order
+        ctx.order, ctx.wanted = order, wanted(y_TD, weights_MC)
         ctx.save_for_backward(y_TD, weights_MC)
         chosen_MCD = paddle.gather(y_TD, order.place_MC.reshape([-1])).reshape([m, c, -1])
         return paddle.matmul(weights_MC.unsqueeze(1), chosen_MCD).squeeze(1)
@@ -85,7 +86,8 @@ class _Combine(paddle.autograd.PyLayer):
         chosen_MCD = paddle.gather(y_TD, place_T).reshape([m, c, -1])
         grad_weights = paddle.matmul(chosen_MCD, grad_MD.unsqueeze(-1)).squeeze(-1)
         row_weight_T1 = paddle.scatter(paddle.empty_like(weights_MC).reshape([-1]), place_T, weights_MC.reshape([-1]))
-        return paddle.gather(grad_MD, ctx.order.token_T) * row_weight_T1.unsqueeze(-1), grad_weights
+        grad_y = paddle.gather(grad_MD, ctx.order.token_T) * row_weight_T1.unsqueeze(-1)
+        return only(ctx.wanted, (grad_y, grad_weights))
 
 
 def combine_plain(y_TD: paddle.Tensor, weights_MC: paddle.Tensor, order: Order) -> paddle.Tensor:
@@ -103,7 +105,7 @@ def combine(y_TD: paddle.Tensor, weights_MC: paddle.Tensor, order: Order) -> pad
 class _GroupedMLP(paddle.autograd.PyLayer):
     @staticmethod
     def forward(ctx, x_TD, gate_up_ED2I, down_EID, counts: list[int]):
-        ctx.counts = counts
+        ctx.counts, ctx.wanted = counts, wanted(x_TD, gate_up_ED2I, down_EID)
         ctx.save_for_backward(x_TD, gate_up_ED2I, down_EID)
         out, start = [], 0
         for expert, count in enumerate(counts):
@@ -132,7 +134,8 @@ class _GroupedMLP(paddle.autograd.PyLayer):
                 grad_gate_up[expert] = paddle.matmul(x, grad_both, transpose_x=True)
                 grad_x.append(paddle.matmul(grad_both, gate_up_ED2I[expert], transpose_y=True))
             start += count
-        return paddle.concat(grad_x) if grad_x else paddle.zeros_like(x_TD), grad_gate_up, grad_down
+        grad_x_TD = paddle.concat(grad_x) if grad_x else paddle.zeros_like(x_TD)
+        return only(ctx.wanted, (grad_x_TD, grad_gate_up, grad_down))
 
 
 def grouped_mlp_plain(

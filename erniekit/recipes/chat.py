@@ -48,6 +48,7 @@ def _model_of(cfg: RunConfig) -> Path:
     if trained and (trained / "config.json").is_file():
         return trained
     require_files(cfg, "chat")
+    assert cfg.model.model_name_or_path  # require_files saw to it
     notice(f"no finished run in output_dir; answering with {cfg.model.model_name_or_path}.")
     return Path(cfg.model.model_name_or_path)
 

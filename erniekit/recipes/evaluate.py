@@ -23,6 +23,7 @@ def evaluate(cfg: RunConfig) -> dict[str, float]:
     require_files(cfg, "eval")
     for text in cfg.notices:
         notice(text)
+    assert cfg.model.model_name_or_path  # require_files saw to it
     folder = Folder.open(cfg.model.model_name_or_path)
     tokenizer = Tokenizer.from_folder(folder.path)
     tokenizer.check_vocab(folder.config.vocab_size)

@@ -14,6 +14,7 @@ def export(cfg: RunConfig, *, to: str = "pt", out: str | Path | None = None) -> 
     """Write the trained model with tokenizer, config and generation config; returns the new folder."""
     require_built(cfg, "export")
     require_files(cfg, "export")
+    assert cfg.train.output_dir  # require_files saw to it
     run = Path(cfg.train.output_dir)
     if not (run / "config.json").is_file():
         raise ConfigError(_unfinished(run))

@@ -46,7 +46,9 @@ def train_language_model(cfg: RunConfig) -> TrainResult:
     require_files(cfg)
     for text in cfg.notices:
         notice(text)
-    require_writable(Path(cfg.train.output_dir))
+    assert cfg.model.model_name_or_path and cfg.train.output_dir  # require_files saw to it
+    output_dir = Path(cfg.train.output_dir)
+    require_writable(output_dir)
     base = Folder.open(cfg.model.model_name_or_path)
     arch = architecture(base, cfg)
     tokenizer = Tokenizer.from_folder(base.path)
@@ -54,7 +56,7 @@ def train_language_model(cfg: RunConfig) -> TrainResult:
     data, eval_data = _read_data(cfg, tokenizer)
     rhythm = _rhythm(cfg, data)
     record = {"config": cfg.flat(), "data": data.fingerprint, "versions": _versions()}
-    folder = claim(cfg, record=record, total_steps=rhythm.total_steps)
+    folder = claim(output_dir, cfg, record=record, total_steps=rhythm.total_steps)
     try:
         if folder.finished:
             notice(
@@ -84,6 +86,7 @@ def _train(
         save_model(trained, path, layout, dtype="float32", base=base)
 
     def measure() -> dict[str, float]:
+        assert eval_data
         rows = cfg.train.per_device_eval_batch_size or cfg.train.batch_size
         return evaluate(model, eval_data.batches(rows), max_batches=cfg.train.max_evaluate_steps)
 

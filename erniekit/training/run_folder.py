@@ -54,13 +54,12 @@ def require_writable(path: Path) -> None:
         raise ConfigError(f"output_dir {path}: {nearest} cannot be written. Choose another output_dir.")
 
 
-def claim(cfg: RunConfig, *, record: dict[str, Any], total_steps: int) -> RunFolder:
-    """Decide what `output_dir` is to this run and take it.
+def claim(path: Path, cfg: RunConfig, *, record: dict[str, Any], total_steps: int) -> RunFolder:
+    """Decide what the output folder `path` is to this run and take it.
 
     `record` is what identifies the run: {"config": flat config, "data": fingerprint, ...}. Raises ConfigError if the
     folder belongs to another run or process.
     """
-    path = Path(cfg.train.output_dir)
     with writing(path):
         path.mkdir(parents=True, exist_ok=True)
         lock = _take_lock(path)

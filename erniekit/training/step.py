@@ -78,7 +78,7 @@ def train_step(
     """
     started = time.perf_counter()
     totals = Totals.of(batches, row_length=row_length)
-    loss, parts = 0.0, {}
+    loss, parts = 0.0, dict[str, float]()
     for batch in batches:
         made = objective(model, batch, totals)
         made.total.backward()

@@ -315,3 +315,27 @@ def test_kill_9_at_any_moment_then_the_same_command_gives_the_same_bits(bench, r
     whole = tmp_path / "whole"
     run("train", bench.config(whole, **keys))
     assert digests(out, 40) == digests(whole, 40) and losses(out) == losses(whole)
+
+
+def test_a_terminal_shows_a_bar_with_loss_speed_and_time_left(bench, tmp_path):
+    import fcntl
+    import pty
+    import struct
+    import termios
+
+    config, root = bench.config(tmp_path / "out", max_steps=3), Path(__file__).parents[2]
+    child, terminal = pty.fork()
+    if child == 0:
+        os.chdir(root)
+        os.execv(sys.executable, [sys.executable, "-m", "erniekit", "train", str(config)])
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 120, 0, 0))
+    shown = b""
+    while True:
+        try:
+            shown += os.read(terminal, 4096)
+        except OSError:  # the terminal is gone with its process
+            break
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    text = shown.decode()
+    assert re.search(r"3/3 \[\d\d:\d\d<00:00, .*loss \d+\.\d{4}, [\d,]+ tok/s\]", text), text[-500:]
+    assert "step 1/3 loss" not in text

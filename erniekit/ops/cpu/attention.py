@@ -8,6 +8,7 @@ from __future__ import annotations
 import paddle
 
 from erniekit.ops.cpu.library import library
+from erniekit.ops.gradients import only, wanted
 
 
 class Attention(paddle.autograd.PyLayer):
@@ -15,7 +16,7 @@ class Attention(paddle.autograd.PyLayer):
 
     @staticmethod
     def forward(ctx, q_BSX, k_BSY, v_BSY, cos_BSJ, sin_BSJ, end_rows_BS, head_dim: int):
-        ctx.wanted = [not t.stop_gradient for t in (q_BSX, k_BSY, v_BSY)]
+        ctx.wanted = wanted(q_BSX, k_BSY, v_BSY)
         b, s = q_BSX.shape[:2]
         ctx.sizes = (b, s, q_BSX.shape[2] // head_dim, k_BSY.shape[2] // head_dim, head_dim)
         v, cos, sin = v_BSY.contiguous(), cos_BSJ.contiguous(), sin_BSJ.contiguous()
@@ -32,4 +33,4 @@ class Attention(paddle.autograd.PyLayer):
         saved = ctx.saved_tensor()
         grads = [paddle.empty_like(t) for t in saved[:3]]
         library().call("attention_backward", *saved, grad_BSX.contiguous(), *grads, *ctx.sizes)
-        return (*(made if wanted else None for made, wanted in zip(grads, ctx.wanted)), None, None, None)
+        return (*only(ctx.wanted, grads), None, None, None)

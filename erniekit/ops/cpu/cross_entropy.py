@@ -5,14 +5,17 @@ Shapes: M tokens, D hidden size, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import paddle
 
 from erniekit.ops.cpu.library import library
+from erniekit.ops.gradients import only, wanted
 
 CHUNK_TOKENS = 256
 
 
-def cross_entropy(hidden_MD, weight, bias_V, labels_M, vocab_first: bool, grads: list[paddle.Tensor | None]):
+def cross_entropy(hidden_MD, weight, bias_V, labels_M, vocab_first: bool, grads: Sequence[paddle.Tensor | None]):
     """(loss [M], whether the label is the best token [M]); fills `grads` (of hidden, weight, bias) unless None."""
     losses_M, correct_M = paddle.empty(labels_M.shape, "float32"), paddle.empty(labels_M.shape, "bool")
     m, d = hidden_MD.shape
@@ -31,16 +34,16 @@ class LinearCrossEntropy(paddle.autograd.PyLayer):
 
     @staticmethod
     def forward(ctx, hidden_MD, weight, bias_V, labels_M, vocab_first: bool, need_grad: bool):
-        inputs = (hidden_MD, weight) if bias_V is None else (hidden_MD, weight, bias_V)
-        wanted = [need_grad and not t.stop_gradient for t in inputs]
-        grads = [paddle.empty(t.shape, "float32") if want else None for t, want in zip(inputs, wanted)]
-        padded = [*grads, *[None] * (3 - len(grads))]
-        losses_M, _ = cross_entropy(hidden_MD, weight, bias_V, labels_M, vocab_first, padded)
-        ctx.wanted = wanted
-        ctx.save_for_backward(*[made for made in grads if made is not None])
+        ctx.has_bias = bias_V is not None
+        ctx.wanted = [need_grad and want for want in wanted(hidden_MD, weight, bias_V)]
+        inputs = (hidden_MD, weight, weight[0] if bias_V is None else bias_V)
+        grads = only(ctx.wanted, [paddle.empty(x.shape, "float32") for x in inputs])
+        losses_M, _ = cross_entropy(hidden_MD, weight, bias_V, labels_M, vocab_first, grads)
+        ctx.save_for_backward(*(x for x in grads if x is not None))
         return losses_M.sum()
 
     @staticmethod
     def backward(ctx, grad_total):
         made = iter(ctx.saved_tensor())
-        return (*(next(made) * grad_total if want else None for want in ctx.wanted), None)
+        grads = [next(made) * grad_total if want else None for want in ctx.wanted]
+        return (*(grads if ctx.has_bias else grads[:2]), None)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import paddle
 
 from erniekit.ops.cpu.library import library
+from erniekit.ops.gradients import only, wanted
 
 
 class Linear(paddle.autograd.PyLayer):
@@ -15,8 +16,7 @@ class Linear(paddle.autograd.PyLayer):
 
     @staticmethod
     def forward(ctx, x_D, weight_DI, bias_I):
-        ctx.wanted = [t is not None and not t.stop_gradient for t in (x_D, weight_DI, bias_I)]
-        ctx.has_bias = bias_I is not None
+        ctx.wanted, ctx.has_bias = wanted(x_D, weight_DI, bias_I), bias_I is not None
         x_D, weight_DI = x_D.contiguous(), weight_DI.contiguous()
         ctx.save_for_backward(x_D, weight_DI)
         size, width = weight_DI.shape
@@ -29,10 +29,10 @@ class Linear(paddle.autograd.PyLayer):
     def backward(ctx, grad_I):
         x_D, weight_DI = ctx.saved_tensor()
         size, width = weight_DI.shape
-        like = (x_D.shape, [size, width], [width])
-        grads = [paddle.empty(shape, "float32") if wanted else None for shape, wanted in zip(like, ctx.wanted)]
+        made = (paddle.empty(shape, "float32") for shape in (x_D.shape, [size, width], [width]))
+        grads = only(ctx.wanted, list(made))
         library().call("linear_backward", x_D, weight_DI, grad_I.contiguous(), *grads, x_D.size // size, size, width)
-        return tuple(grads) if ctx.has_bias else tuple(grads[:2])
+        return grads if ctx.has_bias else grads[:2]
 
 
 class RMSNorm(paddle.autograd.PyLayer):
@@ -40,7 +40,7 @@ class RMSNorm(paddle.autograd.PyLayer):
 
     @staticmethod
     def forward(ctx, x_D, weight_D, eps: float):
-        ctx.wanted = [not x_D.stop_gradient, not weight_D.stop_gradient]
+        ctx.wanted = wanted(x_D, weight_D)
         x_D, weight_D = x_D.contiguous(), weight_D.contiguous()
         y_D, scales = paddle.empty_like(x_D), paddle.empty(x_D.shape[:-1], "float32")
         library().call("rms_norm_forward", x_D, weight_D, y_D, scales, scales.size, x_D.shape[-1], eps)
@@ -50,10 +50,10 @@ class RMSNorm(paddle.autograd.PyLayer):
     @staticmethod
     def backward(ctx, grad_D):
         x_D, weight_D, scales = ctx.saved_tensor()
-        grads = [paddle.empty_like(t) if wanted else None for t, wanted in zip((x_D, weight_D), ctx.wanted)]
+        grads = only(ctx.wanted, [paddle.empty_like(x_D), paddle.empty_like(weight_D)])
         inputs = (x_D, weight_D, scales, grad_D.contiguous())
         library().call("rms_norm_backward", *inputs, *grads, scales.size, x_D.shape[-1])
-        return tuple(grads)
+        return grads
 
 
 class SwiGLU(paddle.autograd.PyLayer):
@@ -61,7 +61,7 @@ class SwiGLU(paddle.autograd.PyLayer):
 
     @staticmethod
     def forward(ctx, gate, up):
-        ctx.wanted = [not gate.stop_gradient, not up.stop_gradient]
+        ctx.wanted = wanted(gate, up)
         gate, up = gate.contiguous(), up.contiguous()
         ctx.save_for_backward(gate, up)
         out = paddle.empty_like(gate)
@@ -73,4 +73,4 @@ class SwiGLU(paddle.autograd.PyLayer):
         gate, up = ctx.saved_tensor()
         grads = [paddle.empty_like(gate), paddle.empty_like(up)]
         library().call("swiglu_backward", gate, up, grad.contiguous(), *grads, gate.size)
-        return tuple(made if wanted else None for made, wanted in zip(grads, ctx.wanted))
+        return only(ctx.wanted, grads)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import paddle
 
 from erniekit.ops.cpu.library import library
+from erniekit.ops.gradients import only, wanted
 
 
 def sort_by_expert(experts_MC: paddle.Tensor, num_experts: int) -> tuple[paddle.Tensor, paddle.Tensor, paddle.Tensor]:
@@ -43,7 +44,7 @@ class Combine(paddle.autograd.PyLayer):
 
     @staticmethod
     def forward(ctx, y_TD, weights_MC, place_MC):
-        ctx.wanted = [not y_TD.stop_gradient, not weights_MC.stop_gradient]
+        ctx.wanted = wanted(y_TD, weights_MC)
         y_TD, weights_MC = y_TD.contiguous(), weights_MC.contiguous()
         ctx.save_for_backward(y_TD, weights_MC, place_MC)
         out_MD = paddle.empty([place_MC.shape[0], y_TD.shape[1]], "float32")
@@ -56,7 +57,7 @@ class Combine(paddle.autograd.PyLayer):
         grads = [paddle.empty_like(y_TD), paddle.empty_like(weights_MC)]
         sizes = (*place_MC.shape, y_TD.shape[1])
         library().call("combine_backward", y_TD, weights_MC, place_MC, grad_MD.contiguous(), *grads, *sizes)
-        return (*(made if wanted else None for made, wanted in zip(grads, ctx.wanted)), None)
+        return (*only(ctx.wanted, grads), None)
 
 
 class GroupedMLP(paddle.autograd.PyLayer):
@@ -64,7 +65,7 @@ class GroupedMLP(paddle.autograd.PyLayer):
 
     @staticmethod
     def forward(ctx, x_TD, gate_up_ED2I, down_EID, counts: list[int]):
-        ctx.wanted = [not t.stop_gradient for t in (x_TD, gate_up_ED2I, down_EID)]
+        ctx.wanted = wanted(x_TD, gate_up_ED2I, down_EID)
         inputs = [t.contiguous() for t in (x_TD, gate_up_ED2I, down_EID, paddle.to_tensor(counts, "int64"))]
         ctx.sizes = down_EID.shape[0], down_EID.shape[2], down_EID.shape[1]
         hidden_T2I = paddle.empty([x_TD.shape[0], gate_up_ED2I.shape[2]], "float32")
@@ -76,6 +77,6 @@ class GroupedMLP(paddle.autograd.PyLayer):
     @staticmethod
     def backward(ctx, grad_TD):
         saved = ctx.saved_tensor()
-        grads = [paddle.empty_like(t) if wanted else None for t, wanted in zip(saved, ctx.wanted)]
+        grads = only(ctx.wanted, [paddle.empty_like(t) for t in saved[:3]])
         library().call("experts_backward", *saved, grad_TD.contiguous(), *grads, *ctx.sizes)
-        return tuple(grads)
+        return grads

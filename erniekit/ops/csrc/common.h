@@ -59,9 +59,9 @@ inline void matmul(Operand a, Operand b, float* c, Size c_stride, Size m, Size n
 
 inline std::unique_ptr<float[]> scratch(Size size) { return std::unique_ptr<float[]>(new float[size]); }
 
-// e^x within 2 units in the last place; 0 below -87, the largest power that fits above 88; NaN stays NaN.
+// e^x within 2 units in the last place; 0 below -87, infinity above 88.4; NaN stays NaN.
 inline float exponential(float x) {
-    const float bounded = x > 88.0f ? 88.0f : x;
+    const float bounded = x > 89.0f ? 89.0f : x;
     const float shifter = 12582912.0f;  // 1.5 * 2^23: adding and subtracting it rounds to an integer
     const float whole = (bounded * 1.44269504f + shifter) - shifter;
     const float rest = bounded - whole * 0.693359375f + whole * 2.12194440e-4f;

@@ -1,5 +1,5 @@
-"""What stands in ERNIEKit's own YAML files, in its spelling: everything passes `check`, and `train` refuses by name what
-is not built. The files here are made up; every odd value is one that an official file holds."""
+"""What stands in ERNIEKit's own YAML files, in its spelling: everything passes `check`, and `train` refuses by name
+what is not built. The files here are made up; every odd value is one that an official file holds."""
 
 import pytest
 
@@ -82,7 +82,7 @@ apply_hadamard: True
 use_lowprecision_moment: True
 tensorwise_offload_optimizer: True
 """
-DPO = SFT.replace("stage: SFT", "stage: DPO").replace("layerwise_lr_decay_bound: 1.0", "layerwise_lr_decay_bound: 0.5") + """
+DPO = SFT.replace("stage: SFT", "stage: DPO").replace("lr_decay_bound: 1.0", "lr_decay_bound: 0.5") + """
 mix_strategy: random
 packing: true
 lora_rank: 32
@@ -241,7 +241,7 @@ def test_train_refuses_the_others_by_name(tmp_path):
 
 def test_odd_values_mean_what_they_should(tmp_path):
     path = tmp_path / "run.yaml"
-    path.write_text(VISION + "limit_mm_per_prompt: '{\"image\": 100, \"video\": 100}'\nlimit: 1\n".replace("limit: 1\n", ""))
+    path.write_text(VISION + CHAT.partition("enable_mm: true")[2].partition("reasoning_parser")[0])
     config = load_config(path)
     assert config.vision.modality_ratio == [1, 1]
     assert config.vision.variable_resolution is True

@@ -47,7 +47,9 @@ def test_what_changes_results_and_is_not_built(key, value):
         ("sequence_parallel", True), ("sharding", "stage1"), ("offload_optim", True), ("recompute", True),
         ("layerwise_lr_decay_bound", 1.0), ("hidden_dropout_prob", 0), ("attention_probs_dropout_prob", "0.0"),
         ("freeze_config", ""), ("moe_group", "mp"), ("amp_custom_white_list", "a,b"),
-        ("use_lowprecision_moment", False), ("train_emb_only", 0), ("moe_gate", "topk"), ("temperature", 0), ("temperature", None), ("beta", 0.3),
+        ("use_lowprecision_moment", False),
+        ("train_emb_only", 0), ("moe_gate", "topk"),
+        ("temperature", 0), ("temperature", None), ("beta", 0.3),
         ("lora_rank", 32), ("use_cls", True),
     ],
 )  # fmt: skip

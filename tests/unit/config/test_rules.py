@@ -55,8 +55,8 @@ def test_speed_keys_that_ask_for_nothing_are_not_named():
 
 def test_keys_without_effect_share_one_notice():
     assert notices(stage="SFT", beta=0.1, loss_type="hinge", lora_rank=32, scale_loss=4096, apply_hadamard=True) == (
-        "without effect here: scale_loss; apply_hadamard (with compute_type: bf16); lora_rank (with fine_tuning: Full); "
-        "loss_type, beta (with stage: SFT)",
+        "without effect here: scale_loss; apply_hadamard (with compute_type: bf16); lora_rank (with fine_tuning: "
+        "Full); loss_type, beta (with stage: SFT)",
     )
 
 
@@ -100,13 +100,13 @@ def test_learning_rates():
 def test_mixing_follows_the_number_of_files():
     one, two = load_config({"train_dataset_path": "a"}), load_config({"train_dataset_path": "a,b", "max_steps": 1})
     assert (one.data.mix_strategy, two.data.mix_strategy) == ("concat", "random")
-    assert two.origins["mix_strategy"] == "default for 2 train_dataset_path"
+    assert two.origins["mix_strategy"] == "default for 2 training files"
     assert not two.given("mix_strategy")
 
 
 def test_drawing_rows_needs_an_end():
     text = problem(train_dataset_path="a,b")
-    for part in ("mix_strategy: random (default for 2 train_dataset_path)", "max_steps: -1 (default)", "concat"):
+    for part in ("mix_strategy: random (default for 2 training files)", "max_steps: -1 (default)", "concat"):
         assert part in text
     for end in ({"max_steps": 5}, {"num_samples_each_epoch": 100}, {"mix_strategy": "concat"}):
         load_config({"train_dataset_path": "a,b", **end})

@@ -58,7 +58,8 @@ def test_passwords_are_not_written():
     ("key", "value"),
     [
         ("learning_rate", 2e-4), ("seed", 1), ("max_seq_len", 128), ("train_dataset_path", "z.jsonl"),
-        ("batch_size", 4), ("compute_type", "fp32"), ("moe_use_aux_free", True), ("packing", False), ("model_name_or_path", "other"),
+        ("batch_size", 4), ("compute_type", "fp32"),
+        ("moe_use_aux_free", True), ("packing", False), ("model_name_or_path", "other"),
         ("num_train_epochs", 5), ("lora_rank", 16),
     ],
 )  # fmt: skip

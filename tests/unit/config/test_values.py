@@ -71,9 +71,6 @@ def test_nothing(word):
         (["1"], int),
         ({"a": "1"}, str),
         ([["1"]], list[str]),
-        ("a\0b", str),
-        ("\ud800", str),
-        ("{a: \ud800}", dict),
     ],
 )
 def test_mismatch(text, kind):
@@ -98,7 +95,7 @@ def test_written_values_are_read_back(value, kind):
 
 
 def test_what_cannot_be_a_setting():
-    with pytest.raises(Mismatch, match="a set cannot be a setting"):
+    with pytest.raises(Mismatch, match="a setting cannot be of type set"):
         raw({"a", "b"})
 
 

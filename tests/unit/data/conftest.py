@@ -18,11 +18,11 @@ from erniekit.data.tokenizer_training import train_tokenizer
 
 @pytest.fixture(scope="session")
 def corpus() -> list[str]:
-    """A few thousand real sentences, English and Chinese."""
+    """A few thousand real lines, English and Chinese."""
     folder = Path(chatterbot_corpus.__file__).parent / "data"
     files = [*sorted((folder / "english").glob("*.yml"))[:4], *sorted((folder / "chinese").glob("*.yml"))[:4]]
     talks = [talk for file in files for talk in yaml.safe_load(file.read_text(encoding="utf-8"))["conversations"]]
-    return [str(line) for talk in talks for line in talk]
+    return [line for talk in talks for text in talk for line in str(text).splitlines() if line.strip()]
 
 
 @pytest.fixture(scope="session")

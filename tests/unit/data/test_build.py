@@ -241,6 +241,16 @@ def test_pretraining_text(config: DataConfig, tokenizer: Tokenizer, corpus: list
     assert sum(doc.labels[-1] == tokenizer.eos_id for doc in pieces.values()) == 1
 
 
+def test_special_names_in_text_act_only_if_allowed(
+    config: DataConfig, tokenizer: Tokenizer, write_jsonl: Write
+) -> None:
+    config = replace(config, train_dataset_path=[write_jsonl("s.jsonl", [{"src": ["a<|im_end|>b"], "tgt": ["c"]}])])
+    im_end = tokenizer.token_id("<|im_end|>")
+    for allowed in (False, True):
+        data = build(replace(config, allow_special_tokens_in_text=allowed), tokenizer, rows_per_step=1)
+        assert (im_end in data.rows(0)[0].documents[0].input_ids) == allowed
+
+
 def eval_data(config: DataConfig, tokenizer: Tokenizer) -> EvalData:
     return build_eval_data(config, tokenizer, stage="SFT")
 
@@ -290,6 +300,8 @@ def test_prompts_for_generation(config: DataConfig, tokenizer: Tokenizer, write_
 def test_what_is_refused(config: DataConfig, tokenizer: Tokenizer, write_jsonl: Write, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="train_dataset_path is not set"):
         build(replace(config, train_dataset_path=None), tokenizer)
+    with pytest.raises(ConfigError, match="mix_strategy 'interleave_over' is not built yet"):
+        build(replace(config, mix_strategy="interleave_over"), tokenizer)
     with pytest.raises(ConfigError, match="eval_dataset_path is not set"):
         eval_data(replace(config, eval_dataset_path=None), tokenizer)
     with pytest.raises(DataError, match=r"b\.jsonl: there is no such file"):

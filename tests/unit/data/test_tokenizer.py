@@ -64,10 +64,22 @@ def test_ids_are_sentencepiece_s_own(tokenizer: Tokenizer, corpus: list[str], tm
         assert tokenizer.decode(sp.encode(text)) == sp.decode(sp.encode(text))
 
 
-def test_long_text_is_encoded_in_parts_with_the_same_ids(tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_long_text_is_encoded_in_parts_with_the_same_ids(
+    tokenizer: Tokenizer, corpus: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     sp = plain_sp(tokenizer, tmp_path)
     text = "An old silent pond.\nA frog jumps into the pond.\n\n" * 3000 + "x" * 70000 + "\nend"
     assert tokenizer.encode(text) == sp.encode(text)
+    monkeypatch.setattr("erniekit.data.tokenizer._CHUNK_CHARS", 5)
+    for text in ["\n".join(corpus[:100]), "no line end", "\n\n\n", "one line only, with a line end\n"]:
+        assert tokenizer.encode(text) == sp.encode(text)
+
+
+def test_lines_are_not_taken_apart_if_a_piece_joins_them(train_model: Callable[..., bytes], tmp_path: Path) -> None:
+    model = train_model(user_defined_symbols=[*SPECIAL, "\n\n", "\na"])
+    tokenizer = Tokenizer.from_folder(folder_of(tmp_path, model))
+    text = "a\n\na" * 30000
+    assert tokenizer.encode(text) == sentencepiece.SentencePieceProcessor(model_proto=model).encode(text)
 
 
 @pytest.mark.parametrize("kind", ["user_defined_symbols", "control_symbols"])
@@ -160,6 +172,7 @@ def test_the_files_beside_the_model_name_tokens(train_model: Callable[..., bytes
                 "chat_template": [{"name": "tool", "template": "t"}, {"name": "default", "template": "d"}],
                 "added_tokens_decoder": {
                     "2001": {"content": "<more>", "special": False},
+                    "2003": {"content": "<more><tag>", "special": False},
                     "2002": {"content": "<hidden>", "special": True},
                 },
             },
@@ -169,15 +182,16 @@ def test_the_files_beside_the_model_name_tokens(train_model: Callable[..., bytes
     )
     assert (tokenizer.cls_id, tokenizer.sep_id) == (tokenizer.token_id("<cls>"), tokenizer.token_id("<sep>"))
     assert tokenizer.chat_template == "d"
-    assert tokenizer.vocab_size == 2003
-    text = "<cls>[own]<|LOC_0|><hidden><more><tag>"
+    assert tokenizer.vocab_size == 2004
+    assert tokenizer.encode("<more><tag>") == [2003]  # the longest name wins
+    text = "<cls>[own]<|LOC_0|><hidden><more>.<tag>"
     found = [tokenizer.piece(index) for index in tokenizer.encode(text)]
-    assert found[-2:] == ["<more>", "<tag>"]  # tokens, but not special ones: always found
+    assert found[-3:] == ["<more>", ".", "<tag>"]  # tokens, but not special ones: always found
     assert not {"<cls>", "[own]", "<|LOC_0|>", "<hidden>"} & set(found)
     allowed = tokenizer.encode(text, allow_special=True)
-    assert [tokenizer.piece(index) for index in allowed] == re.findall(r"<.*?>|\[own\]", text)
+    assert [tokenizer.piece(index) for index in allowed] == re.findall(r"<.*?>|\[own\]|\.", text)
     assert allowed[2:5] == [2000, 2002, 2001]
-    assert tokenizer.decode(allowed) == "<more><tag>"
+    assert tokenizer.decode(allowed) == "<more>.<tag>"
     assert tokenizer.decode(allowed, skip_special=False) == text
 
 

@@ -58,22 +58,28 @@ def test_the_same_text_gives_the_same_bytes_in_any_process(corpus: list[str], ro
 def test_files_give_the_same_as_their_texts(tmp_path: Path, write_jsonl: Callable[..., str]) -> None:
     rows = [{"src": ["how are you", "and now"], "tgt": ["fine thanks", "fine\ntoo"], "label": [1, 0]}, {"text": "end"}]
     (tmp_path / "plain.txt").write_bytes("\ufeffone two\r\n\r\nthree".encode())
-    train_tokenizer([Path(write_jsonl("a.jsonl", rows)), tmp_path / "plain.txt"], tmp_path / "files", vocab_size=310)
+    train_tokenizer([Path(write_jsonl("a.jsonl", rows)), tmp_path / "plain.txt"], tmp_path / "files", vocab_size=340)
     texts = ["how are you", "and now", "fine thanks", "fine", "too", "end", "one two", "three"]
-    train_tokenizer(texts, tmp_path / "texts", vocab_size=310)
+    train_tokenizer(texts, tmp_path / "texts", vocab_size=340)
     assert digests(tmp_path / "files") == digests(tmp_path / "texts")
 
 
-def test_nothing_is_printed_unless_the_text_is_too_short(
-    corpus: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    train_tokenizer(corpus, tmp_path, vocab_size=500)
-    assert capfd.readouterr() == ("", "")
-    short = train_tokenizer(["a b a b"], tmp_path, vocab_size=8192)
-    assert short.vocab_size < 300
-    assert capfd.readouterr().err == (
-        f"note: {tmp_path}: the text is enough for {short.vocab_size} pieces, not for vocab_size 8192.\n"
+def test_nothing_is_printed_unless_the_text_is_too_short(root: Path, tmp_path: Path) -> None:
+    program = (  # a process of its own: sentencepiece's log level is set once for all
+        "import sys\nfrom erniekit.data.tokenizer_training import train_tokenizer\n"
+        f"train_tokenizer(['some words and others'] * 9, {str(tmp_path)!r}, vocab_size=int(sys.argv[1]))"
     )
+
+    def said(vocab_size: int) -> str:
+        command = [sys.executable, "-c", program, str(vocab_size)]
+        done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True)
+        return done.stdout + done.stderr
+
+    assert said(300) == ""
+    notice = said(8192)
+    size = Tokenizer.from_folder(tmp_path).vocab_size
+    assert notice == f"note: {tmp_path}: the text is enough for {size} pieces, not for vocab_size 8192.\n"
+    assert 300 < size < 340
 
 
 def test_rare_characters_give_way_when_the_vocabulary_is_small(corpus: list[str], tmp_path: Path) -> None:
@@ -85,8 +91,11 @@ def test_rare_characters_give_way_when_the_vocabulary_is_small(corpus: list[str]
 
 
 def test_long_lines_and_reserved_characters_are_learnt_from(tmp_path: Path) -> None:
-    tokenizer = train_tokenizer(["zebra\tzebra▅zebra " * 2000], tmp_path, vocab_size=300)
-    assert "zebra" in [tokenizer.piece(index) for index in range(tokenizer.vocab_size)]
+    for text in ("zebra " * 2000, "zebra▅zebra", "zebra\tzebra\0zebra", "zebra▁▁zebra"):
+        tokenizer = train_tokenizer([text], tmp_path, vocab_size=400)
+        pieces = {tokenizer.piece(index) for index in range(285, tokenizer.vocab_size)}
+        assert {"zebra", "▁zebra"} & pieces
+        assert "▁▁" not in pieces
 
 
 def test_what_cannot_be_trained_on(tmp_path: Path, write_jsonl: Callable[..., str]) -> None:

@@ -1,0 +1,167 @@
+"""check, show, env, and what the other verbs hand to the parts that do the work."""
+
+from pathlib import Path
+
+import pytest
+
+from erniekit.cli.main import main
+
+GOOD = "seed: 1\nlearning_rate: 1e-4\nmodel_name_or_path: nowhere/ERNIE-4.5-0.3B-PT\noffload_optim: true\n"
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("erniekit.base.runtime.prepare", lambda **_: None)
+
+    def run(*words, code=0):
+        assert main([str(word) for word in words]) == code
+        return capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def config(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(GOOD)
+    return "run.yaml"
+
+
+def test_check_judges_the_file_only(run, config):
+    out = run("check", config, "stage=DPO", "tensor_parallel_degree=8").out
+    assert "note: accepted and not acted on" in out
+    assert "not built yet in this version; `train` refuses it:\n  command line: stage: DPO" in out
+    assert "not checked here:\n  run.yaml:3: model_name_or_path: 'nowhere/ERNIE-4.5-0.3B-PT' is not here." in out
+    assert "hf download nowhere/ERNIE-4.5-0.3B-PT" in out
+    assert "command line: tensor_parallel_degree: 8 needs 8 devices" in out
+    assert out.endswith("run.yaml: fine\n")
+
+
+def test_check_of_a_file_with_nothing_to_say(run, config):
+    Path(config).write_text("seed: 1\n")
+    assert run("check", config).out == "run.yaml: fine\n"
+
+
+def test_check_files_makes_absences_errors(run, config, tmp_path):
+    assert "run.yaml:3: model_name_or_path" in run("check", config, "--files", code=2).err
+    (tmp_path / "nowhere" / "ERNIE-4.5-0.3B-PT").mkdir(parents=True)
+    assert run("check", config, "--files").out.endswith("fine\n")
+
+
+def test_show_names_every_origin(run, config):
+    Path("base.yaml").write_text("weight_decay: 0.1\n")
+    Path(config).write_text(GOOD + "extends: base.yaml\nwandb_api_key: hush\n")
+    out = run("show", config, "max_steps=7").out
+    rows = {line.split()[0]: line.split(maxsplit=2)[1:] for line in out.splitlines()}
+    assert rows["learning_rate"] == ["0.0001", "run.yaml:2"]
+    assert rows["weight_decay"] == ["0.1", "extends base.yaml:1"]
+    assert rows["max_steps"] == ["7", "command line"]
+    assert rows["batch_size"] == ["1", "default"]
+    assert rows["wandb_api_key"] == ["(secret)", "run.yaml:6"]
+    assert "hush" not in out
+    assert len(rows) > 370
+
+
+def test_show_changed(run, config):
+    out = run("show", config, "--changed", "stage=SFT").out
+    assert [line.split()[0] for line in out.splitlines()] == [
+        "model_name_or_path", "stage", "seed", "learning_rate", "offload_optim",
+    ]  # fmt: skip
+    assert len({line.index("  run.yaml") for line in out.splitlines() if "  run.yaml" in line}) == 1  # aligned
+
+
+def test_env(run):
+    rows = dict(line.split(maxsplit=1) for line in run("env").out.splitlines())
+    for name in ("erniekit", "python", "paddlepaddle", "numpy", "sentencepiece", "system", "cpu", "cores", "memory"):
+        assert rows[name]
+    assert rows["paddlepaddle"][0].isdigit()
+
+
+def test_train_refuses_all_at_once(run, config):
+    err = run("train", config, "stage=DPO", "compute_type=fp8", code=2).err
+    assert len(err.splitlines()) == 5
+    for part in ("stage: DPO", "compute_type: fp8", "train_dataset_path", "output_dir", "model_name_or_path"):
+        assert part in err
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Recorded calls in place of the functions that do the work."""
+    recorded = []
+
+    def record(path, result=None):
+        def function(*args, **options):
+            recorded.append((args, options))
+            return result
+
+        monkeypatch.setattr(path, function)
+        return recorded
+
+    return record
+
+
+def test_train_hands_over_the_config(run, config, calls, tmp_path):
+    (tmp_path / "nowhere" / "ERNIE-4.5-0.3B-PT").mkdir(parents=True)
+    (tmp_path / "a.jsonl").write_text("")
+    recorded = calls("erniekit.recipes.train")
+    run("train", config, "train_dataset_path=a.jsonl", "output_dir=out", "learning_rate=2e-4")
+    (((handed,), _),) = recorded
+    assert (handed.train.learning_rate, handed.train.seed) == (2e-4, 1)
+
+
+def test_export(run, config, calls):
+    recorded = calls("erniekit.recipes.export.export")
+    run("export", config, "output_dir=out")
+    run("export", config, "output_dir=out", "--to", "paddle", "--out", "there")
+    assert [options for _, options in recorded] == [{"to": "pt", "out": None}, {"to": "paddle", "out": "there"}]
+    assert "output_dir is not set" in run("export", config, code=2).err
+
+
+def test_convert(run, calls):
+    recorded = calls("erniekit.checkpoint.convert.convert")
+    run("convert", "in", "out", "--to", "paddle")
+    assert recorded == [((Path("in"), Path("out")), {"to": "paddle"})]
+    assert "--to LAYOUT is missing" in run("convert", "in", "out", code=2).err
+
+
+def test_verify(run, calls):
+    calls("erniekit.checkpoint.verify.verify", result=[])
+    assert run("verify", "folder").out == "folder: fine\n"
+    calls("erniekit.checkpoint.verify.verify", result=["a is missing", "b is corrupt"])
+    assert run("verify", "folder", code=2).err == "error: a is missing\nerror: b is corrupt\n"
+
+
+def test_init(run, calls):
+    recorded = calls("erniekit.checkpoint.create.create")
+    run("init", "--family", "tiny-moe", "--out", "x")
+    run("init", "--family", "tiny-moe", "--out", "x", "--seed", "3", "--train-tokenizer", "a", "b",
+        "--vocab-size", "512", "--dtype", "float32", "--layout", "paddle", "--tokenizer", "t")  # fmt: skip
+    assert [args for args, _ in recorded] == [("tiny-moe", Path("x"))] * 2
+    assert [options for _, options in recorded] == [
+        {"seed": 0, "layout": "pt", "dtype": "bfloat16", "vocab_size": None, "tokenizer": None, "tokenizer_texts": ()},
+        {"seed": 3, "layout": "paddle", "dtype": "float32", "vocab_size": 512, "tokenizer": "t",
+         "tokenizer_texts": ["a", "b"]},
+    ]  # fmt: skip
+
+
+def test_chat_with_a_folder_and_with_a_config(run, config, calls, tmp_path):
+    pytest.importorskip("paddle")
+    recorded = calls("erniekit.recipes.chat.chat")
+    (tmp_path / "model").mkdir()
+    run("chat", "model", "max_new_tokens=5")
+    run("chat", config, "max_new_tokens=6")
+    (folder, options), ((handed,), _) = recorded
+    assert (folder, options) == (("model",), {"max_new_tokens": 5})
+    assert handed.generate.max_new_tokens == 6
+    assert "temperature: 0.9 is not built" in run("chat", "model", "temperature=0.9", code=2).err
+
+
+def test_eval(run, config, calls, tmp_path):
+    pytest.importorskip("paddle")
+    recorded = calls("erniekit.recipes.evaluate.evaluate")
+    (tmp_path / "e.jsonl").write_text("")
+    (tmp_path / "nowhere" / "ERNIE-4.5-0.3B-PT").mkdir(parents=True)
+    run("eval", config, "eval_dataset_path=e.jsonl", "eval_generate=3")
+    (((handed,), _),) = recorded
+    assert handed.generate.eval_generate == 3

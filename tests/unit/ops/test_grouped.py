@@ -1,0 +1,81 @@
+"""Sorting, permuting, combining and the grouped MLP beside their plain twins."""
+
+from __future__ import annotations
+
+import numpy as np
+import paddle
+import pytest
+
+from erniekit.ops.grouped import (
+    combine,
+    combine_plain,
+    grouped_mlp,
+    grouped_mlp_plain,
+    permute,
+    permute_plain,
+    sort_by_expert,
+    sort_by_expert_plain,
+)
+from tests.unit.ops.conftest import drawn
+
+# tokens, choices, experts, hidden size, width
+SIZES = [(1, 1, 1, 1, 1), (1, 2, 4, 8, 3), (37, 2, 8, 24, 10), (64, 3, 5, 16, 32), (20, 4, 64, 7, 5)]
+
+
+def routed(tokens, choices, experts):
+    rng = np.random.default_rng([tokens, choices, experts])
+    return paddle.to_tensor(np.stack([rng.permutation(experts)[:choices] for _ in range(tokens)]).astype("int64"))
+
+
+@pytest.mark.parametrize("sizes", SIZES)
+def test_sort(sizes):
+    tokens, choices, experts = sizes[:3]
+    ids = routed(tokens, choices, experts)
+    found, want = sort_by_expert(ids, num_experts=experts), sort_by_expert_plain(ids, num_experts=experts)
+    assert found.counts == want.counts
+    assert found.token_T.numpy().tolist() == want.token_T.numpy().tolist()
+    assert found.place_MC.numpy().tolist() == want.place_MC.numpy().tolist()
+
+
+@pytest.mark.parametrize("sizes", SIZES)
+def test_permute(twins, sizes):
+    tokens, choices, experts, size, _ = sizes
+    order = sort_by_expert(routed(tokens, choices, experts), num_experts=experts)
+    twins(lambda x: permute(x, order), lambda x: permute_plain(x, order), {"x": drawn(tokens, size)})
+
+
+@pytest.mark.parametrize("sizes", SIZES)
+@pytest.mark.parametrize("frozen", [(), ("y",), ("weights",)])
+def test_combine(twins, sizes, frozen):
+    tokens, choices, experts, size, _ = sizes
+    order = sort_by_expert(routed(tokens, choices, experts), num_experts=experts)
+    arrays = {"y": drawn(tokens * choices, size), "weights": drawn(tokens, choices, seed=1)}
+    twins(
+        lambda y, weights: combine(y, weights, order), lambda y, weights: combine_plain(y, weights, order), arrays,
+        frozen=frozen,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("frozen", [(), ("x",), ("gate_up",), ("down",), ("gate_up", "down")])
+@pytest.mark.parametrize("counts", [[1], [0, 3, 0, 0, 13, 1, 0], [64, 65], [0, 0]])
+def test_grouped_mlp(twins, counts, frozen):
+    experts, size, width = len(counts), 12, 10
+    arrays = {
+        "x": drawn(sum(counts), size),
+        "gate_up": drawn(experts, size, 2 * width, seed=1),
+        "down": drawn(experts, width, size, seed=2),
+    }
+    twins(
+        lambda x, gate_up, down: grouped_mlp(x, gate_up, down, counts=counts),
+        lambda x, gate_up, down: grouped_mlp_plain(x, gate_up, down, counts=counts), arrays, frozen=frozen,
+    )  # fmt: skip
+
+
+def test_an_expert_without_rows_has_a_zero_gradient():
+    weights = [paddle.to_tensor(drawn(3, 4, 6)), paddle.to_tensor(drawn(3, 3, 4))]
+    for weight in weights:
+        weight.stop_gradient = False
+    grouped_mlp(paddle.to_tensor(drawn(5, 4)), *weights, counts=[2, 0, 3]).sum().backward()
+    for weight in weights:
+        assert not weight.grad.numpy()[1].any()
+        assert weight.grad.numpy()[0].any()
