@@ -8,10 +8,11 @@ checked here, so no untrusted value reaches numpy's unpickling code either.
 from __future__ import annotations
 
 import math
+import os
 import pickle
 import struct
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -85,7 +86,19 @@ _STAND_INS: dict[tuple[str, str], Any] = {
 }
 
 
-class _Reader(pickle._Unpickler):  # the C one allocates whatever memory a damaged file names
+class _Bounded:
+    """A file that refuses to be asked for more than it holds, before memory for the answer is taken."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file, self.readline, self._size = file, file.readline, os.fstat(file.fileno()).st_size
+
+    def read(self, count: int) -> bytes:
+        if count > self._size - self._file.tell():
+            raise EOFError("it ends too early")
+        return self._file.read(count)
+
+
+class _Reader(pickle._Unpickler):  # in Python: the one in C takes whatever memory a damaged file names
     def find_class(self, module: str, name: str) -> Any:
         found = _STAND_INS.get((module, name))
         if found is None:
@@ -101,7 +114,7 @@ def read_pdparams(path: str | Path) -> dict[str, np.ndarray]:
     path = Path(path)
     try:
         with open(path, "rb") as file:
-            state = _Reader(file).load()
+            state = _Reader(_Bounded(file)).load()
     except _Refused as refused:
         raise CheckpointError(
             f"{path}: refused: it contains {refused}. Only tensors saved by paddle.save(model.state_dict(), ...) are "

@@ -181,7 +181,8 @@ class ErnieConfig:
     def to_dict(self, layout: str = "pt") -> dict[str, Any]:
         """The content of config.json for a folder in `layout` ("pt" or "paddle"); unknown keys are kept.
 
-        "pt" writes `torch_dtype` and what transformers loads (no null head_dim, its class names); "paddle" writes `dtype`.
+        "pt" writes `torch_dtype` and what transformers loads (no null head_dim, its class names); "paddle" writes
+        `dtype`.
         """
         assert layout in ("pt", "paddle"), layout
         out = {k: v for k, v in self.extras.items() if k not in ("dtype", "torch_dtype", "rope_parameters")}
@@ -218,7 +219,7 @@ class _Reader:
     def model_type(self) -> str:
         found = self.values.get("model_type")
         if "text_config" in self.values and found in ("ernie4_5_vl_moe", "ernie4_5_vl"):
-            self.problem("is the nested vision-language form of transformers, which is not read yet; use the flat form.")
+            self.problem("is transformers' nested vision-language form, which is not read yet; use the flat form.")
             raise CheckpointError(self.problems)
         if found not in (*TEXT_MODEL_TYPES, *VL_MODEL_TYPES):
             self.problem(
@@ -271,7 +272,7 @@ class _Reader:
     def rope_theta(self) -> float:
         nested = self.values.get("rope_parameters") or {}
         if nested.get("rope_type", "default") != "default" or self.values.get("rope_scaling"):
-            self.problem("asks for a scaled rotary embedding, which ERNIE 4.5 does not use and this version cannot compute.")
+            self.problem("asks for a scaled rotary embedding; ERNIE 4.5 has none and this version cannot compute it.")
         if self.values.get("rope_theta") is None and "rope_theta" in nested:
             return float(nested["rope_theta"])
         return self.number("rope_theta", 500000.0)

@@ -55,19 +55,19 @@ class RandomMix:
         """The sample numbers of a virtual epoch; sources lie one after another in the numbering."""
         firsts = np.cumsum([0, *self.source_sizes])
         taken = np.zeros(len(self.source_sizes), np.int64)
-        for earlier in range(number):
-            for drawn in self._draws(earlier):
-                taken += np.bincount(drawn, minlength=len(taken))
+        for drawn in self._draws(0, number * self.epoch_size):
+            taken += np.bincount(drawn, minlength=len(taken))
         walks = [self._walk(source, int(firsts[source]), int(start)) for source, start in enumerate(taken)]
-        for drawn in self._draws(number):
+        for drawn in self._draws(number * self.epoch_size, (number + 1) * self.epoch_size):
             for source in drawn.tolist():
                 yield next(walks[source])
 
-    def _draws(self, epoch: int) -> Iterator[np.ndarray]:
-        bits = np.random.PCG64([self.seed, _DRAW, epoch])
+    def _draws(self, start: int, stop: int) -> Iterator[np.ndarray]:
+        """The sources of the draws from `start` to `stop`, counted from the start of the run."""
+        bits = np.random.PCG64([self.seed, _DRAW]).advance(start)
         shares = np.cumsum(self.weights) / sum(self.weights)
-        for start in range(0, self.epoch_size, _DRAWS_AT_ONCE):
-            raw = bits.random_raw(min(_DRAWS_AT_ONCE, self.epoch_size - start))
+        for done in range(start, stop, _DRAWS_AT_ONCE):
+            raw = bits.random_raw(min(_DRAWS_AT_ONCE, stop - done))
             yield np.searchsorted(shares[:-1], (raw >> np.uint64(11)) * 2.0**-53, side="right")
 
     def _walk(self, source: int, first: int, start: int) -> Iterator[int]:

@@ -6,6 +6,7 @@ document. Bad rows are collected over all files and refused together. Knows no t
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -91,6 +92,8 @@ def list_sources(
             problems.append(f"{path}: is a folder; {key}_path names files.")
         elif not path.is_file():
             problems.append(f"{path}: there is no such file ({key}_path).")
+        elif not os.access(path, os.R_OK):
+            problems.append(f"{path}: may not be read by this user ({key}_path).")
         elif path.suffix in _LATER_SUFFIXES:
             problems.append(f"{path}: reading {path.suffix} files is not built yet; .jsonl and .txt are.")
     if problems:

@@ -12,7 +12,22 @@ import pytest
 from erniekit.checkpoint.create import create
 from erniekit.cli.main import main
 
-_WORDS = "red green blue one two three four five up down left right moon sun star tree 天 地 水 火 木 金".split()
+_WORDS = (
+    *"天地水火木金",
+    "red",
+    "green",
+    "blue",
+    "one",
+    "two",
+    "three",
+    "four",
+    "up",
+    "down",
+    "left",
+    "moon",
+    "sun",
+    "tree",
+)
 
 
 def dialogue(number: int) -> dict:

@@ -61,8 +61,8 @@ def drop_shard(folder):
         (lambda f: (f / "tokenizer.model").unlink(), ["tokenizer.model"]),
         (lambda f: (f / "tokenizer.model").write_bytes(b"no model"), ["tokenizer.model"]),
     ],
-    ids=["absent", "no config", "another model", "config not json", "truncated", "shard missing", "shape", "layer missing",
-         "pickle that runs code", "no tokenizer", "tokenizer damaged"],
+    ids=["absent", "no config", "another model", "config not json", "truncated", "shard missing", "shape",
+         "layer missing", "pickle that runs code", "no tokenizer", "tokenizer damaged"],
 )  # fmt: skip
 def test_model_folder(bench, run, tmp_path, change, words):
     folder = broken_model(bench, tmp_path, change)

@@ -1,7 +1,8 @@
-"""Our model against outputs that other implementations stored (tests/data/golden/README.md), from every layout on disk.
+"""Our model against outputs that other implementations stored (tests/data/golden/README.md), in every layout.
 
 dense/* and moe/* come from transformers (gradients under its in-memory names), paddle_real/* from the real ERNIEKit
-(gradients under -Paddle names). Tolerances: logits 2e-5, loss 1e-6 relative, gradients max|d|/max|g| <= 1e-5 per tensor.
+(gradients under -Paddle names). Tolerances: logits 2e-5, loss 1e-6 relative, gradients max|d|/max|g| <= 1e-5 for each
+tensor.
 """
 
 from __future__ import annotations
@@ -37,11 +38,15 @@ def batch_of(ids, labels, *, segments=None, positions=None):
     """A training batch; `labels` are the target of each position already."""
     shape = ids.shape
     count = np.broadcast_to(np.arange(shape[1]), shape).copy()
-    return Batch(ids, labels, count if positions is None else positions, np.ones(shape, int) if segments is None else segments)
+    return Batch(
+        ids, labels, count if positions is None else positions, np.ones(shape, int) if segments is None else segments
+    )
 
 
 def backward(model, batch, weights=None):
-    made = LanguageModelObjective(weights or LossWeights())(model, batch, Totals.of([batch], row_length=batch.labels.shape[1]))
+    made = LanguageModelObjective(weights or LossWeights())(
+        model, batch, Totals.of([batch], row_length=batch.labels.shape[1])
+    )
     made.total.backward()
     return float(made.total)
 
@@ -72,7 +77,9 @@ def erniekit_gradients(stored, folder, prefix):
 
 
 # ---------------------------------------------------------------------- transformers
-@pytest.fixture(scope="module", params=[(case, layout) for case in TRANSFORMERS for layout in ("pt", "paddle")], ids="/".join)
+@pytest.fixture(
+    scope="module", params=[(case, layout) for case in TRANSFORMERS for layout in ("pt", "paddle")], ids="/".join
+)
 def transformers_case(request):
     case, layout = request.param
     root = GOLDEN / case
@@ -111,7 +118,10 @@ def test_routing(transformers_case):
     trunk = model.trunk(ids, paddle.arange(12).unsqueeze(0).expand([2, 12]), end_rows_from_segments(segments))
     for i, routing in enumerate(trunk.routings):
         assert np.abs(routing.logits_ME.numpy() - expected[f"router_logits.{i}"])[real].max() <= LOGITS
-        order, wanted = (np.argsort(x.numpy() if hasattr(x, "numpy") else x, -1) for x in (routing.experts_MK, expected[f"selected_experts.{i}"]))
+        order, wanted = (
+            np.argsort(x.numpy() if hasattr(x, "numpy") else x, -1)
+            for x in (routing.experts_MK, expected[f"selected_experts.{i}"])
+        )
         chosen = np.take_along_axis(routing.experts_MK.numpy(), order, -1)
         assert np.array_equal(chosen[real], np.take_along_axis(expected[f"selected_experts.{i}"], wanted, -1)[real])
         weights = np.take_along_axis(routing.weights_MK.numpy(), order, -1)
@@ -168,7 +178,9 @@ def test_greedy_ids(transformers_case):
 
 
 # ---------------------------------------------------------------------- the real ERNIEKit
-@pytest.fixture(scope="module", params=[(case, layout) for case in ERNIEKIT for layout in ("paddle", "pt")], ids="/".join)
+@pytest.fixture(
+    scope="module", params=[(case, layout) for case in ERNIEKIT for layout in ("paddle", "pt")], ids="/".join
+)
 def erniekit_case(request, tmp_path_factory):
     """(fresh model on demand, its folder as ERNIEKit wrote it, stored inputs and outputs)."""
     case, layout = request.param
@@ -215,7 +227,11 @@ def test_erniekit_loss_and_every_gradient(erniekit_case):
     loss = backward(model, given_batch(stored), router_weights(model))
     assert loss == pytest.approx(float(stored["a.loss"][0]), rel=LOSS)
     found = atom_gradients(model)
-    names = [atom for atom, value in erniekit_gradients(stored, folder, "a.grad.") if compare(found[atom], value, atom) is None]
+    names = [
+        atom
+        for atom, value in erniekit_gradients(stored, folder, "a.grad.")
+        if compare(found[atom], value, atom) is None
+    ]
     assert len(names) >= 7
 
 
@@ -272,7 +288,12 @@ def test_erniekit_router_losses_and_their_gradients(erniekit_case, term):
     if f"{term}.router_loss_per_layer" not in stored:
         pytest.skip("not stored for this model")
     model = make()
-    coefficients = {"aux_only": dict(balance=1.0), "z_only": dict(z=1.0), "ortho_only": dict(orthogonal=1.0), "nolb": {}}
+    coefficients = {
+        "aux_only": dict(balance=1.0),
+        "z_only": dict(z=1.0),
+        "ortho_only": dict(orthogonal=1.0),
+        "nolb": {},
+    }
     batch = given_batch(stored)
     made = LanguageModelObjective(LossWeights(**coefficients[term]))(model, batch, Totals.of([batch], row_length=24))
     made.total.backward()
@@ -281,13 +302,17 @@ def test_erniekit_router_losses_and_their_gradients(erniekit_case, term):
         "aux_only": lambda i: balance_loss(made.routings[i].logits_ME, made.mask_M, experts_per_token=k),
         "z_only": lambda i: z_loss(made.routings[i].logits_ME, made.mask_M),
         "ortho_only": lambda i: orthogonal_loss(sparse_blocks(model)[i].gate.weight),
-        "nolb": lambda i: paddle.zeros([]),
+        "nolb": lambda _: paddle.zeros([]),
     }
     for i, expected in enumerate(stored[f"{term}.router_loss_per_layer"]):
         assert float(values[term](i)) == pytest.approx(float(expected), rel=1e-5)
     assert float(made.total) == pytest.approx(float(stored["a.loss"][0]), rel=LOSS)  # reported without them
     found = atom_gradients(model)
-    compared = [atom for atom, value in erniekit_gradients(stored, folder, f"{term}.grad.") if compare(found[atom], value, atom) is None]
+    compared = [
+        atom
+        for atom, value in erniekit_gradients(stored, folder, f"{term}.grad.")
+        if compare(found[atom], value, atom) is None
+    ]
     assert compared
 
 
@@ -298,7 +323,11 @@ def test_bf16_files_of_erniekit_hold_the_rounded_fp32_weights(case):
     model, exact = (load_model(GOLDEN / "paddle_real" / name) for name in (case, twin))
     same = {name: p.numpy() for name, p in exact.named_parameters()}
     for name, p in model.named_parameters():
-        wanted = same[name] if "gate.weight" in name or "e_score" in name else paddle.to_tensor(same[name]).astype("bfloat16").astype("float32").numpy()
+        wanted = (
+            same[name]
+            if "gate.weight" in name or "e_score" in name
+            else paddle.to_tensor(same[name]).astype("bfloat16").astype("float32").numpy()
+        )
         assert np.array_equal(p.numpy(), wanted), name
 
 

@@ -59,6 +59,13 @@ def test_random_goes_through_each_source_without_replacement_and_on_over_epochs(
         assert len({tuple(one) for one in passes}) > 20  # a new order each time
 
 
+def test_random_epochs_are_parts_of_one_stream() -> None:
+    small, large = mix(epoch_size=10), mix(epoch_size=200_000)
+    stream = list(large.epoch(0))
+    assert [sample for number in range(5) for sample in small.epoch(number)] == stream[:50]
+    assert list(small.epoch(9_000)) == stream[90_000:90_010]
+
+
 def test_random_without_shuffling_goes_through_the_files_in_order() -> None:
     drawn = list(mix(shuffle=False).epoch(0))
     assert [sample for sample in drawn if sample < 4][:6] == [0, 1, 2, 3, 0, 1]

@@ -200,6 +200,13 @@ def test_settings_that_cannot_be(write_jsonl: Write) -> None:
     assert "nor all zero" in refused([path] * 2, None, [0, 0])[0]
 
 
+def test_a_file_that_may_not_be_read(write_jsonl: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_jsonl("a.jsonl", [GOOD])
+    monkeypatch.setattr("os.access", lambda *_: False)  # root, who runs many tests, may read everything
+    with pytest.raises(DataError, match=r"a\.jsonl: may not be read by this user \(train_dataset_path\)"):
+        list_sources([path], None, None, stage="SFT", key="train_dataset")
+
+
 def test_files_that_cannot_be_read_are_named_together(tmp_path: Path) -> None:
     (tmp_path / "x.parquet").write_bytes(b"")
     paths = [str(tmp_path / "absent.jsonl"), str(tmp_path), str(tmp_path / "x.parquet")]

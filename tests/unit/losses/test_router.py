@@ -16,7 +16,9 @@ def everyone(logits):
 @pytest.mark.parametrize("k", [1, 2, 6])
 def test_balance_loss_is_k_when_experts_share_the_tokens_evenly(k):
     experts = 12
-    logits = paddle.to_tensor(np.stack([np.roll(np.arange(experts)[::-1], i) for i in range(experts)]).astype("float32"))
+    logits = paddle.to_tensor(
+        np.stack([np.roll(np.arange(experts)[::-1], i) for i in range(experts)]).astype("float32")
+    )
     assert float(balance_loss(logits, everyone(logits), experts_per_token=k)) == pytest.approx(k, rel=1e-6)
 
 
@@ -71,7 +73,7 @@ def test_a_split_over_ranks_with_reduction_gives_the_whole():
             sums.setdefault(i, []).append(x)
     totals = iter([a + b for a, b in sums.values()])
     whole = balance_loss(z, mask, experts_per_token=2)
-    part = balance_loss(z[:11], mask[:11], experts_per_token=2, reduce=lambda x: next(totals))
+    part = balance_loss(z[:11], mask[:11], experts_per_token=2, reduce=lambda _: next(totals))
     assert float(part) == pytest.approx(float(whole), rel=1e-6)
 
 

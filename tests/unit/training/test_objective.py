@@ -48,7 +48,10 @@ def run(model, batches, weights=None, totals=None):
 
 
 def halves(batch):
-    return [Batch(*(getattr(batch, f)[i : i + 1] for f in ("input_ids", "labels", "position_ids", "segment_ids"))) for i in (0, 1)]
+    return [
+        Batch(*(getattr(batch, f)[i : i + 1] for f in ("input_ids", "labels", "position_ids", "segment_ids")))
+        for i in (0, 1)
+    ]
 
 
 def largest_ratio(found, expected):
