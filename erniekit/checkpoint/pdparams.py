@@ -48,24 +48,13 @@ class _Array:
         if not isinstance(dtype, _Dtype) or dtype.code not in _FORMATS:
             code = getattr(dtype, "code", dtype)
             raise _Refused(f"an array of format '{code}' (float32, and bfloat16 as uint16, are known)")
-        self.value = _array(data, dtype, shape, "F" if fortran else "C")
-
-
-def _array(data: Any, dtype: _Dtype, shape: Any, order: str) -> np.ndarray:
-    known = _FORMATS.get(dtype.code)
-    if known is None or not isinstance(data, (bytes, bytearray)) or order not in ("C", "F"):
-        raise _Refused(f"an array of format '{dtype.code}' whose content is not plain bytes")
-    if any(type(size) is not int or size < 0 for size in shape) or math.prod(shape) * known.itemsize != len(data):
-        raise _Refused(f"an array whose {len(data)} bytes do not make shape {shape}")
-    array = np.frombuffer(data, known)
-    return array.reshape(shape) if order == "C" else array.reshape(shape[::-1]).T
-
-
-def _from_buffer(data: Any, dtype: Any, shape: Any, order: Any) -> _Array:
-    """Stands in for numpy's _frombuffer (pickle protocol 5)."""
-    array = _Array()
-    array.value = _array(data, dtype, shape, order)
-    return array
+        if not isinstance(data, bytes):
+            raise _Refused("an array whose content is not plain bytes")
+        known = _FORMATS[dtype.code]
+        if any(type(size) is not int or size < 0 for size in shape) or math.prod(shape) * known.itemsize != len(data):
+            raise _Refused(f"an array whose {len(data)} bytes do not make shape {shape}")
+        array = np.frombuffer(data, known)
+        self.value = array.reshape(shape[::-1]).T if fortran else array.reshape(shape)
 
 
 def _latin1(text: Any, encoding: Any) -> bytes:
@@ -77,7 +66,6 @@ def _latin1(text: Any, encoding: Any) -> bytes:
 
 _STAND_INS: dict[tuple[str, str], Any] = {
     **{(f"numpy.{core}.multiarray", "_reconstruct"): lambda *_: _Array() for core in ("core", "_core")},
-    **{(f"numpy.{core}.numeric", "_frombuffer"): _from_buffer for core in ("core", "_core")},
     ("numpy", "ndarray"): _Array,
     ("numpy", "dtype"): _Dtype,
     ("_codecs", "encode"): _latin1,
@@ -99,6 +87,9 @@ class _Bounded:
 
 
 class _Reader(pickle._Unpickler):  # in Python: the one in C takes whatever memory a damaged file names
+    # Protocol 5, which paddle.save does not write, reserves memory for byte arrays before it reads them.
+    dispatch = {code: load for code, load in pickle._Unpickler.dispatch.items() if code != pickle.BYTEARRAY8[0]}
+
     def find_class(self, module: str, name: str) -> Any:
         found = _STAND_INS.get((module, name))
         if found is None:

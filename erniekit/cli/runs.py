@@ -7,13 +7,12 @@ import os
 
 from erniekit.cli.arguments import LAYOUTS, Arguments
 from erniekit.config.load import load_config
-from erniekit.config.readiness import require_built, require_ready
+from erniekit.config.readiness import require_built
 
 
 def train(arguments: Arguments) -> None:
     """Train as the config says."""
     config = load_config(arguments.places[0], arguments.overrides)
-    require_ready(config, "train")
     from erniekit import recipes
 
     recipes.train(config)
@@ -22,7 +21,6 @@ def train(arguments: Arguments) -> None:
 def evaluate(arguments: Arguments) -> None:
     """Evaluate the model of the config."""
     config = load_config(arguments.places[0], arguments.overrides)
-    require_ready(config, "eval")
     from erniekit.recipes.evaluate import evaluate
 
     evaluate(config)
@@ -31,7 +29,6 @@ def evaluate(arguments: Arguments) -> None:
 def export(arguments: Arguments) -> None:
     """Write the trained model as a folder to deploy."""
     config = load_config(arguments.places[0], arguments.overrides)
-    require_ready(config, "export")
     from erniekit.recipes.export import export
 
     export(config, to=arguments.one_of("to", LAYOUTS), out=arguments.text("out"))

@@ -53,8 +53,8 @@ class DataConfig:
     )
     buffer_size: int = key(500, "Samples in the buffer of greedy packing.", least=1, only=("packing", (True,)))
     chat_template: str | None = key(
-        None, "A known template (`base`) or a jinja file, in place of the tokenizer's.",
-        there="ernie_vl", later=("ernie_vl", "ernie_vl_thinking"),
+        None, "A template that comes with the program, in place of the tokenizer's.",
+        there="ernie_vl", choices=("base",), later=("ernie_vl", "ernie_vl_thinking"),
     )
     allow_special_tokens_in_text: bool = key(
         False, "Let special-token strings inside user text become special tokens; else they are ordinary text.",

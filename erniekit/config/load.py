@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import combinations
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ def load_config(
     draft = _Draft()
     for layer in _layers(source, overrides, draft.problems):
         draft.add(layer)
+    draft.settle()
     rules.fill_defaults(draft.values, draft.origins)
     sections = {
         section: owner(**{name: draft.values[name] for name, key in KEYS.items() if key.section == section})
@@ -99,15 +101,17 @@ class _Statement:
 
 @dataclass
 class _Draft:
-    """Values and origins as they are found; `failed` are keys whose value could not be read."""
+    """Values and origins as they are found. `said` is what the layers so far say about each key; `failed` are keys
+    whose value could not be read."""
 
     values: dict[str, Any] = field(default_factory=lambda: {name: key.default for name, key in KEYS.items()})
     origins: dict[str, str] = field(default_factory=lambda: dict.fromkeys(KEYS, DEFAULT))
+    said: dict[str, list[_Statement]] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
     failed: set[str] = field(default_factory=set)
 
     def add(self, layer: list[Entry]) -> None:
-        """Let one layer overwrite what is there."""
+        """Let a layer overrule the weaker ones: what they say under its names, and what does not agree with it."""
         said: dict[str, list[_Statement]] = {}
         first: dict[str, Entry] = {}
         for entry in layer:
@@ -115,8 +119,12 @@ class _Draft:
             if earlier is not entry:
                 self.problems.append(f"{entry.origin}: {entry.name} stands a second time, first at {earlier.origin}")
             self._read(entry, said)
-        for name, statements in said.items():
-            self._settle(name, statements)
+        for name, statements in self.said.items():
+            weaker = [s for s in statements if s.entry.name not in first]
+            together = [*said.get(name, ()), *weaker]
+            if name not in said or _common(together) is not _NOTHING:
+                said[name] = together
+        self.said = said
 
     def _read(self, entry: Entry, said: dict[str, list[_Statement]]) -> None:
         try:
@@ -138,24 +146,34 @@ class _Draft:
         if agreeing:
             said.setdefault(key.name, []).append(_Statement(entry, agreeing))
 
+    def settle(self) -> None:
+        """Find the value of every key that something was said of."""
+        for name, statements in self.said.items():
+            if statements:
+                self._settle(name, statements)
+
     def _settle(self, name: str, statements: list[_Statement]) -> None:
-        own = [s for s in statements if s.entry.name == name]
-        leading = own[0] if own else statements[0]
-        value = next((v for v in leading.values if all(v in s.values for s in statements)), _NONE_AGREES)
-        if value is _NONE_AGREES:
-            other = next(s for s in statements if leading.values[0] not in s.values)
-            self.failed.add(name)
-            if other.entry.name != leading.entry.name:  # a repetition was named before
-                self.problems.append(
-                    f"{_quote(leading.entry)} and {_quote(other.entry)} disagree: both set {name}. "
-                    f"Keep {name} and delete the other."
-                )
+        statements = sorted(statements, key=lambda statement: statement.entry.name != name)  # its own name leads
+        value, leading = _common(statements), statements[0].entry
+        if value is not _NOTHING:
+            self.values[name] = value
+            self.origins[name] = leading.origin + ("" if leading.name == name else f" ({leading.name})")
             return
-        self.values[name] = value
-        self.origins[name] = leading.entry.origin + ("" if own else f" ({leading.entry.name})")
+        self.failed.add(name)
+        one, other = next(pair for pair in combinations(statements, 2) if _common([*pair]) is _NOTHING)
+        if one.entry.name != other.entry.name:  # a repetition was named before
+            self.problems.append(
+                f"{_quote(one.entry)} and {_quote(other.entry)} disagree: both set {name}. Delete one of them."
+            )
 
 
-_NONE_AGREES = object()
+_NOTHING = object()
+
+
+def _common(statements: list[_Statement]) -> Any:
+    """The value that all statements agree with, or _NOTHING."""
+    values = statements[0].values if statements else ()
+    return next((value for value in values if all(value in s.values for s in statements)), _NOTHING)
 
 
 def _quote(entry: Entry) -> str:

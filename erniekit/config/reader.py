@@ -30,7 +30,7 @@ class Entry:
 def read_file(path: Path) -> list[Entry]:
     """The entries of a YAML file, in its order and with repetitions; raises ConfigError for what is not YAML."""
     try:
-        text = path.read_bytes().decode("utf-8-sig")
+        text = path.read_bytes().decode()
     except (FileNotFoundError, NotADirectoryError):
         raise ConfigError(f"{path}: no such file") from None
     except UnicodeDecodeError as error:

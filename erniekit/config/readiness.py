@@ -66,11 +66,6 @@ def absent_files(config: RunConfig, verb: str = "train") -> list[str]:
     return absent
 
 
-def require_files(config: RunConfig, verb: str = "train") -> None:
-    """Raise ConfigError naming every key that `verb` needs and that is not set, and every file that is not there."""
-    _refuse([*_unset(config, verb), *absent_files(config, verb)])
-
-
 def require_ready(config: RunConfig, verb: str = "train") -> None:
     """Raise ConfigError naming everything that keeps `verb` from starting: not built, not set, not there."""
     _refuse([*_refused(config, verb), *_unset(config, verb), *absent_files(config, verb)])

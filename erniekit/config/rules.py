@@ -80,7 +80,7 @@ def notices(config: RunConfig) -> list[str]:
 
 def _beaten(config: RunConfig) -> Iterator[str]:
     train = config.train
-    if train.max_steps > 0 and config.given("num_train_epochs") and config.given("max_steps"):
+    if train.max_steps > 0 and config.given("num_train_epochs"):
         yield f"max_steps: {train.max_steps} beats num_train_epochs: {text_of(train.num_train_epochs)}"
     if train.warmup_steps > 0 and train.warmup_ratio > 0:
         yield f"warmup_steps: {train.warmup_steps} beats warmup_ratio: {train.warmup_ratio}"
@@ -101,15 +101,14 @@ def _no_evaluation(config: RunConfig) -> Iterator[str]:
 
 def _not_acted_on(config: RunConfig) -> Iterator[str]:
     names = [
-        name for name, key in KEYS.items()
-        if key.effect == SPEED and not key.built and _asks(config, key) and config.has_effect(name)
-    ]  # fmt: skip
+        name for name, key in KEYS.items() if key.effect == SPEED and not key.built and _asks(config.value(name), key)
+    ]
     if names:
         yield f"accepted and not acted on in this version (speed, memory or layout only): {', '.join(names)}"
 
 
 def _without_effect(config: RunConfig) -> Iterator[str]:
-    names = [name for name, key in KEYS.items() if key.effect == INERT and _asks(config, key)]
+    names = [name for name, key in KEYS.items() if key.effect == INERT and _asks(config.value(name), key)]
     conditional: dict[str, list[str]] = {}
     for name, key in KEYS.items():
         if key.only is None or config.has_effect(name) or not config.given(name):
@@ -123,7 +122,5 @@ def _without_effect(config: RunConfig) -> Iterator[str]:
         yield f"without effect here: {'; '.join(parts)}"
 
 
-def _asks(config: RunConfig, key: Key) -> bool:
-    """Whether the user asked for something with this key."""
-    value = config.value(key.name)
-    return config.given(key.name) and value != key.default and not key.asks_for_nothing(value)
+def _asks(value: Any, key: Key) -> bool:
+    return value != key.default and not key.asks_for_nothing(value)

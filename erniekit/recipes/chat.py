@@ -9,7 +9,7 @@ from pathlib import Path
 from erniekit.base.console import notice
 from erniekit.checkpoint.folder import Folder
 from erniekit.checkpoint.model_io import load_model
-from erniekit.config.readiness import require_built, require_files
+from erniekit.config.readiness import require_built, require_ready
 from erniekit.config.run import RunConfig
 from erniekit.data.chat import Message
 from erniekit.data.tokenizer import Tokenizer
@@ -47,8 +47,8 @@ def _model_of(cfg: RunConfig) -> Path:
     trained = Path(cfg.train.output_dir) if cfg.train.output_dir else None
     if trained and (trained / "config.json").is_file():
         return trained
-    require_files(cfg, "chat")
-    assert cfg.model.model_name_or_path  # require_files saw to it
+    require_ready(cfg, "chat")
+    assert cfg.model.model_name_or_path  # require_ready saw to it
     notice(f"no finished run in output_dir; answering with {cfg.model.model_name_or_path}.")
     return Path(cfg.model.model_name_or_path)
 

@@ -8,7 +8,7 @@ from erniekit.base.console import notice
 from erniekit.base.progress import ByteProgress
 from erniekit.checkpoint.folder import Folder
 from erniekit.checkpoint.model_io import build_model
-from erniekit.config.readiness import require_built, require_files
+from erniekit.config.readiness import require_ready
 from erniekit.config.run import RunConfig
 from erniekit.data.build import build_eval_data
 from erniekit.data.chat import choose_template
@@ -19,11 +19,10 @@ from erniekit.training.evaluate import evaluate as measure
 
 def evaluate(cfg: RunConfig) -> dict[str, float]:
     """Measure `cfg.model.model_name_or_path` on `eval_dataset_path`; prints the figures and returns them."""
-    require_built(cfg, "eval")
-    require_files(cfg, "eval")
+    require_ready(cfg, "eval")
     for text in cfg.notices:
         notice(text)
-    assert cfg.model.model_name_or_path  # require_files saw to it
+    assert cfg.model.model_name_or_path  # require_ready saw to it
     folder = Folder.open(cfg.model.model_name_or_path)
     tokenizer = Tokenizer.from_folder(folder.path)
     tokenizer.check_vocab(folder.config.vocab_size)

@@ -6,15 +6,14 @@ from pathlib import Path
 
 from erniekit.base.errors import ConfigError
 from erniekit.checkpoint.convert import convert
-from erniekit.config.readiness import require_built, require_files
+from erniekit.config.readiness import require_ready
 from erniekit.config.run import RunConfig
 
 
 def export(cfg: RunConfig, *, to: str = "pt", out: str | Path | None = None) -> Path:
     """Write the trained model with tokenizer, config and generation config; returns the new folder."""
-    require_built(cfg, "export")
-    require_files(cfg, "export")
-    assert cfg.train.output_dir  # require_files saw to it
+    require_ready(cfg, "export")
+    assert cfg.train.output_dir  # require_ready saw to it
     run = Path(cfg.train.output_dir)
     if not (run / "config.json").is_file():
         raise ConfigError(_unfinished(run))

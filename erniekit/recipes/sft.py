@@ -13,7 +13,6 @@ from erniekit.base.progress import ByteProgress
 from erniekit.checkpoint.folder import Folder
 from erniekit.checkpoint.model_io import save_model
 from erniekit.config.architecture import ErnieConfig
-from erniekit.config.readiness import require_built, require_files
 from erniekit.config.run import RunConfig
 from erniekit.data.build import EvalData, TrainData, build_eval_data, build_train_data
 from erniekit.data.tokenizer import Tokenizer
@@ -42,11 +41,9 @@ def train_language_model(cfg: RunConfig) -> TrainResult:
 
     Raises ErnieKitError for what the user can mend.
     """
-    require_built(cfg)
-    require_files(cfg)
     for text in cfg.notices:
         notice(text)
-    assert cfg.model.model_name_or_path and cfg.train.output_dir  # require_files saw to it
+    assert cfg.model.model_name_or_path and cfg.train.output_dir  # recipes.train saw to it
     output_dir = Path(cfg.train.output_dir)
     require_writable(output_dir)
     base = Folder.open(cfg.model.model_name_or_path)

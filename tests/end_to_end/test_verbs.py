@@ -58,6 +58,7 @@ def test_export_then_convert_back_gives_the_same_bytes(trained, run, tmp_path):
 
 def test_export_of_an_unfinished_run_names_the_way(bench, run, tmp_path):
     config = bench.config(tmp_path / "out", max_steps=2)
+    assert "output_dir is not set" in run("export", config, "output_dir=null", code=2)[1]
     _, err = run("export", config, code=2)
     assert "does not exist" in err
     run("train", config)

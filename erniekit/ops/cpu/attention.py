@@ -19,14 +19,12 @@ class Attention(paddle.autograd.PyLayer):
         ctx.wanted = wanted(q_BSX, k_BSY, v_BSY)
         b, s = q_BSX.shape[:2]
         ctx.sizes = (b, s, q_BSX.shape[2] // head_dim, k_BSY.shape[2] // head_dim, head_dim)
-        v, cos, sin = v_BSY.contiguous(), cos_BSJ.contiguous(), sin_BSJ.contiguous()
-        ends = end_rows_BS.astype("int32").contiguous()
-        q_turned, k_turned, out = (paddle.empty(t.shape, "float32") for t in (q_BSX, k_BSY, q_BSX))
-        log_sums_BNS = paddle.empty([b, ctx.sizes[2], s], "float32")
-        inputs = (q_BSX.contiguous(), k_BSY.contiguous(), v, cos, sin, ends)
-        library().call("attention_forward", *inputs, q_turned, k_turned, out, log_sums_BNS, *ctx.sizes)
-        ctx.save_for_backward(q_turned, k_turned, v, cos, sin, ends, out, log_sums_BNS)
-        return out
+        tensors = (q_BSX, k_BSY, v_BSY, cos_BSJ, sin_BSJ, end_rows_BS.astype("int32"))
+        inputs = [x.contiguous() for x in tensors]
+        out_BSX, log_sums_BNS = paddle.empty(q_BSX.shape, "float32"), paddle.empty([b, ctx.sizes[2], s], "float32")
+        library().call("attention_forward", *inputs, out_BSX, log_sums_BNS, *ctx.sizes)
+        ctx.save_for_backward(*inputs, out_BSX, log_sums_BNS)
+        return out_BSX
 
     @staticmethod
     def backward(ctx, grad_BSX):

@@ -1,77 +1,104 @@
 // Causal attention with rotary positions under column intervals, in tiles: memory O(rows), never rows x rows.
 //
 // Tensors are [batch, rows, heads, dim]. Column j is seen by the rows j <= i < ends[j]. A tile of scores that nobody may
-// see is skipped, so a row of many short documents costs what the documents cost. The forward pass keeps the logarithm of
-// every row's softmax sum and the rotated q (scaled by dim^-1/2) and k; backward makes each tile of probabilities again.
-#include "common.h"
+// see is skipped, so a row of many short documents costs what its documents cost. The forward pass keeps the logarithm
+// of every row's softmax sum; backward makes each tile of probabilities again (FlashAttention, arXiv 2205.14135).
+// One task is one head of one row of the batch: it works on padded, rotated copies of its own.
+#include "tiles.h"
 
 namespace {
 
-constexpr Size kTileRows = 128, kTileColumns = 128;
+constexpr Size kRows = 32, kColumns = 64;  // of a tile of scores
 constexpr float kHidden = -std::numeric_limits<float>::infinity();
 constexpr float kLowest = -1e30f;  // a running maximum must be finite, so that kHidden - maximum stays -infinity
 
+Size padded(Size size, Size block) { return (size + block - 1) / block * block; }
+
 struct Shape {
     Size batch, rows, heads, groups, dim;
-    Size q_stride() const { return heads * dim; }
-    Size k_stride() const { return groups * dim; }
-    Size group(Size head) const { return head * groups / heads; }
+    Size padded_rows() const { return padded(rows, kColumns); }
+    Size padded_dim() const { return padded(dim, kBlockN); }
 };
 
-// Which tiles are seen at all, and which are seen whole: from the least and greatest end in every block of columns.
+// The column ends of one row of the batch, padded with columns that nobody sees, and their bounds per tile.
 class Mask {
 public:
-    Mask(const int32_t* ends, Shape s) : ends_(ends), rows_(s.rows), blocks_((s.rows + kTileColumns - 1) / kTileColumns) {
-        for (Size b = 0; b < s.batch; ++b)
-            for (Size j = 0; j < rows_; j += kTileColumns) {
-                const int32_t *first = ends + b * rows_ + j, *last = ends + b * rows_ + std::min(j + kTileColumns, rows_);
-                least_.push_back(*std::min_element(first, last));
-                greatest_.push_back(*std::max_element(first, last));
-            }
+    Mask(const int32_t* ends, Size rows, Size padded_rows) : ends_(ends, ends + rows) {
+        ends_.resize(padded_rows, 0);
+        for (auto first = ends_.begin(); first != ends_.end(); first += kColumns) {
+            least_.push_back(*std::min_element(first, first + kColumns));
+            greatest_.push_back(*std::max_element(first, first + kColumns));
+        }
     }
-    bool seen(Size b, Size i0, Size i1, Size j0) const { return j0 < i1 && greatest_[block(b, j0)] > i0; }
+    bool seen(Size i0, Size j0) const { return j0 < i0 + kRows && greatest_[j0 / kColumns] > i0; }
 
-    // Hides what row i must not see in the scores of the columns j0..j1.
-    void apply(float* scores, Size b, Size i0, Size i1, Size j0, Size j1) const {
-        if (j1 - 1 <= i0 && least_[block(b, j0)] >= i1) return;
-        const int32_t* ends = ends_ + b * rows_;
-        for (Size i = i0; i < i1; ++i, scores += kTileColumns)
+    // Hides what a row must not see in the scores of the first `columns` columns from j0.
+    void apply(float* scores, Size i0, Size j0, Size columns) const {
+        if (j0 + columns <= i0 + 1 && least_[j0 / kColumns] >= i0 + kRows) return;
+        const int32_t* ends = ends_.data() + j0;
+        for (Size i = i0; i < i0 + kRows; ++i, scores += kColumns)
 #pragma omp simd
-            for (Size j = j0; j < j1; ++j) scores[j - j0] = (j <= i && i < ends[j]) ? scores[j - j0] : kHidden;
+            for (Size j = 0; j < columns; ++j) scores[j] = (j0 + j <= i && i < ends[j]) ? scores[j] : kHidden;
     }
 
 private:
-    Size block(Size b, Size j0) const { return b * blocks_ + j0 / kTileColumns; }
-    const int32_t* ends_;
-    Size rows_, blocks_;
-    std::vector<int32_t> least_, greatest_;
+    std::vector<int32_t> ends_, least_, greatest_;
 };
 
-// out = scale * rotation(in) of every neighbouring pair; a negative `way` turns back. Sums `copies` heads into each.
-void rotate(const float* in, float* out, const float* cos, const float* sin, Shape s, Size heads, Size copies, float way,
-            float scale) {
-    const Size pairs = s.dim / 2;
-#pragma omp parallel for
-    for (Size row = 0; row < s.batch * s.rows; ++row)
-        for (Size head = 0; head < heads; ++head) {
-            const float* from = in + (row * heads + head) * copies * s.dim;
-            float* to = out + (row * heads + head) * s.dim;
-#pragma omp simd
-            for (Size j = 0; j < pairs; ++j) {
-                float even = from[2 * j], odd = from[2 * j + 1];
-                for (Size c = 1; c < copies; ++c) even += from[c * s.dim + 2 * j], odd += from[c * s.dim + 2 * j + 1];
-                const float x = cos[row * pairs + j] * scale, y = sin[row * pairs + j] * scale * way;
-                to[2 * j] = even * x - odd * y;
-                to[2 * j + 1] = odd * x + even * y;
-            }
-        }
+std::vector<Mask> masks(const int32_t* ends, Shape s) {
+    std::vector<Mask> made;
+    for (Size b = 0; b < s.batch; ++b) made.emplace_back(ends + b * s.rows, s.rows, s.padded_rows());
+    return made;
 }
 
-// One row of a tile joins the running softmax: scores become exp(score - maximum), earlier output shrinks to match.
+struct Rotation {  // of one row of the batch
+    const float *cos, *sin;
+    Size pairs;
+
+    // Turns the neighbouring pairs of a vector by the angles of row i; `way` -1 turns them back.
+    void turn(const float* in, float* out, Size i, float way, float scale) const {
+        const float *c = cos + i * pairs, *s = sin + i * pairs;
+#pragma omp simd
+        for (Size j = 0; j < pairs; ++j) {
+            const float even = in[2 * j] * scale, odd = in[2 * j + 1] * scale, sine = s[j] * way;
+            out[2 * j] = even * c[j] - odd * sine;
+            out[2 * j + 1] = odd * c[j] + even * sine;
+        }
+    }
+};
+
+// One head of one row of the batch inside a tensor.
+struct Head {
+    Size start, stride;
+    Head(Shape s, Size b, Size head, Size heads) : start((b * s.rows * heads + head) * s.dim), stride(heads * s.dim) {}
+};
+
+// A head's rows, one after the other; zeros beyond the rows and the dimension make every tile whole.
+void load(const float* tensor, Head head, Shape s, Buffer& out) {
+    out.assign(s.padded_rows() * s.padded_dim(), 0.0f);
+    for (Size i = 0; i < s.rows; ++i)
+        std::copy_n(tensor + head.start + i * head.stride, s.dim, out.data() + i * s.padded_dim());
+}
+
+void load_turned(const float* tensor, Head head, Shape s, const Rotation& rotation, float scale, Buffer& out) {
+    out.assign(s.padded_rows() * s.padded_dim(), 0.0f);
+    for (Size i = 0; i < s.rows; ++i)
+        rotation.turn(tensor + head.start + i * head.stride, out.data() + i * s.padded_dim(), i, 1.0f, scale);
+}
+
+// [rows, dim] -> for every tile of columns a [dim, kColumns] matrix.
+void transpose(const Buffer& in, Shape s, Buffer& out) {
+    out.resize(s.padded_rows() * s.padded_dim());
+    for (Size j = 0; j < s.padded_rows(); ++j) {
+        float* tile = out.data() + j / kColumns * kColumns * s.dim + j % kColumns;
+        for (Size d = 0; d < s.dim; ++d) tile[d * kColumns] = in[j * s.padded_dim() + d];
+    }
+}
+
+// One row of scores joins the running softmax: it becomes exp(score - maximum), and earlier sums shrink to match.
 void join(float* scores, Size columns, float& maximum, float& sum, float* out, Size dim) {
-    float top = maximum, add = 0;
-#pragma omp simd reduction(max : top)
-    for (Size j = 0; j < columns; ++j) top = std::max(top, scores[j]);
+    const float top = greatest(scores, columns, maximum);
+    float add = 0;
 #pragma omp simd reduction(+ : add)
     for (Size j = 0; j < columns; ++j) {
         scores[j] = exponential(scores[j] - top);
@@ -79,146 +106,162 @@ void join(float* scores, Size columns, float& maximum, float& sum, float* out, S
     }
     const float shrink = exponential(maximum - top);
 #pragma omp simd
-    for (Size i = 0; i < dim; ++i) out[i] *= shrink;
+    for (Size d = 0; d < dim; ++d) out[d] *= shrink;
     sum = sum * shrink + add;
     maximum = top;
 }
 
-// The rows i0..i1 of one head.
-void attend(const float* q, const float* k, const float* v, float* out, float* log_sums, const Mask& mask, Shape s, Size b,
-            Size i0, Size i1, float* scores) {
-    float maxima[kTileRows], sums[kTileRows];
-    std::fill_n(maxima, kTileRows, kLowest);
-    std::fill_n(sums, kTileRows, 0.0f);
-    for (Size i = i0; i < i1; ++i) std::fill_n(out + i * s.q_stride(), s.dim, 0.0f);
-    for (Size j0 = 0; j0 < i1; j0 += kTileColumns) {
-        if (!mask.seen(b, i0, i1, j0)) continue;
-        const Size j1 = std::min({j0 + kTileColumns, s.rows, i1}), columns = j1 - j0;
-        matmul({q + i0 * s.q_stride(), s.q_stride()}, transposed(k + j0 * s.k_stride(), s.k_stride()), scores,
-               kTileColumns, i1 - i0, columns, s.dim);
-        mask.apply(scores, b, i0, i1, j0, j1);
-        for (Size i = i0; i < i1; ++i)
-            join(scores + (i - i0) * kTileColumns, columns, maxima[i - i0], sums[i - i0], out + i * s.q_stride(), s.dim);
-        matmul({scores, kTileColumns}, {v + j0 * s.k_stride(), s.k_stride()}, out + i0 * s.q_stride(), s.q_stride(),
-               i1 - i0, s.dim, columns, 1);
-    }
-    for (Size i = i0; i < i1; ++i) {
-        const float sum = sums[i - i0];
-        log_sums[i] = sum > 0 ? maxima[i - i0] + std::log(sum) : -kHidden;  // a row that sees nothing gives 0
-        const float scale = sum > 0 ? 1.0f / sum : 0.0f;
+struct Forward {
+    Shape s;
+    Buffer q, k, k_columns, v, scores = Buffer(kRows * kColumns), sums = Buffer(kRows), maxima = Buffer(kRows), out;
+
+    void attend(const Mask& mask, float* result, Head head, float* log_sums) {
+        transpose(k, s, k_columns);
+        const Size dim = s.padded_dim();
+        for (Size i0 = 0; i0 < s.rows; i0 += kRows) {
+            maxima.assign(kRows, kLowest), sums.assign(kRows, 0.0f), out.assign(kRows * dim, 0.0f);
+            for (Size j0 = 0; j0 < i0 + kRows; j0 += kColumns) {
+                if (!mask.seen(i0, j0)) continue;
+                const Size columns = std::min(kColumns, i0 + kRows - j0);
+                tile_matmul({&q[i0 * dim], dim, 1}, &k_columns[j0 * s.dim], kColumns, scores.data(), kColumns, kRows,
+                            columns, s.dim, false);
+                mask.apply(scores.data(), i0, j0, columns);
+                for (Size r = 0; r < kRows; ++r)
+                    join(&scores[r * kColumns], columns, maxima[r], sums[r], &out[r * dim], dim);
+                tile_matmul({scores.data(), kColumns, 1}, &v[j0 * dim], dim, out.data(), dim, kRows, dim, columns, true);
+            }
+            for (Size r = 0; r < std::min(kRows, s.rows - i0); ++r) {
+                const float scale = sums[r] > 0 ? 1.0f / sums[r] : 0.0f;  // a row that sees nothing gives 0
+                log_sums[i0 + r] = sums[r] > 0 ? maxima[r] + std::log(sums[r]) : -kHidden;
+                float* row = result + head.start + (i0 + r) * head.stride;
 #pragma omp simd
-        for (Size d = 0; d < s.dim; ++d) out[i * s.q_stride() + d] *= scale;
+                for (Size d = 0; d < s.dim; ++d) row[d] = out[r * dim + d] * scale;
+            }
+        }
     }
-}
+};
 
 }  // namespace
 
 EXPORT void attention_forward(const float* q, const float* k, const float* v, const float* cos, const float* sin,
-                              const int32_t* ends, float* q_turned, float* k_turned, float* out, float* log_sums,
-                              Size batch, Size rows, Size heads, Size groups, Size dim) {
+                              const int32_t* ends, float* out, float* log_sums, Size batch, Size rows, Size heads,
+                              Size groups, Size dim) {
     Threads threads;
     const Shape s{batch, rows, heads, groups, dim};
-    const Mask mask(ends, s);
-    rotate(q, q_turned, cos, sin, s, heads, 1, 1.0f, 1.0f / std::sqrt(float(dim)));
-    rotate(k, k_turned, cos, sin, s, groups, 1, 1.0f, 1.0f);
-    const Size tiles = (rows + kTileRows - 1) / kTileRows;
+    const auto mask = masks(ends, s);
 #pragma omp parallel
     {
-        auto scores = scratch(kTileRows * kTileColumns);
+        Forward work{s};
 #pragma omp for schedule(monotonic : dynamic)
-        for (Size task = 0; task < batch * heads * tiles; ++task) {
-            const Size b = task / (heads * tiles), h = task / tiles % heads, i0 = task % tiles * kTileRows;
-            const Size q_start = b * rows * s.q_stride() + h * dim;
-            const Size k_start = b * rows * s.k_stride() + s.group(h) * dim;
-            attend(q_turned + q_start, k_turned + k_start, v + k_start, out + q_start, log_sums + (b * heads + h) * rows,
-                   mask, s, b, i0, std::min(i0 + kTileRows, rows), scores.get());
+        for (Size task = 0; task < batch * heads; ++task) {
+            const Size b = task / heads, h = task % heads, angles = b * rows * dim / 2;
+            const Rotation rotation{cos + angles, sin + angles, dim / 2};
+            const Head of_q(s, b, h, heads), of_k(s, b, h * groups / heads, groups);
+            load_turned(q, of_q, s, rotation, 1.0f / std::sqrt(float(dim)), work.q);
+            load_turned(k, of_k, s, rotation, 1.0f, work.k);
+            load(v, of_k, s, work.v);
+            work.attend(mask[b], out, of_q, log_sums + task * rows);
         }
     }
 }
 
 namespace {
 
-struct Head {  // one head of one row of the batch: where it starts in every tensor
-    const float *q, *k, *v, *out, *grad, *log_sums;
-    float *grad_q, *grad_k, *grad_v;  // [batch, rows, heads, dim], all three: groups are summed afterwards
-};
+// Per tile P = exp(scores - log_sum) and dS = P (dO V^T - delta), then dV += P^T dO, dK += dS^T Q, dQ += dS K.
+struct Backward {
+    Shape s;
+    Buffer q, k, v, grad, k_columns, v_columns, grad_q, grad_k, grad_v, log_sums, deltas;
+    Buffer p = Buffer(kRows * kColumns), g = Buffer(kRows * kColumns);
 
-struct Tiles {
-    std::unique_ptr<float[]> probabilities = scratch(kTileRows * kTileColumns);
-    std::unique_ptr<float[]> grads = scratch(kTileRows * kTileColumns);
-    std::vector<float> deltas;
-};
-
-// The gradients of one head: per tile P = exp(scores - log_sum), dS = P (dO V^T - delta), and four products.
-void attend_backward(const Head& head, const Mask& mask, Shape s, Size b, Tiles& tiles) {
-    const Size qs = s.q_stride(), ks = s.k_stride();
-    float *p = tiles.probabilities.get(), *g = tiles.grads.get();
-    tiles.deltas.assign(s.rows, 0.0f);
-    for (Size i = 0; i < s.rows; ++i) {
-        float delta = 0;
-#pragma omp simd reduction(+ : delta)
-        for (Size d = 0; d < s.dim; ++d) delta += head.out[i * qs + d] * head.grad[i * qs + d];
-        tiles.deltas[i] = delta;
+    void attend(const Mask& mask) {
+        transpose(k, s, k_columns), transpose(v, s, v_columns);
+        for (Buffer* sums : {&grad_q, &grad_k, &grad_v}) sums->assign(q.size(), 0.0f);
+        for (Size j0 = 0; j0 < s.rows; j0 += kColumns)
+            for (Size i0 = j0; i0 < s.rows; i0 += kRows)
+                if (mask.seen(i0, j0)) tile(mask, i0, j0, std::min(kColumns, i0 + kRows - j0));
     }
-    for (Size j0 = 0; j0 < s.rows; j0 += kTileColumns)
-        for (Size i0 = j0 / kTileRows * kTileRows; i0 < s.rows; i0 += kTileRows) {
-            const Size i1 = std::min(i0 + kTileRows, s.rows), m = i1 - i0;
-            if (!mask.seen(b, i0, i1, j0)) continue;
-            const Size j1 = std::min({j0 + kTileColumns, s.rows, i1}), n = j1 - j0;
-            matmul({head.q + i0 * qs, qs}, transposed(head.k + j0 * ks, ks), p, kTileColumns, m, n, s.dim);
-            matmul({head.grad + i0 * qs, qs}, transposed(head.v + j0 * ks, ks), g, kTileColumns, m, n, s.dim);
-            mask.apply(p, b, i0, i1, j0, j1);
-            for (Size i = 0; i < m; ++i) {
-                const float log_sum = head.log_sums[i0 + i], delta = tiles.deltas[i0 + i];
-                float *p_row = p + i * kTileColumns, *g_row = g + i * kTileColumns;
-#pragma omp simd
-                for (Size j = 0; j < n; ++j) {
-                    p_row[j] = exponential(p_row[j] - log_sum);
-                    g_row[j] = p_row[j] * (g_row[j] - delta);
-                }
-            }
-            matmul(transposed(p, kTileColumns), {head.grad + i0 * qs, qs}, head.grad_v + j0 * qs, qs, n, s.dim, m, 1);
-            matmul(transposed(g, kTileColumns), {head.q + i0 * qs, qs}, head.grad_k + j0 * qs, qs, n, s.dim, m, 1);
-            matmul({g, kTileColumns}, {head.k + j0 * ks, ks}, head.grad_q + i0 * qs, qs, m, s.dim, n, 1);
-        }
-}
 
-// out [rows, groups, dim] = sum of each group's heads in [rows, heads, dim].
-void sum_groups(const float* in, float* out, Shape s) {
+    void tile(const Mask& mask, Size i0, Size j0, Size columns) {
+        const Size dim = s.padded_dim(), i = i0 * dim, j = j0 * dim;
+        tile_matmul({&q[i], dim, 1}, &k_columns[j0 * s.dim], kColumns, p.data(), kColumns, kRows, columns, s.dim, false);
+        tile_matmul({&grad[i], dim, 1}, &v_columns[j0 * s.dim], kColumns, g.data(), kColumns, kRows, columns, s.dim, false);
+        mask.apply(p.data(), i0, j0, columns);
+        for (Size r = 0; r < kRows; ++r) {
+            const float log_sum = log_sums[i0 + r], delta = deltas[i0 + r];
+            float *p_row = &p[r * kColumns], *g_row = &g[r * kColumns];
+#pragma omp simd
+            for (Size c = 0; c < columns; ++c) {
+                p_row[c] = exponential(p_row[c] - log_sum);
+                g_row[c] = p_row[c] * (g_row[c] - delta);
+            }
+        }
+        tile_matmul({p.data(), 1, kColumns}, &grad[i], dim, &grad_v[j], dim, columns, dim, kRows, true);
+        tile_matmul({g.data(), 1, kColumns}, &q[i], dim, &grad_k[j], dim, columns, dim, kRows, true);
+        tile_matmul({g.data(), kColumns, 1}, &k[j], dim, &grad_q[i], dim, kRows, dim, columns, true);
+    }
+
+    // delta = the sum of dO * O, from the tensors of one head.
+    void weigh(const float* out, Head head, const float* sums) {
+        log_sums.assign(s.padded_rows(), -kHidden), deltas.assign(s.padded_rows(), 0.0f);
+        std::copy_n(sums, s.rows, log_sums.begin());
+        for (Size i = 0; i < s.rows; ++i) {
+            const float *o = out + head.start + i * head.stride, *g_row = &grad[i * s.padded_dim()];
+            float delta = 0;
+#pragma omp simd reduction(+ : delta)
+            for (Size d = 0; d < s.dim; ++d) delta += o[d] * g_row[d];
+            deltas[i] = delta;
+        }
+    }
+};
+
+// Each group's gradient is the sum over its heads: [rows, heads, dim] -> [rows, groups, dim].
+void sum_heads(const float* in, float* out, Shape s) {
     const Size copies = s.heads / s.groups;
 #pragma omp parallel for
-    for (Size group = 0; group < s.batch * s.rows * s.groups; ++group)
-        for (Size d = 0; d < s.dim; ++d) {
-            float sum = 0;
-            for (Size c = 0; c < copies; ++c) sum += in[(group * copies + c) * s.dim + d];
-            out[group * s.dim + d] = sum;
-        }
+    for (Size group = 0; group < s.batch * s.rows * s.groups; ++group) {
+        float* sums = out + group * s.dim;
+        std::copy_n(in + group * copies * s.dim, s.dim, sums);
+        for (Size c = 1; c < copies; ++c)
+#pragma omp simd
+            for (Size d = 0; d < s.dim; ++d) sums[d] += in[(group * copies + c) * s.dim + d];
+    }
 }
 
 }  // namespace
 
-EXPORT void attention_backward(const float* q_turned, const float* k_turned, const float* v, const float* cos,
-                               const float* sin, const int32_t* ends, const float* out, const float* log_sums,
-                               const float* grad, float* grad_q, float* grad_k, float* grad_v, Size batch, Size rows,
-                               Size heads, Size groups, Size dim) {
+EXPORT void attention_backward(const float* q, const float* k, const float* v, const float* cos, const float* sin,
+                               const int32_t* ends, const float* out, const float* log_sums, const float* grad,
+                               float* grad_q, float* grad_k, float* grad_v, Size batch, Size rows, Size heads, Size groups,
+                               Size dim) {
     Threads threads;
     const Shape s{batch, rows, heads, groups, dim};
-    const Mask mask(ends, s);
-    const Size size = batch * rows * heads * dim;
-    auto of_q = scratch(size), of_k = scratch(size), of_v = scratch(size);
-    for (float* made : {of_q.get(), of_k.get(), of_v.get()}) std::fill_n(made, size, 0.0f);
+    const auto mask = masks(ends, s);
+    const bool shared = groups < heads;
+    const Size size = shared ? batch * rows * heads * dim : 0;
+    Buffer all_k(size), all_v(size);
+    float *of_k = shared ? all_k.data() : grad_k, *of_v = shared ? all_v.data() : grad_v;
 #pragma omp parallel
     {
-        Tiles tiles;
+        Backward work{s};
 #pragma omp for schedule(monotonic : dynamic)
         for (Size task = 0; task < batch * heads; ++task) {
-            const Size b = task / heads, h = task % heads;
-            const Size q = b * rows * s.q_stride() + h * dim, k = b * rows * s.k_stride() + s.group(h) * dim;
-            attend_backward({q_turned + q, k_turned + k, v + k, out + q, grad + q, log_sums + task * rows,
-                             of_q.get() + q, of_k.get() + q, of_v.get() + q}, mask, s, b, tiles);
+            const Size b = task / heads, h = task % heads, angles = b * rows * dim / 2;
+            const Rotation rotation{cos + angles, sin + angles, dim / 2};
+            const Head own(s, b, h, heads), group(s, b, h * groups / heads, groups);
+            const float scale = 1.0f / std::sqrt(float(dim));
+            load_turned(q, own, s, rotation, scale, work.q);
+            load_turned(k, group, s, rotation, 1.0f, work.k);
+            load(v, group, s, work.v);
+            load(grad, own, s, work.grad);
+            work.weigh(out, own, log_sums + task * rows);
+            work.attend(mask[b]);
+            for (Size i = 0; i < rows; ++i) {
+                const Size from = i * s.padded_dim(), to = own.start + i * own.stride;
+                rotation.turn(&work.grad_q[from], grad_q + to, i, -1.0f, scale);
+                rotation.turn(&work.grad_k[from], of_k + to, i, -1.0f, 1.0f);
+                std::copy_n(&work.grad_v[from], dim, of_v + to);
+            }
         }
     }
-    rotate(of_q.get(), grad_q, cos, sin, s, heads, 1, -1.0f, 1.0f / std::sqrt(float(dim)));
-    rotate(of_k.get(), grad_k, cos, sin, s, groups, heads / groups, -1.0f, 1.0f);
-    sum_groups(of_v.get(), grad_v, s);
+    if (shared) sum_heads(of_k, grad_k, s), sum_heads(of_v, grad_v, s);
 }

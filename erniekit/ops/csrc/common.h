@@ -12,7 +12,8 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
-#include <memory>
+#include <new>
+#include <utility>
 #include <vector>
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
@@ -57,25 +58,58 @@ inline void matmul(Operand a, Operand b, float* c, Size c_stride, Size m, Size n
                        b.stride, beta, c, c_stride);
 }
 
-inline std::unique_ptr<float[]> scratch(Size size) { return std::unique_ptr<float[]>(new float[size]); }
+// Memory that starts where a cache line does: vectors that straddle two lines cost twice.
+template <typename T>
+struct LineAllocator {
+    using value_type = T;
+    static constexpr std::align_val_t line{64};
+    LineAllocator() = default;
+    template <typename U>
+    LineAllocator(const LineAllocator<U>&) {}
+    T* allocate(size_t size) { return static_cast<T*>(::operator new(size * sizeof(T), line)); }
+    void deallocate(T* data, size_t) { ::operator delete(data, line); }
+    // A vector's new elements stay what the memory holds: buffers are written before they are read.
+    template <typename U>
+    void construct(U*) {}
+    template <typename U, typename... Args>
+    void construct(U* at, Args&&... args) {
+        ::new (at) U(std::forward<Args>(args)...);
+    }
+    bool operator==(const LineAllocator&) const { return true; }
+    bool operator!=(const LineAllocator&) const { return false; }
+};
+using Buffer = std::vector<float, LineAllocator<float>>;
 
-// e^x within 2 units in the last place; 0 below -87, infinity above 88.4; NaN stays NaN.
+// e^x for x <= 0 within one unit in the last place; 0 below -87; NaN stays NaN.
 inline float exponential(float x) {
-    const float bounded = x > 89.0f ? 89.0f : x;
-    const float shifter = 12582912.0f;  // 1.5 * 2^23: adding and subtracting it rounds to an integer
-    const float whole = (bounded * 1.44269504f + shifter) - shifter;
-    const float rest = bounded - whole * 0.693359375f + whole * 2.12194440e-4f;
-    float power = 1.9875691500e-4f;
-    power = power * rest + 1.3981999507e-3f;
-    power = power * rest + 8.3334519073e-3f;
-    power = power * rest + 4.1665795894e-2f;
-    power = power * rest + 1.6666665459e-1f;
-    power = power * rest + 5.0000001201e-1f;
-    power = power * rest * rest + rest + 1.0f;
-    const int32_t bits = (static_cast<int32_t>(whole) + 127) << 23;
+    const float shifter = 12582912.0f;  // 1.5 * 2^23: adding it rounds, and leaves the integer in the lowest bits
+    const float shifted = x * 1.44269504f + shifter;
+    const float whole = shifted - shifter;
+    const float rest = x - whole * 0.693359375f + whole * 2.12194440e-4f;
+    float power = 1.3814540579915047e-3f;
+    power = power * rest + 8.36874544620514e-3f;
+    power = power * rest + 4.166838899254799e-2f;
+    power = power * rest + 1.666652113199234e-1f;
+    power = power * rest + 4.999999403953552e-1f;
+    power = power * rest + 1.0f;
+    power = power * rest + 1.0f;
+    uint32_t bits;
+    std::memcpy(&bits, &shifted, sizeof bits);
+    bits = (bits + 127) << 23;
     float scale;
     std::memcpy(&scale, &bits, sizeof scale);
     return x < -87.0f ? 0.0f : power * scale;
 }
 
-inline float sigmoid(float x) { return 1.0f / (1.0f + exponential(-x)); }
+// The greatest of `start` and the values. (With std::max, compilers leave the loop scalar.)
+inline float greatest(const float* values, Size size, float start) {
+    float top = start;
+#pragma omp simd reduction(max : top)
+    for (Size i = 0; i < size; ++i) top = values[i] > top ? values[i] : top;
+    return top;
+}
+
+inline float sigmoid(float x) {
+    const float small = exponential(-std::fabs(x));
+    return (x < 0 ? small : 1.0f) / (1.0f + small);
+}

@@ -5,17 +5,9 @@ namespace {
 
 constexpr int64_t kIgnored = -100;
 
-struct Softmax {
-    float log_sum;
-    Size best;
-};
-
-// Turns a row of logits into exp(logits - max) / sum, the gradient of log_sum.
-Softmax softmax(float* logits, Size vocab) {
-    float top = -std::numeric_limits<float>::infinity(), sum = 0;
-#pragma omp simd reduction(max : top)
-    for (Size i = 0; i < vocab; ++i) top = std::max(top, logits[i]);
-    const Size best = std::find(logits, logits + vocab, top) - logits;
+// Turns a row of logits into exp(logits - top) / sum, the gradient of log(sum exp(logits)), and returns that logarithm.
+float softmax(float* logits, Size vocab, float top) {
+    float sum = 0;
 #pragma omp simd reduction(+ : sum)
     for (Size i = 0; i < vocab; ++i) {
         logits[i] = exponential(logits[i] - top);
@@ -24,7 +16,7 @@ Softmax softmax(float* logits, Size vocab) {
     const float scale = 1.0f / sum;
 #pragma omp simd
     for (Size i = 0; i < vocab; ++i) logits[i] *= scale;
-    return {top + std::log(sum), best};
+    return top + std::log(sum);
 }
 
 }  // namespace
@@ -46,25 +38,24 @@ EXPORT Size cross_entropy(const float* hidden, const float* weight, const float*
     if (grad_weight) std::fill_n(grad_weight, vocab * size, 0.0f);
     if (grad_bias) std::fill_n(grad_bias, vocab, 0.0f);
     chunk = std::min<Size>(chunk, trained.size());
-    auto x = scratch(chunk * size), logits = scratch(chunk * vocab);
+    Buffer x(chunk * size), logits(chunk * vocab);
     const Size stride = vocab_first ? size : vocab;
     for (Size start = 0; start < Size(trained.size()); start += chunk) {
         const Size rows = std::min<Size>(chunk, trained.size() - start);
         const Size* token = trained.data() + start;
 #pragma omp parallel for
         for (Size r = 0; r < rows; ++r) {
-            std::copy_n(hidden + token[r] * size, size, x.get() + r * size);
-            if (bias) std::copy_n(bias, vocab, logits.get() + r * vocab);
+            std::copy_n(hidden + token[r] * size, size, x.data() + r * size);
+            if (bias) std::copy_n(bias, vocab, logits.data() + r * vocab);
         }
-        matmul({x.get(), size}, {weight, stride, vocab_first != 0}, logits.get(), vocab, rows, vocab, size, bias ? 1 : 0);
+        matmul({x.data(), size}, {weight, stride, vocab_first != 0}, logits.data(), vocab, rows, vocab, size, bias ? 1 : 0);
 #pragma omp parallel for
         for (Size r = 0; r < rows; ++r) {
-            float* row = logits.get() + r * vocab;
+            float* row = logits.data() + r * vocab;
             const Size label = labels[token[r]];
-            const float picked = row[label];
-            const Softmax made = softmax(row, vocab);
-            losses[token[r]] = made.log_sum - picked;
-            correct[token[r]] = made.best == label;
+            const float picked = row[label], top = greatest(row, vocab, -std::numeric_limits<float>::infinity());
+            correct[token[r]] = picked == top && std::find(row, row + label, top) == row + label;  // the first of equals
+            losses[token[r]] = softmax(row, vocab, top) - picked;
             row[label] -= 1.0f;
         }
         if (grad_bias)
@@ -72,13 +63,13 @@ EXPORT Size cross_entropy(const float* hidden, const float* weight, const float*
 #pragma omp simd
                 for (Size i = 0; i < vocab; ++i) grad_bias[i] += logits[r * vocab + i];
         if (grad_weight && vocab_first)
-            matmul(transposed(logits.get(), vocab), {x.get(), size}, grad_weight, size, vocab, size, rows, 1);
+            matmul(transposed(logits.data(), vocab), {x.data(), size}, grad_weight, size, vocab, size, rows, 1);
         if (grad_weight && !vocab_first)
-            matmul(transposed(x.get(), size), {logits.get(), vocab}, grad_weight, vocab, size, vocab, rows, 1);
+            matmul(transposed(x.data(), size), {logits.data(), vocab}, grad_weight, vocab, size, vocab, rows, 1);
         if (grad_hidden) {
-            matmul({logits.get(), vocab}, {weight, stride, !vocab_first}, x.get(), size, rows, size, vocab);
+            matmul({logits.data(), vocab}, {weight, stride, !vocab_first}, x.data(), size, rows, size, vocab);
 #pragma omp parallel for
-            for (Size r = 0; r < rows; ++r) std::copy_n(x.get() + r * size, size, grad_hidden + token[r] * size);
+            for (Size r = 0; r < rows; ++r) std::copy_n(x.data() + r * size, size, grad_hidden + token[r] * size);
         }
     }
     return -1;

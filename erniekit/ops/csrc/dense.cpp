@@ -11,16 +11,16 @@ constexpr Size kBlockRows = 64;
 template <typename Add>
 void sum_over_rows(Size rows, Size size, float* out, Add add) {
     const Size blocks = (rows + kBlockRows - 1) / kBlockRows;
-    auto parts = scratch(blocks * size);
+    Buffer parts(blocks * size);
 #pragma omp parallel for
     for (Size block = 0; block < blocks; ++block) {
-        float* sums = parts.get() + block * size;
+        float* sums = parts.data() + block * size;
         std::fill(sums, sums + size, 0.0f);
         for (Size row = block * kBlockRows; row < std::min(rows, (block + 1) * kBlockRows); ++row) add(row, sums);
     }
     std::fill(out, out + size, 0.0f);
     for (Size block = 0; block < blocks; ++block) {
-        const float* sums = parts.get() + block * size;
+        const float* sums = parts.data() + block * size;
 #pragma omp simd
         for (Size i = 0; i < size; ++i) out[i] += sums[i];
     }

@@ -95,12 +95,12 @@ void activate_backward(const float* gate_up, const float* grad_act, float* act, 
 EXPORT void experts_forward(const float* x, const float* gate_up, const float* down, const int64_t* counts,
                             float* hidden, float* y, Size num_experts, Size size, Size width) {
     Threads threads;
-    auto act = scratch(*std::max_element(counts, counts + num_experts) * width);
+    Buffer act(*std::max_element(counts, counts + num_experts) * width);
     for (Size e = 0; e < num_experts; ++e) {
         const Size rows = counts[e];
         matmul({x, size}, {gate_up, 2 * width}, hidden, 2 * width, rows, 2 * width, size);
-        activate(hidden, act.get(), rows, width);
-        matmul({act.get(), width}, {down, size}, y, size, rows, size, width);
+        activate(hidden, act.data(), rows, width);
+        matmul({act.data(), width}, {down, size}, y, size, rows, size, width);
         x += rows * size, y += rows * size, hidden += rows * 2 * width;
         gate_up += size * 2 * width, down += width * size;
     }
@@ -111,18 +111,18 @@ EXPORT void experts_backward(const float* x, const float* gate_up, const float* 
                              float* grad_down, Size num_experts, Size size, Size width) {
     Threads threads;
     const Size most = *std::max_element(counts, counts + num_experts) * width;
-    auto act = scratch(most), grad_act = scratch(most), grad_hidden = scratch(2 * most);
+    Buffer act(most), grad_act(most), grad_hidden(2 * most);
     for (Size e = 0; e < num_experts; ++e) {
         const Size rows = counts[e], offset = e * size * width;
-        matmul({grad, size}, transposed(down + offset, size), grad_act.get(), width, rows, width, size);
-        activate_backward(hidden, grad_act.get(), act.get(), grad_hidden.get(), rows, width);
+        matmul({grad, size}, transposed(down + offset, size), grad_act.data(), width, rows, width, size);
+        activate_backward(hidden, grad_act.data(), act.data(), grad_hidden.data(), rows, width);
         if (grad_down)
-            matmul(transposed(act.get(), width), {grad, size}, grad_down + offset, size, width, size, rows);
+            matmul(transposed(act.data(), width), {grad, size}, grad_down + offset, size, width, size, rows);
         if (grad_gate_up)
-            matmul(transposed(x, size), {grad_hidden.get(), 2 * width}, grad_gate_up + 2 * offset, 2 * width, size,
+            matmul(transposed(x, size), {grad_hidden.data(), 2 * width}, grad_gate_up + 2 * offset, 2 * width, size,
                    2 * width, rows);
         if (grad_x) {
-            matmul({grad_hidden.get(), 2 * width}, transposed(gate_up + 2 * offset, 2 * width), grad_x, size, rows,
+            matmul({grad_hidden.data(), 2 * width}, transposed(gate_up + 2 * offset, 2 * width), grad_x, size, rows,
                    size, 2 * width);
             grad_x += rows * size;
         }

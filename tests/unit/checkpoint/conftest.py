@@ -31,7 +31,9 @@ def read_raw() -> Callable[[Path], Raw]:
 
     def read(path: Path) -> Raw:
         if path.is_dir():
-            return {name: value for file in sorted(path.glob("model*.safetensors")) for name, value in read(file).items()}
+            return {
+                name: value for file in sorted(path.glob("model*.safetensors")) for name, value in read(file).items()
+            }
         content = path.read_bytes()
         (length,) = struct.unpack("<Q", content[:8])
         header = json.loads(content[8 : 8 + length])

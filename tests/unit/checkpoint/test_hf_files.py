@@ -138,7 +138,9 @@ def test_shards_are_opened_by_the_index(tmp_path):
 
 def test_every_disagreement_of_index_and_shards_is_named_at_once(tmp_path):
     weight_map = sharded(tmp_path)
-    save_file({"extra": np.zeros(2, np.float32), "t1": np.zeros(3, np.float32)}, tmp_path / "model-00002-of-00002.safetensors")
+    save_file(
+        {"extra": np.zeros(2, np.float32), "t1": np.zeros(3, np.float32)}, tmp_path / "model-00002-of-00002.safetensors"
+    )
     weight_map["absent"] = "model-00001-of-00002.safetensors"
     (tmp_path / INDEX_FILE).write_text(json.dumps({"weight_map": weight_map}))
     with pytest.raises(CheckpointError) as error:
@@ -169,7 +171,9 @@ def test_shards_without_an_index_and_an_index_that_is_none(tmp_path):
 
 def test_a_tensor_in_two_shards(tmp_path):
     sharded(tmp_path)
-    save_file({"t0": np.zeros(3, np.float32), "t1": np.zeros(3, np.float32)}, tmp_path / "model-00002-of-00002.safetensors")
+    save_file(
+        {"t0": np.zeros(3, np.float32), "t1": np.zeros(3, np.float32)}, tmp_path / "model-00002-of-00002.safetensors"
+    )
     with pytest.raises(CheckpointError, match="'t0' lies in several shards"):
         open_shards(tmp_path)
 

@@ -124,7 +124,10 @@ def test_a_closed_pipe_is_no_error(root):
     reader, writer = os.pipe()
     os.close(reader)
     words = [sys.executable, "-m", "erniekit", "help"]
-    done = subprocess.run(words, cwd=root, stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
+    buffered = os.environ | {"PYTHONUNBUFFERED": ""}
+    done = subprocess.run(
+        words, cwd=root, env=buffered, stdout=writer, stderr=subprocess.PIPE, text=True, check=False
+    )
     os.close(writer)
     assert (done.returncode, done.stderr) == (0, "")
 

@@ -148,6 +148,9 @@ def test_a_repeated_key_names_both_lines(write):
     assert problems(write("seed: 1\n"), ["seed=2", "seed=2"]) == [
         "command line: seed stands a second time, first at command line"
     ]
+    assert problems(write("learning_rate: 1e-3\nmin_lr: 1e-4\nlearning_rate: 2e-3\n")) == [
+        "run.yaml:3: learning_rate stands a second time, first at run.yaml:1"
+    ]
 
 
 def test_case_does_not_matter():
@@ -187,6 +190,8 @@ def test_aliases_that_agree(given, name, value):
 def test_origin_names_the_alias(write):
     config = load_config(write("lora: true\n"))
     assert config.origins["fine_tuning"] == "run.yaml:1 (lora)"
+    config = load_config(write("lora: true\nfine_tuning: LoRA\n"))
+    assert config.origins["fine_tuning"] == "run.yaml:2"
 
 
 @pytest.mark.parametrize(
@@ -201,6 +206,7 @@ def test_origin_names_the_alias(write):
         {"fp16": True, "bf16": True},
         {"fp16": True, "compute_type": "bf16"},
         {"packing": True, "in_tokens_batching": False},
+        {"weight_quantize_algo": "wint8", "use_fp8": True},
     ],
 )
 def test_aliases_that_disagree(given, write):
@@ -209,13 +215,39 @@ def test_aliases_that_disagree(given, write):
     for line, (name, value) in enumerate(given.items(), start=1):
         assert f"{name}: {value} (run.yaml:{line})" in problem
     assert "disagree" in problem
-    assert "delete the other" in problem
+    assert "Delete one of them" in problem
+
+
+def test_a_conflict_names_the_two_that_conflict():
+    (problem,) = problems({"bf16": False, "fp16": True, "weight_quantize_algo": "wint8"})
+    assert problem.startswith("bf16: false (argument) and weight_quantize_algo: wint8 (argument) disagree")
 
 
 def test_an_override_beats_an_alias_in_the_file(write):
     path = write("per_device_train_batch_size: 2\nbf16: true\n")
     config = load_config(path, ["batch_size=4", "compute_type=fp32"])
     assert (config.train.batch_size, config.model.compute_type) == (4, "fp32")
+
+
+def test_an_override_takes_an_alias_back(write):
+    path = write("fp16: true\nweight_quantize_algo: null\n")
+    config = load_config(path, ["fp16=false"])
+    assert (config.model.compute_type, config.origins["compute_type"]) == ("bf16", "default")
+    config = load_config(write("bf16: true\nfp16: false\nlora: true\n"), ["bf16=false", "fp16=true", "lora=false"])
+    assert (config.model.compute_type, config.model.fine_tuning) == ("fp16", "Full")
+
+
+def test_a_stronger_alias_that_agrees_changes_nothing(write):
+    write("compute_type: wint4/8\nbatch_size: 2\n", "base.yaml")
+    path = write("extends: base.yaml\nbf16: true\nper_device_train_batch_size: 3\n")
+    config = load_config(path)
+    assert (config.model.compute_type, config.origins["compute_type"]) == ("wint4/8", "extends base.yaml:1")
+    assert (config.train.batch_size, config.origins["batch_size"]) == (3, "run.yaml:3 (per_device_train_batch_size)")
+
+
+def test_an_override_settles_a_conflict_in_the_file(write):
+    path = write("per_device_train_batch_size: 2\nbatch_size: 3\n")
+    assert load_config(path, ["batch_size=4"]).train.batch_size == 4
 
 
 def test_what_cannot_be_a_setting():

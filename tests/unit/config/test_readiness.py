@@ -9,7 +9,6 @@ from erniekit.config.readiness import (
     not_built,
     not_checked_here,
     require_built,
-    require_files,
     require_ready,
 )
 
@@ -110,11 +109,11 @@ def test_absent_files(tmp_path):
         f"argument: train_dataset_path: '{tmp_path}/no.jsonl' is not here.",
         f"argument: eval_dataset_path: '{tmp_path}/no2.jsonl' is not here.",
     ]
-    assert absent_files(config) == not_checked_here(config) == refused(require_files, config) == expected
+    assert absent_files(config) == not_checked_here(config) == refused(require_ready, config) == expected
 
 
 def test_what_train_needs():
-    lines = refused(require_files, load_config({}))
+    lines = refused(require_ready, load_config({}))
     assert [line.partition(" ")[0] for line in lines] == ["model_name_or_path", "train_dataset_path", "output_dir"]
 
 

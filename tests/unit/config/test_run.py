@@ -41,6 +41,11 @@ def test_written_and_run_again(config, tmp_path):
     assert (tmp_path / "again.yaml").read_text().splitlines()[1:] == lines[1:]
 
 
+def test_a_written_file_says_nothing_new(tmp_path):
+    load_config({}).write_resolved(tmp_path / "run.yaml")
+    assert load_config(tmp_path / "run.yaml").notices == ()
+
+
 def test_the_written_file_holds_the_defaults_that_decide(config):
     text = config.text()
     for line in ("weight_decay: 0.0", "mix_strategy: random", "seed: 42", "compute_type: bf16", "batch_size: 2"):
