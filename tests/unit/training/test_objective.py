@@ -6,6 +6,7 @@ import pytest
 
 from erniekit.config.architecture import ErnieConfig
 from erniekit.data.batch import Batch
+from erniekit.losses.router import orthogonal_gradient
 from erniekit.models.decoder import ErnieForCausalLM
 from erniekit.training.objective import LanguageModelObjective, LossWeights, labels_ahead
 from erniekit.training.step import Totals
@@ -94,15 +95,19 @@ def test_token_balance_scales_the_gradient_by_trained_over_positions(model):
 
 
 def test_router_terms_are_averaged_over_micro_batches_and_not_reported(model):
-    batch, weights = make_batch(), LossWeights(balance=1.0, z=0.5, orthogonal=0.25)
-    plain, _ = run(model, halves(batch))
-    reported, total = run(model, halves(batch), weights)
+    """The orthogonal term does not depend on the tokens: averaged, it pulls as hard as in one micro-batch."""
+    name, batch = "model.layers.1.mlp.gate.weight", make_batch()
+    plain, before = run(model, halves(batch))
+    reported, after = run(model, halves(batch), LossWeights(orthogonal=50.0))
     assert reported == pytest.approx(plain, rel=1e-7)
-    name = "model.layers.1.mlp.gate.weight"
-    main = run(model, halves(batch))[1][name]
-    totals = Totals.of(halves(batch), row_length=16)
-    alone = [run(model, [half], weights, totals)[1][name] for half in halves(batch)]
-    parts = [run(model, [half], None, totals)[1][name] for half in halves(batch)]
-    extra = sum(a - p for a, p in zip(alone, parts, strict=True))
-    assert np.abs(total[name] - main - extra).max() < 1e-5 * np.abs(total[name]).max()
-    assert np.abs(extra).max() > 10 * 1e-5
+    pull = 50.0 * orthogonal_gradient(dict(model.named_parameters())[name]).numpy()
+    assert np.abs(after[name] - before[name] - pull).max() < 1e-5 * np.abs(pull).max()
+
+
+def test_balance_term_of_equal_micro_batches_is_that_of_one(model):
+    name, batch = "model.layers.1.mlp.gate.weight", make_batch(rows=1)
+    terms = LossWeights(balance=5.0, z=2.0)
+    once, twice = (
+        run(model, [batch] * count, terms)[1][name] - run(model, [batch] * count)[1][name] for count in (1, 2)
+    )
+    assert np.abs(once - twice).max() < 1e-5 * np.abs(once).max()
