@@ -20,7 +20,6 @@ PACKAGE = ROOT / "erniekit"
 LEVELS = (
     ("__main__",),
     ("cli",),
-    ("api",),
     ("recipes",),
     ("training", "rollout"),
     ("checkpoint",),

@@ -67,7 +67,7 @@ def prepare(*, reexec: bool = False) -> None:
         os.environ.update(missing)
         sys.stdout.flush()
         sys.stderr.flush()
-        os.execv(sys.executable, [sys.executable, "-m", "erniekit", *sys.argv[1:]])
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 def num_threads() -> int:

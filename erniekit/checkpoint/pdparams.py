@@ -12,7 +12,7 @@ import os
 import pickle
 import struct
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, ClassVar
 
 import numpy as np
 
@@ -88,7 +88,9 @@ class _Bounded:
 
 class _Reader(pickle._Unpickler):  # in Python: the one in C takes whatever memory a damaged file names
     # Protocol 5, which paddle.save does not write, reserves memory for byte arrays before it reads them.
-    dispatch = {code: load for code, load in pickle._Unpickler.dispatch.items() if code != pickle.BYTEARRAY8[0]}
+    dispatch: ClassVar = {
+        code: load for code, load in pickle._Unpickler.dispatch.items() if code != pickle.BYTEARRAY8[0]
+    }
 
     def find_class(self, module: str, name: str) -> Any:
         found = _STAND_INS.get((module, name))

@@ -43,6 +43,7 @@ ORIGIN_FILE = "erniekit_origin.json"
 BF16_TAG = {"pt": "BF16", "paddle": "U16"}
 _METADATA = {"pt": {"format": "pt"}, "paddle": {"format": "np"}}
 
+_STAGE = ".saving"
 _COMPANION_SUFFIXES = (".json", ".model", ".jinja", ".txt", ".md", ".py", ".ttf")
 RUN_FILE = "run.json"  # what a training run writes about itself; it is not the model's
 _NOT_COMPANIONS = {"config.json", INDEX_FILE, MANIFEST_FILE, ORIGIN_FILE, RUN_FILE}
@@ -68,7 +69,7 @@ class Plan:
 # ---------------------------------------------------------------------- folders that are whole or absent
 def require_empty(path: str | Path) -> None:
     """Refuse to write a new model over anything."""
-    if Path(path).is_dir() and any(Path(path).iterdir()):
+    if Path(path).is_dir() and any(entry.name != _STAGE for entry in Path(path).iterdir()):
         raise CheckpointError(f"{path}: is not empty. Choose another folder, or remove what is in it.")
 
 
@@ -81,9 +82,10 @@ def staged(path: str | Path) -> Iterator[Path]:
     folder = Path(path)
     if folder.exists() and not folder.is_dir():
         raise CheckpointError(f"{folder}: is a file; a model is saved as a folder. Choose another name.")
-    stage = folder / f".saving-{os.getpid()}"
+    stage = folder / _STAGE
     with writing(folder):
         created = [parent for parent in (folder, *folder.parents) if not parent.exists()]
+        shutil.rmtree(stage, ignore_errors=True)  # what a killed process left
         try:
             stage.mkdir(parents=True)
             yield stage
@@ -111,12 +113,8 @@ def copy_companions(source: str | Path, target: str | Path) -> None:
     """Copy the tokenizer, generation config and other small files of a model folder."""
     for path in sorted(Path(source).iterdir()):
         wanted = path.suffix in _COMPANION_SUFFIXES or path.name.startswith(("LICENSE", "NOTICE"))
-        if (
-            wanted
-            and path.is_file()
-            and path.name not in _NOT_COMPANIONS
-            and path.stat().st_size <= _COMPANION_MAX_BYTES
-        ):
+        small = path.is_file() and path.stat().st_size <= _COMPANION_MAX_BYTES
+        if wanted and small and path.name not in _NOT_COMPANIONS:
             copy = Path(target) / path.name
             shutil.copyfile(path, copy)
             fsync_file(copy)

@@ -6,7 +6,7 @@ Works on sample numbers and lengths only; a sample must not be longer than a row
 from __future__ import annotations
 
 import bisect
-from collections import deque
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 
 Rows = Iterator[list[int]]
@@ -33,38 +33,31 @@ def pack_in_order(order: Iterable[int], lengths: Sequence[int], *, row_len: int)
 
 
 def pack_best_fit(order: Iterable[int], lengths: Sequence[int], *, row_len: int, buffer_size: int) -> Rows:
-    """Fill a row from a buffer of waiting samples: first the one that waits longest, then always the longest that fits.
+    """Best fit decreasing over `buffer_size` samples at a time: the longest first, each into the fullest row with room.
 
-    The buffer is filled up again before each choice. As every row begins with the oldest sample, none waits for more
-    than `buffer_size` rows.
+    The rows of a buffer come in the order of their first samples, so that long and short samples stay mixed from the
+    first step of an epoch to the last. A buffer's emptiest row waits for the next buffer, once.
     """
     stream = iter(order)
-    waiting: list[tuple[int, int, int]] = []  # (length, -arrival, sample), sorted: of equal lengths the oldest is last
-    queue: deque[tuple[int, int, int]] = deque()  # by arrival; may hold samples that have left `waiting`
-    gone: set[int] = set()  # arrivals that are still in `queue`
-    num_arrived = 0
-    while True:
-        row: list[int] = []
-        room = row_len
-        while True:
-            while len(waiting) < buffer_size and (sample := next(stream, None)) is not None:
-                entry = (lengths[sample], -num_arrived, sample)
-                num_arrived += 1
-                bisect.insort(waiting, entry)
-                queue.append(entry)
-            if row:
-                position = bisect.bisect_left(waiting, (room + 1,)) - 1
-                if position < 0:
-                    break
-                entry = waiting.pop(position)
-                gone.add(entry[1])
-            else:
-                while queue and queue[0][1] in gone:
-                    gone.remove(queue.popleft()[1])
-                if not queue:
-                    return
-                entry = queue.popleft()
-                waiting.pop(bisect.bisect_left(waiting, entry))
-            row.append(entry[2])
-            room -= entry[0]
-        yield row
+    carried: list[int] = []
+    while group := [*carried, *itertools.islice(stream, buffer_size - len(carried))]:
+        rows = _best_fit(group, lengths, row_len)
+        emptiest = min(rows, key=lambda row: sum(lengths[sample] for sample in row))
+        wait = len(group) == buffer_size and len(rows) > 1 and not set(emptiest) & set(carried)
+        carried = emptiest if wait else []
+        yield from (row for row in rows if row is not carried)
+
+
+def _best_fit(group: list[int], lengths: Sequence[int], row_len: int) -> list[list[int]]:
+    """Rows of the samples in `group`; samples in a row, and rows by their first samples, in the order of the group."""
+    rows: list[list[int]] = []  # positions in the group
+    rooms: list[tuple[int, int]] = []  # (room left, row), sorted
+    for position in sorted(range(len(group)), key=lambda position: -lengths[group[position]]):
+        length = lengths[group[position]]
+        fit = bisect.bisect_left(rooms, (length,))
+        room, row = rooms.pop(fit) if fit < len(rooms) else (row_len, len(rows))
+        if row == len(rows):
+            rows.append([])
+        rows[row].append(position)
+        bisect.insort(rooms, (room - length, row))
+    return [[group[position] for position in row] for row in sorted(map(sorted, rows))]

@@ -12,13 +12,13 @@ from __future__ import annotations
 import paddle
 import paddle.nn.functional as F
 
-from erniekit.ops.cpu.attention import Attention
+from erniekit.ops.cpu import attention as cpu
 from erniekit.ops.dispatch import backend
 from erniekit.ops.rope import rotate
 
 
 def end_rows_from_segments(segment_ids_BS: paddle.Tensor) -> paddle.Tensor:
-    """Column bounds of packed documents: segment ids 1, 2, ... in contiguous runs, 0 = padding. Returns int32 [B, S]."""
+    """Column bounds of packed documents: ids 1, 2, ... in contiguous runs, 0 = padding. Returns int32 [B, S]."""
     s = segment_ids_BS.shape[1]
     ones = paddle.ones_like(segment_ids_BS[:, :1]) > 0
     last = paddle.concat([segment_ids_BS[:, 1:] != segment_ids_BS[:, :-1], ones], 1)
@@ -90,9 +90,9 @@ def attention(
 ) -> paddle.Tensor:  # fmt: skip
     """Rotate q and k, attend under the column bounds; returns [B, S, X]. Heads are inferred from the tensors."""
     place = backend(q_BSX, k_BSY, v_BSY)
-    if place == "cpu":
-        return Attention.apply(q_BSX, k_BSY, v_BSY, cos_BSJ, sin_BSJ, end_rows_BS, head_dim)
-    chosen = _attention_gpu if place == "gpu" and q_BSX.dtype != paddle.float32 else attention_plain
+    if place == "gpu" and q_BSX.dtype == paddle.float32:
+        place = "plain"  # FlashMask takes half precision only
+    chosen = {"cpu": cpu.attention, "gpu": _attention_gpu, "plain": attention_plain}[place]
     return chosen(
         q_BSX, k_BSY, v_BSY, cos_BSJ=cos_BSJ, sin_BSJ=sin_BSJ, end_rows_BS=end_rows_BS, head_dim=head_dim
     )  # fmt: skip

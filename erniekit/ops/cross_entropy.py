@@ -52,7 +52,9 @@ class _LinearCrossEntropy(paddle.autograd.PyLayer):
         return only(ctx.wanted, (*grads, None))
 
 
-def head_logits(hidden: paddle.Tensor, weight: paddle.Tensor, bias_V: paddle.Tensor | None, *, vocab_first: bool) -> paddle.Tensor:
+def head_logits(
+    hidden: paddle.Tensor, weight: paddle.Tensor, bias_V: paddle.Tensor | None, *, vocab_first: bool
+) -> paddle.Tensor:
     """fp32 logits of `hidden` [..., D]; weight is [V, D] if `vocab_first` (a tied embedding), else [D, V]."""
     logits = paddle.matmul(hidden, weight, transpose_y=vocab_first).astype("float32")
     return logits if bias_V is None else logits + bias_V.astype("float32")
@@ -72,20 +74,8 @@ def linear_cross_entropy(
     vocab_first: bool, bias_V: paddle.Tensor | None = None,
 ) -> paddle.Tensor:  # fmt: skip
     """Sum of -log softmax(head(hidden))[label] over the labels that are not IGNORED: an fp32 scalar."""
-    if backend(hidden_MD, weight) == "cpu":
-        return cpu.LinearCrossEntropy.apply(hidden_MD, weight, bias_V, labels_M, vocab_first, paddle.is_grad_enabled())
-    return linear_cross_entropy_plain(hidden_MD, weight, labels_M, vocab_first=vocab_first, bias_V=bias_V)
-
-
-@paddle.no_grad()
-def token_scores(
-    hidden_MD: paddle.Tensor, weight: paddle.Tensor, labels_M: paddle.Tensor, *,
-    vocab_first: bool, bias_V: paddle.Tensor | None = None,
-) -> tuple[paddle.Tensor, paddle.Tensor]:  # fmt: skip
-    """For evaluation: (loss [M] fp32, correct [M] bool) per token; ignored positions give 0 and False."""
-    if backend(hidden_MD, weight) == "cpu":
-        return cpu.cross_entropy(hidden_MD, weight, bias_V, labels_M, vocab_first, [None] * 3)
-    return token_scores_plain(hidden_MD, weight, labels_M, vocab_first=vocab_first, bias_V=bias_V)
+    chosen = cpu.linear_cross_entropy if backend(hidden_MD, weight) == "cpu" else linear_cross_entropy_plain
+    return chosen(hidden_MD, weight, labels_M, vocab_first=vocab_first, bias_V=bias_V)
 
 
 @paddle.no_grad()
@@ -104,3 +94,13 @@ def token_scores_plain(
         losses.append((paddle.logsumexp(logits, axis=-1) - picked) * trained.astype("float32"))
         corrects.append((logits.argmax(-1) == target) & trained)
     return paddle.concat(losses), paddle.concat(corrects)
+
+
+@paddle.no_grad()
+def token_scores(
+    hidden_MD: paddle.Tensor, weight: paddle.Tensor, labels_M: paddle.Tensor, *,
+    vocab_first: bool, bias_V: paddle.Tensor | None = None,
+) -> tuple[paddle.Tensor, paddle.Tensor]:  # fmt: skip
+    """For evaluation: (loss [M] fp32, correct [M] bool) per token; ignored positions give 0 and False."""
+    chosen = cpu.token_scores if backend(hidden_MD, weight) == "cpu" else token_scores_plain
+    return chosen(hidden_MD, weight, labels_M, vocab_first=vocab_first, bias_V=bias_V)

@@ -1,5 +1,5 @@
-"""The one rule that picks a kernel: fp32 tensors on a CPU take the fast CPU kernels (if they could be compiled), tensors
-on a GPU take Paddle's fused operators, everything else (and ERNIEKIT_PLAIN_OPS=1) takes the plain twin."""
+"""The one rule that picks a kernel: fp32 tensors on a CPU take the fast CPU kernels (where they can be compiled),
+tensors on a GPU take Paddle's fused operators, everything else (and ERNIEKIT_PLAIN_OPS=1) takes the plain twin."""
 
 from __future__ import annotations
 

@@ -39,10 +39,9 @@ def sort_by_expert_plain(experts_MC: paddle.Tensor, *, num_experts: int) -> Orde
 
 def sort_by_expert(experts_MC: paddle.Tensor, *, num_experts: int) -> Order:
     """Stable order of the routed rows by expert; `experts_MC` holds the chosen expert ids."""
-    if backend(experts_MC) != "cpu":
-        return sort_by_expert_plain(experts_MC, num_experts=num_experts)
-    token_T, place_MC, counts_E = experts.sort_by_expert(experts_MC, num_experts)
-    return Order(token_T, place_MC, counts_E.tolist())
+    if backend(experts_MC) == "cpu":
+        return Order(*experts.sort_by_expert(experts_MC, num_experts=num_experts))
+    return sort_by_expert_plain(experts_MC, num_experts=num_experts)
 
 
 class _Permute(paddle.autograd.PyLayer):
@@ -64,9 +63,8 @@ def permute_plain(x_MD: paddle.Tensor, order: Order) -> paddle.Tensor:
 
 def permute(x_MD: paddle.Tensor, order: Order) -> paddle.Tensor:
     """Rows of x [M, D] copied once per choice, sorted by expert: [T, D]."""
-    if backend(x_MD) == "cpu":
-        return experts.Permute.apply(x_MD, order.token_T, order.place_MC)
-    return permute_plain(x_MD, order)
+    chosen = experts.permute if backend(x_MD) == "cpu" else permute_plain
+    return chosen(x_MD, order)
 
 
 class _Combine(paddle.autograd.PyLayer):
@@ -97,9 +95,8 @@ def combine_plain(y_TD: paddle.Tensor, weights_MC: paddle.Tensor, order: Order) 
 
 def combine(y_TD: paddle.Tensor, weights_MC: paddle.Tensor, order: Order) -> paddle.Tensor:
     """Weighted sum of each token's expert outputs: [M, D]."""
-    if backend(y_TD, weights_MC) == "cpu":
-        return experts.Combine.apply(y_TD, weights_MC, order.place_MC)
-    return combine_plain(y_TD, weights_MC, order)
+    chosen = experts.combine if backend(y_TD, weights_MC) == "cpu" else combine_plain
+    return chosen(y_TD, weights_MC, order)
 
 
 class _GroupedMLP(paddle.autograd.PyLayer):
@@ -148,7 +145,6 @@ def grouped_mlp_plain(
 def grouped_mlp(
     x_TD: paddle.Tensor, gate_up_ED2I: paddle.Tensor, down_EID: paddle.Tensor, *, counts: list[int]
 ) -> paddle.Tensor:
-    """down_e(silu(gate_e x) * up_e x) for rows sorted by expert; `counts[e]` rows belong to expert e. Returns [T, D]."""
-    if backend(x_TD, gate_up_ED2I, down_EID) == "cpu":
-        return experts.GroupedMLP.apply(x_TD, gate_up_ED2I, down_EID, counts)
-    return grouped_mlp_plain(x_TD, gate_up_ED2I, down_EID, counts=counts)
+    """down_e(silu(gate_e x) * up_e x), [T, D], for rows sorted by expert; `counts[e]` rows belong to expert e."""
+    chosen = experts.grouped_mlp if backend(x_TD, gate_up_ED2I, down_EID) == "cpu" else grouped_mlp_plain
+    return chosen(x_TD, gate_up_ED2I, down_EID, counts=counts)

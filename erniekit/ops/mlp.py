@@ -14,9 +14,8 @@ from erniekit.ops.dispatch import backend
 
 def linear(x_D: paddle.Tensor, weight_DI: paddle.Tensor, bias_I: paddle.Tensor | None) -> paddle.Tensor:
     """x @ weight (+ bias); x [..., D] -> [..., I]. Its plain twin is `F.linear`."""
-    if backend(x_D, weight_DI) == "cpu":
-        return dense.Linear.apply(x_D, weight_DI, bias_I)
-    return F.linear(x_D, weight_DI, bias_I)
+    chosen = dense.linear if backend(x_D, weight_DI) == "cpu" else F.linear
+    return chosen(x_D, weight_DI, bias_I)
 
 
 def swiglu_plain(gate: paddle.Tensor, up: paddle.Tensor) -> paddle.Tensor:
@@ -26,7 +25,5 @@ def swiglu_plain(gate: paddle.Tensor, up: paddle.Tensor) -> paddle.Tensor:
 
 def swiglu(gate: paddle.Tensor, up: paddle.Tensor) -> paddle.Tensor:
     """silu(gate) * up, elementwise (Shazeer, arXiv 2002.05202)."""
-    chosen = backend(gate, up)
-    if chosen == "cpu":
-        return dense.SwiGLU.apply(gate, up)
-    return F.swiglu(gate, up) if chosen == "gpu" else swiglu_plain(gate, up)
+    chosen = {"cpu": dense.swiglu, "gpu": F.swiglu, "plain": swiglu_plain}[backend(gate, up)]
+    return chosen(gate, up)

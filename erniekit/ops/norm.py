@@ -20,6 +20,5 @@ def rms_norm_plain(x: paddle.Tensor, weight_D: paddle.Tensor, *, eps: float) -> 
 
 def rms_norm(x: paddle.Tensor, weight_D: paddle.Tensor, *, eps: float) -> paddle.Tensor:
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension; x [..., D] -> [..., D]."""
-    if backend(x, weight_D) == "cpu":
-        return dense.RMSNorm.apply(x, weight_D, eps)
-    return rms_norm_plain(x, weight_D, eps=eps)
+    chosen = dense.rms_norm if backend(x, weight_D) == "cpu" else rms_norm_plain
+    return chosen(x, weight_D, eps=eps)

@@ -1,4 +1,4 @@
-"""PyLayer of the chunked cross-entropy kernel.
+"""Cross-entropy of a linear head on the chunked kernel (csrc/cross_entropy.cpp).
 
 Shapes: M tokens, D hidden size, V vocabulary.
 """
@@ -12,38 +12,56 @@ import paddle
 from erniekit.ops.cpu.library import library
 from erniekit.ops.gradients import only, wanted
 
-CHUNK_TOKENS = 256
+CHUNK_TOKENS = 512
+
+Gradients = Sequence[paddle.Tensor | None]  # of hidden, weight and bias
 
 
-def cross_entropy(hidden_MD, weight, bias_V, labels_M, vocab_first: bool, grads: Sequence[paddle.Tensor | None]):
-    """(loss [M], whether the label is the best token [M]); fills `grads` (of hidden, weight, bias) unless None."""
-    losses_M, correct_M = paddle.empty(labels_M.shape, "float32"), paddle.empty(labels_M.shape, "bool")
-    m, d = hidden_MD.shape
-    vocab = weight.shape[0 if vocab_first else 1]
-    inputs = (hidden_MD.contiguous(), weight.contiguous(), None if bias_V is None else bias_V.contiguous())
-    labels_M = labels_M.astype("int64").contiguous()
-    outputs = (losses_M, correct_M, *grads)
-    wrong = library().call("cross_entropy", *inputs, labels_M, *outputs, m, d, vocab, vocab_first, CHUNK_TOKENS)
-    if wrong >= 0:
-        raise ValueError(f"label {int(labels_M[wrong])} of token {wrong} is outside the vocabulary of {vocab}")
-    return losses_M, correct_M
-
-
-class LinearCrossEntropy(paddle.autograd.PyLayer):
-    """The sum of the losses; gradients are made in forward, while the logits are there."""
+class _LinearCrossEntropy(paddle.autograd.PyLayer):
+    """Makes the gradients in forward, while the logits are there."""
 
     @staticmethod
     def forward(ctx, hidden_MD, weight, bias_V, labels_M, vocab_first: bool, need_grad: bool):
-        ctx.has_bias = bias_V is not None
-        ctx.wanted = [need_grad and want for want in wanted(hidden_MD, weight, bias_V)]
-        inputs = (hidden_MD, weight, weight[0] if bias_V is None else bias_V)
-        grads = only(ctx.wanted, [paddle.empty(x.shape, "float32") for x in inputs])
-        losses_M, _ = cross_entropy(hidden_MD, weight, bias_V, labels_M, vocab_first, grads)
-        ctx.save_for_backward(*(x for x in grads if x is not None))
+        ctx.wanted, ctx.has_bias = wanted(hidden_MD, weight, bias_V), bias_V is not None
+        shapes = (hidden_MD.shape, weight.shape, bias_V.shape if ctx.has_bias else [0])
+        grads = only(ctx.wanted, [paddle.empty(shape, "float32") for shape in shapes]) if need_grad else [None] * 3
+        losses_M, _ = _scores(hidden_MD, weight, bias_V, labels_M, vocab_first, grads)
+        ctx.save_for_backward(*(grad for grad in grads if grad is not None))
         return losses_M.sum()
 
     @staticmethod
     def backward(ctx, grad_total):
-        made = iter(ctx.saved_tensor())
-        grads = [next(made) * grad_total if want else None for want in ctx.wanted]
+        made, factor = iter(ctx.saved_tensor()), float(grad_total)  # a number: Paddle multiplies by a tensor slowly
+        grads = [next(made).scale(factor) if want else None for want in ctx.wanted]
         return (*(grads if ctx.has_bias else grads[:2]), None)
+
+
+def _scores(
+    hidden_MD, weight, bias_V, labels_M, vocab_first: bool, grads: Gradients
+) -> tuple[paddle.Tensor, paddle.Tensor]:
+    """(loss [M], whether the label is the best token [M]); fills the `grads` that are not None."""
+    vocab = weight.shape[0 if vocab_first else 1]
+    labels_M = labels_M.astype("int64").contiguous()
+    inputs = (hidden_MD.contiguous(), weight.contiguous(), None if bias_V is None else bias_V.contiguous(), labels_M)
+    outputs = (paddle.empty(labels_M.shape, "float32"), paddle.empty(labels_M.shape, "bool"))
+    sizes = (*hidden_MD.shape, vocab, vocab_first, CHUNK_TOKENS)
+    wrong = library().call("cross_entropy", *inputs, *outputs, *grads, *sizes)
+    if wrong >= 0:
+        raise ValueError(f"label {int(labels_M[wrong])} of token {wrong} is outside the vocabulary of {vocab}")
+    return outputs
+
+
+def linear_cross_entropy(
+    hidden_MD: paddle.Tensor, weight: paddle.Tensor, labels_M: paddle.Tensor, *,
+    vocab_first: bool, bias_V: paddle.Tensor | None = None,
+) -> paddle.Tensor:  # fmt: skip
+    """Sum of -log softmax(head(hidden))[label] over the labels that are not ignored."""
+    return _LinearCrossEntropy.apply(hidden_MD, weight, bias_V, labels_M, vocab_first, paddle.is_grad_enabled())
+
+
+def token_scores(
+    hidden_MD: paddle.Tensor, weight: paddle.Tensor, labels_M: paddle.Tensor, *,
+    vocab_first: bool, bias_V: paddle.Tensor | None = None,
+) -> tuple[paddle.Tensor, paddle.Tensor]:  # fmt: skip
+    """(loss [M], whether the label is the best token [M]); ignored positions give 0 and False."""
+    return _scores(hidden_MD, weight, bias_V, labels_M, vocab_first, [None] * 3)

@@ -1,4 +1,4 @@
-"""PyLayers of the dense kernels: linear, RMSNorm, gated activation. They know tensors, not models.
+"""Linear, RMSNorm and the gated activation on the dense kernels (csrc/dense.cpp).
 
 Shapes: `...` any leading dimensions, D and I sizes of the last one.
 """
@@ -11,33 +11,29 @@ from erniekit.ops.cpu.library import library
 from erniekit.ops.gradients import only, wanted
 
 
-class Linear(paddle.autograd.PyLayer):
-    """x @ weight (+ bias)."""
-
+class _Linear(paddle.autograd.PyLayer):
     @staticmethod
     def forward(ctx, x_D, weight_DI, bias_I):
         ctx.wanted, ctx.has_bias = wanted(x_D, weight_DI, bias_I), bias_I is not None
         x_D, weight_DI = x_D.contiguous(), weight_DI.contiguous()
-        ctx.save_for_backward(x_D, weight_DI)
+        bias_I = bias_I.contiguous() if ctx.has_bias else None
         size, width = weight_DI.shape
         y_I = paddle.empty([*x_D.shape[:-1], width], "float32")
-        bias_I = bias_I.contiguous() if ctx.has_bias else None
         library().call("linear_forward", x_D, weight_DI, bias_I, y_I, x_D.size // size, size, width)
+        ctx.save_for_backward(x_D, weight_DI)
         return y_I
 
     @staticmethod
     def backward(ctx, grad_I):
         x_D, weight_DI = ctx.saved_tensor()
         size, width = weight_DI.shape
-        made = (paddle.empty(shape, "float32") for shape in (x_D.shape, [size, width], [width]))
-        grads = only(ctx.wanted, list(made))
+        shapes = (x_D.shape, [size, width], [width])
+        grads = only(ctx.wanted, [paddle.empty(shape, "float32") for shape in shapes])
         library().call("linear_backward", x_D, weight_DI, grad_I.contiguous(), *grads, x_D.size // size, size, width)
         return grads if ctx.has_bias else grads[:2]
 
 
-class RMSNorm(paddle.autograd.PyLayer):
-    """x / sqrt(mean(x^2) + eps) * weight."""
-
+class _RMSNorm(paddle.autograd.PyLayer):
     @staticmethod
     def forward(ctx, x_D, weight_D, eps: float):
         ctx.wanted = wanted(x_D, weight_D)
@@ -56,16 +52,14 @@ class RMSNorm(paddle.autograd.PyLayer):
         return grads
 
 
-class SwiGLU(paddle.autograd.PyLayer):
-    """silu(gate) * up."""
-
+class _SwiGLU(paddle.autograd.PyLayer):
     @staticmethod
     def forward(ctx, gate, up):
         ctx.wanted = wanted(gate, up)
         gate, up = gate.contiguous(), up.contiguous()
-        ctx.save_for_backward(gate, up)
         out = paddle.empty_like(gate)
         library().call("swiglu_forward", gate, up, out, out.size)
+        ctx.save_for_backward(gate, up)
         return out
 
     @staticmethod
@@ -74,3 +68,18 @@ class SwiGLU(paddle.autograd.PyLayer):
         grads = [paddle.empty_like(gate), paddle.empty_like(up)]
         library().call("swiglu_backward", gate, up, grad.contiguous(), *grads, gate.size)
         return only(ctx.wanted, grads)
+
+
+def linear(x_D: paddle.Tensor, weight_DI: paddle.Tensor, bias_I: paddle.Tensor | None) -> paddle.Tensor:
+    """x @ weight (+ bias)."""
+    return _Linear.apply(x_D, weight_DI, bias_I)
+
+
+def rms_norm(x_D: paddle.Tensor, weight_D: paddle.Tensor, *, eps: float) -> paddle.Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight."""
+    return _RMSNorm.apply(x_D, weight_D, eps)
+
+
+def swiglu(gate: paddle.Tensor, up: paddle.Tensor) -> paddle.Tensor:
+    """silu(gate) * up."""
+    return _SwiGLU.apply(gate, up)

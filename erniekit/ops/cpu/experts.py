@@ -1,75 +1,76 @@
-"""PyLayers of the routed experts.
+"""Routed experts on their kernels (csrc/experts.cpp).
 
 Shapes: M tokens, C experts per token, T = M*C routed rows, D hidden size, E experts, I expert width.
 """
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import paddle
 
 from erniekit.ops.cpu.library import library
 from erniekit.ops.gradients import only, wanted
 
+if TYPE_CHECKING:
+    from erniekit.ops.grouped import Order
 
-def sort_by_expert(experts_MC: paddle.Tensor, num_experts: int) -> tuple[paddle.Tensor, paddle.Tensor, paddle.Tensor]:
-    """(token_T, place_MC, counts_E), all int64, by a stable counting sort."""
+
+def sort_by_expert(experts_MC: paddle.Tensor, *, num_experts: int) -> tuple[paddle.Tensor, paddle.Tensor, list[int]]:
+    """(token_T, place_MC, rows per expert) of a stable counting sort."""
     experts_MC = experts_MC.detach().contiguous()
     token_T, place_MC = paddle.empty([experts_MC.size], "int64"), paddle.empty_like(experts_MC)
     counts_E = paddle.empty([num_experts], "int64")
-    choices = experts_MC.shape[1]
-    library().call("sort_by_expert", experts_MC, token_T, place_MC, counts_E, token_T.size, choices, num_experts)
-    return token_T, place_MC, counts_E
+    sizes = (token_T.size, experts_MC.shape[1], num_experts)
+    library().call("sort_by_expert", experts_MC, token_T, place_MC, counts_E, *sizes)
+    return token_T, place_MC, counts_E.tolist()
 
 
-class Permute(paddle.autograd.PyLayer):
-    """Rows copied once per choice, sorted by expert."""
-
+class _Permute(paddle.autograd.PyLayer):
     @staticmethod
     def forward(ctx, x_MD, token_T, place_MC):
-        ctx.save_for_backward(place_MC)
         y_TD = paddle.empty([token_T.shape[0], x_MD.shape[1]], "float32")
         library().call("permute", x_MD.contiguous(), token_T, y_TD, *y_TD.shape)
+        ctx.save_for_backward(place_MC)
         return y_TD
 
     @staticmethod
     def backward(ctx, grad_TD):
         (place_MC,) = ctx.saved_tensor()
-        grad_MD = paddle.empty([place_MC.shape[0], grad_TD.shape[1]], "float32")
-        library().call("combine", grad_TD.contiguous(), None, place_MC, grad_MD, *place_MC.shape, grad_TD.shape[1])
+        sizes = (*place_MC.shape, grad_TD.shape[1])
+        grad_MD = paddle.empty([sizes[0], sizes[2]], "float32")
+        library().call("combine", grad_TD.contiguous(), None, place_MC, grad_MD, *sizes)
         return grad_MD, None, None
 
 
-class Combine(paddle.autograd.PyLayer):
-    """Weighted sum of every token's rows."""
-
+class _Combine(paddle.autograd.PyLayer):
     @staticmethod
     def forward(ctx, y_TD, weights_MC, place_MC):
         ctx.wanted = wanted(y_TD, weights_MC)
         y_TD, weights_MC = y_TD.contiguous(), weights_MC.contiguous()
+        ctx.sizes = (*place_MC.shape, y_TD.shape[1])
+        out_MD = paddle.empty([ctx.sizes[0], ctx.sizes[2]], "float32")
+        library().call("combine", y_TD, weights_MC, place_MC, out_MD, *ctx.sizes)
         ctx.save_for_backward(y_TD, weights_MC, place_MC)
-        out_MD = paddle.empty([place_MC.shape[0], y_TD.shape[1]], "float32")
-        library().call("combine", y_TD, weights_MC, place_MC, out_MD, *place_MC.shape, y_TD.shape[1])
         return out_MD
 
     @staticmethod
     def backward(ctx, grad_MD):
         y_TD, weights_MC, place_MC = ctx.saved_tensor()
         grads = [paddle.empty_like(y_TD), paddle.empty_like(weights_MC)]
-        sizes = (*place_MC.shape, y_TD.shape[1])
-        library().call("combine_backward", y_TD, weights_MC, place_MC, grad_MD.contiguous(), *grads, *sizes)
+        library().call("combine_backward", y_TD, weights_MC, place_MC, grad_MD.contiguous(), *grads, *ctx.sizes)
         return (*only(ctx.wanted, grads), None)
 
 
-class GroupedMLP(paddle.autograd.PyLayer):
-    """One gated MLP per expert over its rows."""
-
+class _GroupedMLP(paddle.autograd.PyLayer):
     @staticmethod
-    def forward(ctx, x_TD, gate_up_ED2I, down_EID, counts: list[int]):
+    def forward(ctx, x_TD, gate_up_ED2I, down_EID, counts_E):
         ctx.wanted = wanted(x_TD, gate_up_ED2I, down_EID)
-        inputs = [t.contiguous() for t in (x_TD, gate_up_ED2I, down_EID, paddle.to_tensor(counts, "int64"))]
-        ctx.sizes = down_EID.shape[0], down_EID.shape[2], down_EID.shape[1]
-        hidden_T2I = paddle.empty([x_TD.shape[0], gate_up_ED2I.shape[2]], "float32")
+        inputs = [tensor.contiguous() for tensor in (x_TD, gate_up_ED2I, down_EID, counts_E)]
+        num_experts, width, size = down_EID.shape
+        ctx.sizes = (num_experts, size, width)
         y_TD = paddle.empty(x_TD.shape, "float32")
+        hidden_T2I = paddle.empty([x_TD.shape[0], 2 * width], "float32")
         library().call("experts_forward", *inputs, hidden_T2I, y_TD, *ctx.sizes)
         ctx.save_for_backward(*inputs, hidden_T2I)
         return y_TD
@@ -77,6 +78,23 @@ class GroupedMLP(paddle.autograd.PyLayer):
     @staticmethod
     def backward(ctx, grad_TD):
         saved = ctx.saved_tensor()
-        grads = only(ctx.wanted, [paddle.empty_like(t) for t in saved[:3]])
+        grads = only(ctx.wanted, [paddle.empty_like(tensor) for tensor in saved[:3]])
         library().call("experts_backward", *saved, grad_TD.contiguous(), *grads, *ctx.sizes)
-        return grads
+        return (*grads, None)
+
+
+def permute(x_MD: paddle.Tensor, order: Order) -> paddle.Tensor:
+    """Rows copied once per choice, sorted by expert."""
+    return _Permute.apply(x_MD, order.token_T, order.place_MC)
+
+
+def combine(y_TD: paddle.Tensor, weights_MC: paddle.Tensor, order: Order) -> paddle.Tensor:
+    """Weighted sum of every token's rows."""
+    return _Combine.apply(y_TD, weights_MC, order.place_MC)
+
+
+def grouped_mlp(
+    x_TD: paddle.Tensor, gate_up_ED2I: paddle.Tensor, down_EID: paddle.Tensor, *, counts: list[int]
+) -> paddle.Tensor:
+    """One gated MLP per expert over its rows."""
+    return _GroupedMLP.apply(x_TD, gate_up_ED2I, down_EID, paddle.to_tensor(counts, "int64"))

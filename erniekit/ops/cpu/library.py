@@ -9,7 +9,6 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
-import os
 import platform
 import shutil
 import subprocess
@@ -23,8 +22,12 @@ from erniekit.base.console import notice
 
 SOURCES = Path(__file__).parents[1] / "csrc"
 WHEEL_LIBRARIES = Path(paddle.__file__).parent / "libs"
+OPENMP, ONEDNN = "libiomp5.so", "libdnnl.so"
 # No -ffast-math: it would flush subnormals in the whole process and drop NaN.
-FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-fvisibility=hidden")
+FLAGS = (
+    "-std=c++17", "-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-fPIC",
+    "-fvisibility=hidden",
+)  # fmt: skip
 
 Argument = paddle.Tensor | int | float | None
 
@@ -34,7 +37,7 @@ class Library:
 
     def __init__(self, path: Path) -> None:
         self._kernels = ctypes.CDLL(str(path))
-        sgemm = ctypes.cast(ctypes.CDLL(str(_wheel_library("libdnnl.so"))).dnnl_sgemm, ctypes.c_void_p)
+        sgemm = ctypes.cast(ctypes.CDLL(str(_wheel_library(ONEDNN))).dnnl_sgemm, ctypes.c_void_p)
         self._kernels.set_up(sgemm, ctypes.c_int(runtime.num_threads()))
 
     def call(self, name: str, *arguments: Argument) -> int:
@@ -59,35 +62,38 @@ def _argument(value: Argument) -> ctypes.c_void_p | ctypes.c_int64 | ctypes.c_fl
 def library() -> Library | None:
     """The kernels, compiled if need be; None (after one notice) if this machine cannot have them."""
     try:
-        return Library(_compiled())
+        path = compiled_path()
+        if not path.exists():
+            _compile(path)
+        return Library(path)
     except (OSError, AttributeError, subprocess.CalledProcessError) as error:
         reason = error.stderr.strip() if isinstance(error, subprocess.CalledProcessError) else str(error)
         notice(f"the fast CPU kernels are off, training takes about twice as long: {reason}")
         return None
 
 
-def _compiled() -> Path:
-    """The shared library in the cache folder, named by everything that shaped it."""
+def compiled_path() -> Path:
+    """Where the compiled kernels belong: a file in the cache folder, named by everything that shapes them."""
+    sources = [path.read_bytes() for path in sorted(SOURCES.iterdir())]
+    rest = (*FLAGS, str(_wheel_library(OPENMP)), platform.machine(), runtime.cpu_flags())
+    key = hashlib.sha256(b"|".join([*sources, *map(str.encode, rest)])).hexdigest()[:16]
+    return Path(runtime.cache_folder()) / f"kernels-{key}.so"
+
+
+def _compile(path: Path) -> None:
     compiler = shutil.which("g++")
     if compiler is None:
         raise OSError("g++ was not found; install it (for example: apt install g++)")
-    openmp = _wheel_library("libiomp5.so")
-    sources = [path.read_bytes() for path in sorted(SOURCES.iterdir())]
-    made_of = [*sources, *map(str.encode, (*FLAGS, compiler, str(openmp), platform.machine(), runtime.cpu_flags()))]
-    path = Path(runtime.cache_folder()) / f"kernels-{hashlib.sha256(b'|'.join(made_of)).hexdigest()[:16]}.so"
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-            unit, made = Path(folder) / "library.o", Path(folder) / "library.so"
-            # Two commands: linked with -fopenmp, the library would bring GNU's OpenMP as a second pool of threads.
-            _run([compiler, *FLAGS, "-c", str(SOURCES / "library.cpp"), "-o", str(unit)])
-            _run([compiler, "-shared", "-Wl,--no-undefined", str(unit), str(openmp), "-lm", "-o", str(made)])
-            os.replace(made, path)  # whole or not at all, whoever else compiles at the same time
-    return path
-
-
-def _run(command: list[str]) -> None:
-    subprocess.run(command, check=True, capture_output=True, text=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        unit, made = Path(folder) / "library.o", Path(folder) / "library.so"
+        # Two commands: linked with -fopenmp, the library would bring GNU's OpenMP as a second pool of threads.
+        for command in (
+            [compiler, *FLAGS, "-c", SOURCES / "library.cpp", "-o", unit],
+            [compiler, "-shared", "-Wl,--no-undefined", unit, _wheel_library(OPENMP), "-lm", "-o", made],
+        ):
+            subprocess.run(command, check=True, capture_output=True, text=True)
+        made.replace(path)  # whole or not at all, whoever else compiles at the same time
 
 
 def _wheel_library(name: str) -> Path:

@@ -1,4 +1,4 @@
-"""Converting: there and back byte for byte, nothing lost, nothing half-written, memory bounded by the largest tensor."""
+"""Converting: there and back byte for byte, nothing lost or half-written, memory bounded by the largest tensor."""
 
 from __future__ import annotations
 
@@ -165,7 +165,7 @@ def test_a_changed_config_is_converted_not_restored(golden, tmp_path, change):
 @pytest.mark.parametrize(
     "spoil",
     [
-        lambda origin: "not JSON",
+        lambda _: "not JSON",
         lambda origin: json.dumps(origin | {"form": {"head": True, "unknown": 1}}),
         lambda origin: json.dumps(
             origin | {"files": {"../../outside.safetensors": origin["files"]["model.safetensors"]}}
@@ -236,6 +236,15 @@ def test_an_interrupted_conversion_leaves_nothing_behind(model, tmp_path, monkey
     assert list((tmp_path / "out").iterdir()) == []
 
 
+def test_what_a_killed_conversion_left_does_not_stand_in_the_way(model, tmp_path):
+    left = tmp_path / "out" / ".saving"
+    left.mkdir(parents=True)
+    (left / "model-00001-of-00002.safetensors").write_bytes(b"half")
+    convert(model(), tmp_path / "out", to="paddle")
+    assert verify(tmp_path / "out") == []
+    assert not left.exists()
+
+
 # ---------------------------------------------------------------------- memory
 _MEASURED = """
 import sys
@@ -284,6 +293,14 @@ def test_peak_memory_is_a_few_tensors_not_the_model(tmp_path, write_raw):
         )  # fmt: skip
         peak = int(done.stdout)
         assert peak < 6 * largest, f"{to}: {peak} bytes, largest tensor {largest}, model {size}"
+
+
+@pytest.mark.parametrize(("layout", "to"), [("pt", "paddle"), ("paddle", "pt")])
+def test_every_page_that_was_read_is_released(model, tmp_path, monkeypatch, layout, to):
+    released = set()
+    monkeypatch.setattr(Folder, "release", lambda _, atom: released.add(atom))
+    convert(model(layout=layout), tmp_path / "out", to=to)
+    assert released == Folder.open(tmp_path / "out").table.atoms.keys()
 
 
 def test_bfloat16_bits_survive_both_ways(tmp_path, write_raw, golden, read_raw, change):

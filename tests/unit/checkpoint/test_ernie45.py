@@ -1,4 +1,4 @@
-"""The map itself: it tiles every tensor, agrees with published counts, and tells layouts and forms by names and shapes."""
+"""The map itself: it tiles every tensor, agrees with published counts, and tells layouts and forms apart."""
 
 from __future__ import annotations
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import struct
@@ -57,9 +58,20 @@ def file_with(path, header, data=b""):
 def test_a_written_file_is_the_library_s_byte_for_byte(tmp_path):
     digest = write(tmp_path / "ours.safetensors", ARRAYS)
     assert (tmp_path / "ours.safetensors").read_bytes() == save(ARRAYS, metadata={"format": "np"})
-    import hashlib
 
     assert digest == hashlib.sha256((tmp_path / "ours.safetensors").read_bytes()).hexdigest()
+
+
+def test_what_was_written_is_read_back(tmp_path):
+    write(tmp_path / "x.safetensors", ARRAYS, metadata={"format": "pt"})
+    file = SafetensorsFile(tmp_path / "x.safetensors")
+    assert file.metadata == {"format": "pt"}
+    assert file.tensors.keys() == ARRAYS.keys()
+    for name, array in ARRAYS.items():
+        read = file.read(name)
+        assert (read.dtype, read.shape) == (array.dtype, array.shape)
+        np.testing.assert_array_equal(read, array)
+        file.release(name)
 
 
 def test_arrays_that_are_not_contiguous_are_written_right(tmp_path):

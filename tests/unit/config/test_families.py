@@ -75,7 +75,7 @@ def test_flops_are_six_per_parameter_and_causal_attention():
     cfg = family("tiny-dense")
     head = cfg.vocab_size * cfg.hidden_size
     matmuls = 6 * (count_active_parameters(cfg) + head)
-    # Forward: scores and weighted values, 2 multiply-adds per query channel and key; causal: half; backward: twice more.
+    # Forward: scores and weighted values, 2 multiply-adds per channel and key; causal: half; backward: twice more.
     attention = 3 * cfg.num_hidden_layers * (2 * 2 * cfg.q_dim * 1024) // 2
     assert flops_per_token(cfg, 1024) == matmuls + attention
     more = flops_per_token(cfg.replace(num_nextn_predict_layers=1), 1024) - flops_per_token(cfg, 1024)

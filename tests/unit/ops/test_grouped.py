@@ -16,7 +16,7 @@ from erniekit.ops.grouped import (
     sort_by_expert,
     sort_by_expert_plain,
 )
-from tests.unit.ops.conftest import drawn
+from tests.unit.ops.twins import assert_twins, drawn
 
 # tokens, choices, experts, hidden size, width
 SIZES = [(1, 1, 1, 1, 1), (1, 2, 4, 8, 3), (37, 2, 8, 24, 10), (64, 3, 5, 16, 32), (20, 4, 64, 7, 5)]
@@ -38,19 +38,19 @@ def test_sort(sizes):
 
 
 @pytest.mark.parametrize("sizes", SIZES)
-def test_permute(twins, sizes):
+def test_permute(sizes):
     tokens, choices, experts, size, _ = sizes
     order = sort_by_expert(routed(tokens, choices, experts), num_experts=experts)
-    twins(lambda x: permute(x, order), lambda x: permute_plain(x, order), {"x": drawn(tokens, size)})
+    assert_twins(lambda x: permute(x, order), lambda x: permute_plain(x, order), {"x": drawn(tokens, size)})
 
 
 @pytest.mark.parametrize("sizes", SIZES)
 @pytest.mark.parametrize("frozen", [(), ("y",), ("weights",)])
-def test_combine(twins, sizes, frozen):
+def test_combine(sizes, frozen):
     tokens, choices, experts, size, _ = sizes
     order = sort_by_expert(routed(tokens, choices, experts), num_experts=experts)
     arrays = {"y": drawn(tokens * choices, size), "weights": drawn(tokens, choices, seed=1)}
-    twins(
+    assert_twins(
         lambda y, weights: combine(y, weights, order), lambda y, weights: combine_plain(y, weights, order), arrays,
         frozen=frozen,
     )  # fmt: skip
@@ -58,14 +58,14 @@ def test_combine(twins, sizes, frozen):
 
 @pytest.mark.parametrize("frozen", [(), ("x",), ("gate_up",), ("down",), ("gate_up", "down")])
 @pytest.mark.parametrize("counts", [[1], [0, 3, 0, 0, 13, 1, 0], [64, 65], [0, 0]])
-def test_grouped_mlp(twins, counts, frozen):
+def test_grouped_mlp(counts, frozen):
     experts, size, width = len(counts), 12, 10
     arrays = {
         "x": drawn(sum(counts), size),
         "gate_up": drawn(experts, size, 2 * width, seed=1),
         "down": drawn(experts, width, size, seed=2),
     }
-    twins(
+    assert_twins(
         lambda x, gate_up, down: grouped_mlp(x, gate_up, down, counts=counts),
         lambda x, gate_up, down: grouped_mlp_plain(x, gate_up, down, counts=counts), arrays, frozen=frozen,
     )  # fmt: skip

@@ -1,0 +1,92 @@
+"""Building, choosing and calling the compiled kernels."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import paddle
+import pytest
+
+from erniekit.base import runtime
+from erniekit.ops.cpu import library as built
+from erniekit.ops.dispatch import backend
+
+ROOT = Path(__file__).parents[3]
+
+USE = """
+from erniekit.base import runtime
+runtime.prepare()
+import paddle
+from erniekit.ops.dispatch import backend
+from erniekit.ops.mlp import swiglu
+x = paddle.to_tensor([[1.0, 2.0]])
+for _ in range(2):
+    print(backend(x), [round(y, 3) for y in swiglu(x, x)[0].tolist()])
+"""
+VALUES = "[0.731, 3.523]"
+
+
+def use_elsewhere(**environment: str) -> tuple[list[str], str]:
+    """Standard output and error of USE in a process of its own."""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", USE],
+        env=os.environ | {"PYTHONPATH": str(ROOT)} | environment,
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    return done.stdout.splitlines(), done.stderr
+
+
+def test_fp32_on_a_cpu_is_fast_and_all_else_plain(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = paddle.ones([2])
+    assert backend(x) == backend(x, paddle.ones([2], "int64")) == "cpu"
+    assert backend(x.astype("float64")) == backend(x, x.astype("bfloat16")) == "plain"
+    monkeypatch.setenv("ERNIEKIT_PLAIN_OPS", "1")
+    assert backend(x) == "plain"
+
+
+def test_the_library_is_built_once_into_the_cache_folder(tmp_path: Path) -> None:
+    for _ in range(2):
+        assert use_elsewhere(XDG_CACHE_HOME=str(tmp_path)) == ([f"cpu {VALUES}"] * 2, "")
+        (made,) = (tmp_path / "erniekit").iterdir()
+        stamp = made.stat().st_mtime_ns
+    assert made.stat().st_mtime_ns == stamp and made.suffix == ".so"
+
+
+def test_without_a_compiler_one_notice_and_the_plain_twins(tmp_path: Path) -> None:
+    out, err = use_elsewhere(XDG_CACHE_HOME=str(tmp_path), PATH=str(tmp_path))
+    assert out == [f"plain {VALUES}"] * 2
+    assert err.count("note: ") == 1 and "g++" in err and "apt install" in err
+
+
+def test_a_failing_compiler_is_quoted(tmp_path: Path) -> None:
+    compiler = tmp_path / "g++"
+    compiler.write_text("#!/bin/sh\necho 'unknown processor' >&2\nexit 1\n", encoding="ascii")
+    compiler.chmod(0o755)
+    out, err = use_elsewhere(XDG_CACHE_HOME=str(tmp_path / "cache"), PATH=f"{tmp_path}:{os.environ['PATH']}")
+    assert out == [f"plain {VALUES}"] * 2
+    assert "unknown processor" in err
+    assert list((tmp_path / "cache" / "erniekit").iterdir()) == []
+
+
+def test_a_cache_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "erniekit").write_text("a file where the folder should be", encoding="ascii")
+    out, err = use_elsewhere(XDG_CACHE_HOME=str(tmp_path))
+    assert out == [f"plain {VALUES}"] * 2
+    assert str(tmp_path / "erniekit") in err
+
+
+def test_other_sources_flags_or_processors_make_another_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    here = built.compiled_path()
+    monkeypatch.setattr(runtime, "cpu_flags", lambda: "flags: another processor")
+    assert built.compiled_path() != here
+    monkeypatch.undo()
+    monkeypatch.setattr(built, "FLAGS", (*built.FLAGS, "-g"))
+    assert built.compiled_path() != here
+
+
+def test_kernels_refuse_strided_tensors() -> None:
+    with pytest.raises(AssertionError, match="strided"):
+        built.library().call("permute", paddle.ones([4, 4]).t())
