@@ -1,8 +1,7 @@
 """The process environment: the only file that reads or writes os.environ.
 
-Paddle's CPU speed depends on settings that must exist before the library is loaded (threads, MKL) or before the process
-starts (malloc). `prepare` sets each of them unless the user already did. The measurements behind every value are in
-docs/performance.md.
+Paddle's CPU speed depends on settings that must exist before the library is loaded. `prepare` sets each of them unless
+the user already did. The measurements behind every value are in docs/performance.md.
 """
 
 from __future__ import annotations
@@ -11,15 +10,11 @@ import os
 import sys
 import warnings
 
-_PREPARED = "ERNIEKIT_PREPARED"
 _PLAIN_OPS = "ERNIEKIT_PLAIN_OPS"
 
-_MALLOC = {
-    # One arena, no mmap for large blocks, no trimming: training reuses the same large buffers every step.
-    "MALLOC_ARENA_MAX": "1",
-    "MALLOC_MMAP_MAX_": "0",
-    "MALLOC_TRIM_THRESHOLD_": str(16 << 30),
-}
+# Environment name -> (the parameter's number in glibc's malloc.h, value): large blocks come from the heap and freed
+# memory stays there, because training asks for the same blocks in every step.
+_MALLOC = {"MALLOC_MMAP_MAX_": (-4, 0), "MALLOC_TRIM_THRESHOLD_": (-1, -1)}
 
 SETTINGS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "MKL_DEBUG_CPU_TYPE", "KMP_BLOCKTIME", *_MALLOC)
 
@@ -50,24 +45,23 @@ def _wanted() -> dict[str, str]:
     return wanted
 
 
-def prepare(*, reexec: bool = False) -> None:
-    """Set what Paddle needs to be fast, unless the user has set it.
-
-    With `reexec` (the command line) the process starts itself again once, because malloc reads its settings only at
-    process start. A library user (`import erniekit`) gets everything else.
-    """
+def prepare() -> None:
+    """Set what Paddle needs to be fast, unless the user has set it. Call before Paddle is loaded."""
     for name, value in _wanted().items():
         os.environ.setdefault(name, value)
     warnings.filterwarnings("ignore", message="No ccache found")
-    if not reexec or _PREPARED in os.environ or not sys.platform.startswith("linux") or "paddle" in sys.modules:
-        return
-    os.environ[_PREPARED] = "1"
-    missing = {name: value for name, value in _MALLOC.items() if name not in os.environ}
-    if missing:
-        os.environ.update(missing)
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+    if sys.platform.startswith("linux"):
+        _tell_malloc()
+
+
+def _tell_malloc() -> None:
+    """malloc reads its variables only when a process starts; glibc's mallopt changes the same while it runs."""
+    import ctypes
+
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries have none
+    for name, (parameter, value) in _MALLOC.items():
+        if mallopt is not None and name not in os.environ:
+            mallopt(parameter, value)
 
 
 def num_threads() -> int:
@@ -76,7 +70,7 @@ def num_threads() -> int:
 
 
 def cpu_flags() -> str:
-    """The instruction sets of this processor ("" where unknown): compiled kernels are not moved between unlike machines."""
+    """The instruction sets of this processor, "" where unknown: compiled kernels do not move to another kind."""
     try:
         with open("/proc/cpuinfo", encoding="ascii", errors="ignore") as file:
             return next((line for line in file if line.startswith(("flags", "Features"))), "")

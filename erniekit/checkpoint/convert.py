@@ -69,7 +69,7 @@ class Origin:
         try:
             values = json.loads(path.read_bytes())
             origin = cls(**{**values, "form": Form(**values["form"])})
-            understood = all(map(_is_weight_file, origin.files)) and set(origin.tags.values()) <= WEIGHT_FORMATS.keys()
+            understood = origin.is_sound()
         except (ValueError, TypeError, KeyError, AttributeError):
             understood = False
         if not understood:
@@ -77,13 +77,23 @@ class Origin:
             return None
         return origin
 
+    def is_sound(self) -> bool:
+        """Whether this can be followed safely: it may have been read from a file that anyone wrote."""
+        texts = [value for metadata in self.metadata.values() for value in metadata.values()]
+        return (
+            all(map(_is_weight_file, self.files))  # they become names in the output folder: never paths
+            and self.metadata.keys() == self.files.keys()
+            and set(self.tags.values()) <= WEIGHT_FORMATS.keys()
+            and len(self.tags) == sum(map(len, self.files.values()))  # no tensor twice
+            and all(isinstance(text, str) for text in [self.config_json, *texts])
+        )
+
     def write(self, path: Path, *, converted_config: bytes) -> None:
         """Leave this record beside a converted model whose config.json is `converted_config`."""
         write_json(path, asdict(self) | {"converted_config_sha256": hashlib.sha256(converted_config).hexdigest()})
 
 
 def _is_weight_file(name: str) -> bool:
-    """Never a path: the name becomes a file of the output folder."""
     return is_weight_file(name) or (name.endswith(".pdparams") and "/" not in name)
 
 

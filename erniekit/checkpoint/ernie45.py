@@ -272,7 +272,7 @@ class _Builder:
             self.mlp(prefix + "shared_experts.", cfg.shared_intermediate_size, bias=cfg.use_bias)
 
     def stacked_expert(self, prefix: str, index: int, *, width: int, experts: int) -> None:
-        """A layer's experts in memory: two tensors: gate_up_proj [E, H, 2I] (gate first), down_proj [E, I, H]."""
+        """In memory the experts of a layer are stacked: gate_up_proj [E, H, 2I] (gate first), down_proj [E, I, H]."""
         hidden = self.cfg.hidden_size
         for part, start in (("gate_proj", 0), ("up_proj", width)):
             self.add(

@@ -114,11 +114,11 @@ class Folder:
             opened.release(name)
 
     # ------------------------------------------------------------------ judging
-    def check(self, cfg: ErnieConfig | None = None) -> None:
-        """Raise CheckpointError listing every missing, extra or misshapen tensor (for `cfg`, or its own config)."""
-        table = self.table if cfg is None else layout_table(cfg, self.layout, Form.found(cfg, self.layout, self.shapes))
+    def check(self) -> None:
+        """Raise CheckpointError listing every missing, extra, misshapen or unreadable tensor."""
+        expected = self.table.tensors
         problems = []
-        for name, tensor in table.tensors.items():
+        for name, tensor in expected.items():
             if name not in self.shapes:
                 problems.append(f"{self._where()}: tensor '{name}' {list(tensor.shape)} is missing.{self._hint(name)}")
             elif self.shapes[name] != tensor.shape:
@@ -132,7 +132,7 @@ class Folder:
         problems += [
             f"{self._where(name)}: tensor '{name}' {list(self.shapes[name])} does not belong to this config.json."
             for name in self.shapes
-            if name not in table.tensors
+            if name not in expected
         ]
         if not problems and self.form.head_copy:
             problems += self._tied_problems()

@@ -19,7 +19,7 @@ DONE, FAILED, REFUSED, INTERRUPTED = 0, 1, 2, 130
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code. Without `argv`, the process's own words are taken."""
     try:
-        _run(sys.argv[1:] if argv is None else argv, own_process=argv is None)
+        _run(sys.argv[1:] if argv is None else argv)
         sys.stdout.flush()  # so that a closed pipe shows here
     except ErnieKitError as error:
         for problem in error.problems:
@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return DONE
 
 
-def _run(words: Sequence[str], *, own_process: bool) -> None:
+def _run(words: Sequence[str]) -> None:
     name, rest = (words[0], words[1:]) if words else ("help", [])
     name = {"-h": "help", "--help": "help", "--version": "version"}.get(name, name)
     if name in LATER:
@@ -52,7 +52,7 @@ def _run(words: Sequence[str], *, own_process: bool) -> None:
         return
     arguments = split(verb, rest)
     if verb.needs_paddle:
-        _prepare_paddle(own_process=own_process)
+        _prepare_paddle()
     _function(verb)(arguments)
 
 
@@ -63,7 +63,7 @@ def _function(verb: Verb) -> Callable[[Arguments], None]:
     return getattr(import_module(f"erniekit.cli.{module}"), function)
 
 
-def _prepare_paddle(*, own_process: bool) -> None:
+def _prepare_paddle() -> None:
     """Refuse early where there is no Paddle, and give it the environment that it is fast in."""
     from importlib.util import find_spec
 
@@ -73,4 +73,4 @@ def _prepare_paddle(*, own_process: bool) -> None:
         raise ErnieKitError(
             "PaddlePaddle is not installed. For a CPU: pip install 'erniekit-paddle[cpu]'; for a GPU see README.md."
         )
-    runtime.prepare(reexec=own_process)
+    runtime.prepare()

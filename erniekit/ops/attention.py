@@ -16,6 +16,7 @@ from erniekit.ops.cpu import attention as cpu
 from erniekit.ops.dispatch import backend
 from erniekit.ops.rope import rotate
 
+_BLOCK_ROWS = 256  # of the plain twin
 
 def end_rows_from_segments(segment_ids_BS: paddle.Tensor) -> paddle.Tensor:
     """Column bounds of packed documents: ids 1, 2, ... in contiguous runs, 0 = padding. Returns int32 [B, S]."""
@@ -48,14 +49,19 @@ def attention_plain(
     q_BSX: paddle.Tensor, k_BSY: paddle.Tensor, v_BSY: paddle.Tensor, *,
     cos_BSJ: paddle.Tensor, sin_BSJ: paddle.Tensor, end_rows_BS: paddle.Tensor, head_dim: int,
 ) -> paddle.Tensor:  # fmt: skip
-    """The plain twin of `attention`; it builds the dense mask and is meant for small rows."""
+    """The plain twin of `attention`: blocks of rows against the columns that any of them sees; never an S x S mask."""
     b, s = q_BSX.shape[:2]
     q = rotate(q_BSX.reshape([b, s, -1, head_dim]), cos_BSJ, sin_BSJ)
     k = rotate(k_BSY.reshape([b, s, -1, head_dim]), cos_BSJ, sin_BSJ)
-    row = paddle.arange(s, dtype="int32").unsqueeze(-1)
-    visible = (row >= row.T).unsqueeze(0) & (row.unsqueeze(0) < end_rows_BS.unsqueeze(1))
-    out = _attend(q, k, v_BSY.reshape([b, s, -1, head_dim]), visible.unsqueeze(1))
-    return out.reshape([b, s, -1])
+    v = v_BSY.reshape([b, s, -1, head_dim])
+    position, out = paddle.arange(s, dtype="int32"), []
+    for start in range(0, s, _BLOCK_ROWS):
+        stop = min(start + _BLOCK_ROWS, s)
+        first = (end_rows_BS > start).any(0).astype("int32").argmax().item()  # columns before it have ended
+        row_S1, column_T = position[start:stop].unsqueeze(-1), position[first:stop]
+        visible_BST = (row_S1 >= column_T) & (row_S1 < end_rows_BS[:, first:stop].unsqueeze(1))
+        out.append(_attend(q[:, start:stop], k[:, first:stop], v[:, first:stop], visible_BST.unsqueeze(1)))
+    return paddle.concat(out, axis=1).reshape([b, s, -1])
 
 
 def _attend(q: paddle.Tensor, k: paddle.Tensor, v: paddle.Tensor, visible: paddle.Tensor) -> paddle.Tensor:

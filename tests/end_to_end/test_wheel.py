@@ -49,7 +49,7 @@ def erniekit_elsewhere(wheel: Path, tmp_path_factory: pytest.TempPathFactory):
     # A path line shows the packages of this environment, but not what its own .pth files name (an editable erniekit).
     (site / "packages.pth").write_text(sysconfig.get_path("purelib") + "\n")
     subprocess.run([python, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", wheel], check=True)
-    environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "ERNIEKIT_PREPARED")}
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
 
     def run(*arguments: str) -> str:
         command = [str(home / "venv" / "bin" / "erniekit"), *arguments]

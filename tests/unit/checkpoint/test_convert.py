@@ -172,6 +172,11 @@ def test_a_changed_config_is_converted_not_restored(golden, tmp_path, change):
         ),
         lambda origin: json.dumps(origin | {"files": {"model.safetensors": {"a": "F31"}}}),
         lambda origin: json.dumps(origin | {"files": {"model.safetensors": {"ernie.norm.weight": "F32"}}}),
+        lambda origin: json.dumps(origin | {"metadata": {}}),
+        lambda origin: json.dumps(origin | {"metadata": {"model.safetensors": {"format": 5}}}),
+        lambda origin: json.dumps(origin | {"config_json": 5}),
+        lambda origin: json.dumps(origin | {"files": [1, 2]}),
+        lambda _: json.dumps([1, 2]),
     ],
 )
 def test_an_origin_that_does_not_fit_is_not_used(golden, tmp_path, capsys, spoil):

@@ -47,10 +47,10 @@ def test_writing_through_a_view_reaches_the_tensor_and_nothing_else(view):
     assert np.count_nonzero(tensor) == piece.size
 
 
-@pytest.mark.parametrize("shape", [(3, 50), (50, 3), (7, 4, 33), (64, 48)])
+@pytest.mark.parametrize("shape", [(3, 50), (50, 3), (7, 4, 33), (600, 48), (48, 600), (9, 200, 20), (0, 3)])
 @pytest.mark.parametrize("target_order", ["C", "F"])
 @pytest.mark.parametrize("source_order", ["C", "F"])
-def test_assign_in_strips_equals_a_plain_copy(shape, target_order, source_order):
+def test_assign_in_blocks_equals_a_plain_copy(shape, target_order, source_order):
     source = np.asarray(np.random.default_rng(0).standard_normal(shape), order=source_order)
     target = np.zeros(shape, order=target_order)
     assign(target, source)
