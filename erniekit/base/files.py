@@ -9,7 +9,7 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from erniekit.base.errors import CheckpointError
 
@@ -52,20 +52,30 @@ def fsync_file(path: str | Path) -> None:
     fsync_folder(path)
 
 
-def atomic_write(path: str | Path, content: bytes) -> None:
-    """Write `content` under a temporary name, fsync, rename: a reader sees the old file or the whole new one."""
+@contextlib.contextmanager
+def atomic_file(path: str | Path) -> Iterator[BinaryIO]:
+    """A file to write under a temporary name; fsynced and renamed to `path` at the end, removed if the block fails.
+
+    A reader sees the old file or the whole new one.
+    """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with writing(path):
         try:
             with open(temporary, "wb") as file:
-                file.write(content)
+                yield file
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, path)
             fsync_folder(path.parent)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def atomic_write(path: str | Path, content: bytes) -> None:
+    """Write `content`; see `atomic_file`."""
+    with atomic_file(path) as file:
+        file.write(content)
 
 
 def write_json(path: str | Path, value: Any) -> None:

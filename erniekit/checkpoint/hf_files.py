@@ -23,7 +23,7 @@ import ml_dtypes
 import numpy as np
 
 from erniekit.base.errors import CheckpointError, listed
-from erniekit.base.files import fsync_folder, writing
+from erniekit.base.files import atomic_file
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -239,27 +239,17 @@ def write_safetensors(
     `arrays` is called with the entries in file order and yields their arrays, one at a time in memory. The file appears
     under its name only when it is whole and on disk.
     """
-    path = Path(path)
     ordered = sorted(entries, key=lambda entry: (-_RANK[entry.tag], entry.name))
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     digest = hashlib.sha256()
-    with writing(path):
-        try:
-            with open(temporary, "wb") as file:
-                header = _header_bytes(ordered, metadata)
-                digest.update(header)
-                file.write(header)
-                for entry, array in zip(ordered, arrays(ordered), strict=True):
-                    assert array.shape == entry.shape and array.itemsize == FORMATS[entry.tag].itemsize, entry
-                    data = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
-                    digest.update(data)
-                    file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-            fsync_folder(path.parent)
-        finally:
-            temporary.unlink(missing_ok=True)
+    with atomic_file(path) as file:
+        header = _header_bytes(ordered, metadata)
+        digest.update(header)
+        file.write(header)
+        for entry, array in zip(ordered, arrays(ordered), strict=True):
+            assert array.shape == entry.shape and array.itemsize == FORMATS[entry.tag].itemsize, entry
+            data = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
+            digest.update(data)
+            file.write(data)
     return digest.hexdigest()
 
 
