@@ -45,9 +45,10 @@ setup(
         # Paddle itself is an extra: the GPU builds come from Paddle's own index (README.md), and a required CPU
         # wheel would overwrite them.
         "cpu": ["paddlepaddle>=3.2,<3.4"],
-        "quickstart": ["chatterbot-corpus==1.3.3"],
+        "quickstart": ["chatterbot-corpus==1.3.3", "chitchat-dataset==0.9.0"],
         "test": [
             "chatterbot-corpus==1.3.3",
+            "chitchat-dataset==0.9.0",
             "import-linter>=2.3",
             "mypy>=1.15",
             "pytest>=8.3",

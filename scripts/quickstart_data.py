@@ -1,4 +1,5 @@
-"""Make the quickstart's data from the conversations in the PyPI package chatterbot-corpus (English and Chinese).
+"""Make the quickstart's data from conversations that come with two PyPI packages: chatterbot-corpus (questions and
+answers, English and Chinese) and chitchat-dataset (dialogues between people, English).
 
 Writes into the folder named on the command line: train.jsonl and eval.jsonl (erniekit SFT rows) and
 pretrain-train.jsonl and pretrain-eval.jsonl (the same conversations as plain text). A conversation belongs to the eval
@@ -13,27 +14,44 @@ import json
 import sys
 from collections.abc import Iterator
 from importlib.metadata import version
+from itertools import takewhile
 from pathlib import Path
 
+import chitchat_dataset
 import yaml
 from chatterbot_corpus.corpus import DATA_DIRECTORY
 
+PACKAGES = ("chatterbot-corpus", "chitchat-dataset")
 LANGUAGES = ("english", "chinese")
 SIDES = ("train", "eval")
-EVAL_SHARE = 0.1
+EVAL_SHARE = 0.03
+MAX_TURNS, MAX_CHARACTERS = 6, 160  # of a dialogue, counted from its beginning; a small model learns short turns first
 
 
 def conversations() -> Iterator[list[str]]:
-    """Every conversation that holds at least one question and its answer, in file order, blanks tidied."""
+    """All conversations that hold at least one question and its answer: pairs of turns, blanks tidied."""
+    for turns in (*questions(), *dialogues()):
+        said = [" ".join(turn.split()) for turn in turns]
+        said = said[: len(said) // 2 * 2]  # a last question without an answer teaches nothing
+        if said and all(said):
+            yield said
+
+
+def questions() -> Iterator[list[str]]:
+    """The conversations of chatterbot-corpus, in file order."""
     for language in LANGUAGES:
         for path in sorted((Path(DATA_DIRECTORY) / language).glob("*.yml")):
             for turns in yaml.safe_load(path.read_text(encoding="utf-8"))["conversations"]:
                 if not isinstance(turns, list):  # one entry of trivia.yml is a bare string
                     continue
-                said = [" ".join(str(turn).split()) for turn in turns]
-                said = said[: len(said) // 2 * 2]  # a last question without an answer teaches nothing
-                if said and all(said):
-                    yield said
+                yield [str(turn) for turn in turns]
+
+
+def dialogues() -> Iterator[list[str]]:
+    """The beginnings of the dialogues of chitchat-dataset: what one person says in a row is one turn."""
+    for dialogue in chitchat_dataset.Dataset().values():
+        turns = (" ".join(message["text"] for message in turn) for turn in dialogue["messages"])
+        yield list(takewhile(lambda turn: 0 < len(turn) <= MAX_CHARACTERS, turns))[:MAX_TURNS]
 
 
 def lot(text: str) -> float:
@@ -62,8 +80,8 @@ def main(folder: Path) -> None:
         texts = [{"text": "\n".join(said)} for said in chosen]
         new += [write_rows(folder / f"{side}.jsonl", dialogues), write_rows(folder / f"pretrain-{side}.jsonl", texts)]
     counts = ", ".join(f"{len(chosen)} {side}" for side, chosen in sides.items())
-    print(f"{'wrote' if any(new) else 'reusing'} {folder}: {counts} conversations of chatterbot-corpus", end=" ")
-    print(version("chatterbot-corpus"))
+    print(f"{'wrote' if any(new) else 'reusing'} {folder}: {counts} conversations", end=" of ")
+    print(*(f"{package} {version(package)}" for package in PACKAGES), sep=" and ")
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ def test_shellcheck(script: Path) -> None:
 @pytest.fixture(scope="module")
 def quickstart_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pytest.importorskip("chatterbot_corpus")
+    pytest.importorskip("chitchat_dataset")
     folder = tmp_path_factory.mktemp("quickstart")
     make_data(folder)
     return folder
@@ -41,7 +42,7 @@ def rows(path: Path) -> list[dict]:
 
 def test_quickstart_data_is_erniekit_sft(quickstart_data: Path) -> None:
     train, held_out = rows(quickstart_data / "train.jsonl"), rows(quickstart_data / "eval.jsonl")
-    assert len(train) > 1000
+    assert len(train) > 4000
     assert len(held_out) > 90
     assert all(len(row["src"]) == len(row["tgt"]) and all(row["src"] + row["tgt"]) for row in train + held_out)
     assert any(len(row["src"]) > 3 for row in train)  # conversations of several turns are kept whole
