@@ -13,6 +13,7 @@ import numpy as np
 import paddle
 
 from erniekit.base.errors import CheckpointError, listed
+from erniekit.ops.adamw import Update, adamw
 
 
 @dataclass(frozen=True)
@@ -34,8 +35,8 @@ def decays(name: str) -> bool:
 class Optimizer:
     """AdamW with decoupled decay over the parameters that have a gradient flag.
 
-    The states are ours (named, fp32) and the arithmetic is Paddle's fused kernel. A parameter that is not fp32 has an
-    fp32 master, which is what the update moves.
+    The states are ours (named, fp32) and the arithmetic is a fused kernel (ops/adamw.py). A parameter that is not fp32
+    has an fp32 master, which is what the update moves.
     """
 
     def __init__(self, named_parameters: Iterable[tuple[str, paddle.Tensor]], settings: AdamWSettings) -> None:
@@ -58,17 +59,11 @@ class Optimizer:
         self.num_steps += 1
         settings, limit = self.settings, self.settings.max_grad_norm
         scale = limit / (gradient_norm + 1e-6) if 0 < limit < gradient_norm else 1.0
-        rate = paddle.full([1], learning_rate, "float32")
-        powers = [paddle.full([1], beta**self.num_steps, "float32") for beta in (settings.beta1, settings.beta2)]
+        update = Update(learning_rate, settings.beta1, settings.beta2, settings.epsilon, self.num_steps, scale)
         for name, p in self._with_gradient():
-            if scale != 1.0:
-                p.grad.scale_(scale)
             first, second, master = self._state_of(name, p)
-            paddle._C_ops.adamw_(
-                p, p.grad, rate, first, second, None, *powers, master, None, settings.beta1, settings.beta2,
-                settings.epsilon, 1.0, settings.weight_decay, decays(name), False, _THREAD_ROWS, master is not None,
-                _SHARED_POWERS, False,
-            )  # fmt: skip
+            decay = settings.weight_decay if decays(name) else 0.0
+            adamw(p, p.grad, first=first, second=second, master=master, update=update, weight_decay=decay)
         self.clear()
 
     def _with_gradient(self) -> list[tuple[str, paddle.Tensor]]:
@@ -114,9 +109,6 @@ class Optimizer:
             if f"{name}.master" in state:
                 self._masters[name] = paddle.to_tensor(state[f"{name}.master"])
 
-
-_THREAD_ROWS = 1000  # the kernel's own default
-_SHARED_POWERS = True  # the kernel reads beta^t and leaves it alone: it is a function of the step here
 
 Schedule = Callable[[int], float]
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import paddle
 
-from erniekit.ops.cpu.library import library
+from erniekit.ops.cpu.library import call
 from erniekit.ops.gradients import only, wanted
 
 
@@ -20,7 +20,7 @@ class _Attention(paddle.autograd.PyLayer):
         tensors = (q_BSX, k_BSY, v_BSY, cos_BSJ, sin_BSJ, end_rows_BS.astype("int32"))
         inputs = [tensor.contiguous() for tensor in tensors]
         out_BSX, log_sums_BNS = paddle.empty([b, s, x], "float32"), paddle.empty([b, x // head_dim, s], "float32")
-        library().call("attention_forward", *inputs, out_BSX, log_sums_BNS, *ctx.sizes)
+        call("attention_forward", *inputs, out_BSX, log_sums_BNS, *ctx.sizes)
         ctx.save_for_backward(*inputs, out_BSX, log_sums_BNS)
         return out_BSX
 
@@ -28,7 +28,7 @@ class _Attention(paddle.autograd.PyLayer):
     def backward(ctx, grad_BSX):
         saved = ctx.saved_tensor()
         grads = [paddle.empty_like(tensor) for tensor in saved[:3]]
-        library().call("attention_backward", *saved, grad_BSX.contiguous(), *grads, *ctx.sizes)
+        call("attention_backward", *saved, grad_BSX.contiguous(), *grads, *ctx.sizes)
         return (*only(ctx.wanted, grads), None, None, None)
 
 

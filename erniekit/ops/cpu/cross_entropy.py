@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import paddle
 
-from erniekit.ops.cpu.library import library
+from erniekit.ops.cpu.library import call
 from erniekit.ops.gradients import only, wanted
 
 CHUNK_TOKENS = 512
@@ -45,7 +45,7 @@ def _scores(
     inputs = (hidden_MD.contiguous(), weight.contiguous(), None if bias_V is None else bias_V.contiguous(), labels_M)
     outputs = (paddle.empty(labels_M.shape, "float32"), paddle.empty(labels_M.shape, "bool"))
     sizes = (*hidden_MD.shape, vocab, vocab_first, CHUNK_TOKENS)
-    wrong = library().call("cross_entropy", *inputs, *outputs, *grads, *sizes)
+    wrong = call("cross_entropy", *inputs, *outputs, *grads, *sizes)
     if wrong >= 0:
         raise ValueError(f"label {int(labels_M[wrong])} of token {wrong} is outside the vocabulary of {vocab}")
     return outputs

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import paddle
 
-from erniekit.ops.cpu.library import library
+from erniekit.ops.cpu.library import call
 from erniekit.ops.gradients import only, wanted
 
 
@@ -19,7 +19,7 @@ class _Linear(paddle.autograd.PyLayer):
         bias_I = bias_I.contiguous() if ctx.has_bias else None
         size, width = weight_DI.shape
         y_I = paddle.empty([*x_D.shape[:-1], width], "float32")
-        library().call("linear_forward", x_D, weight_DI, bias_I, y_I, x_D.size // size, size, width)
+        call("linear_forward", x_D, weight_DI, bias_I, y_I, x_D.size // size, size, width)
         ctx.save_for_backward(x_D, weight_DI)
         return y_I
 
@@ -29,7 +29,7 @@ class _Linear(paddle.autograd.PyLayer):
         size, width = weight_DI.shape
         shapes = (x_D.shape, [size, width], [width])
         grads = only(ctx.wanted, [paddle.empty(shape, "float32") for shape in shapes])
-        library().call("linear_backward", x_D, weight_DI, grad_I.contiguous(), *grads, x_D.size // size, size, width)
+        call("linear_backward", x_D, weight_DI, grad_I.contiguous(), *grads, x_D.size // size, size, width)
         return grads if ctx.has_bias else grads[:2]
 
 
@@ -39,7 +39,7 @@ class _RMSNorm(paddle.autograd.PyLayer):
         ctx.wanted = wanted(x_D, weight_D)
         x_D, weight_D = x_D.contiguous(), weight_D.contiguous()
         y_D, scales = paddle.empty_like(x_D), paddle.empty(x_D.shape[:-1], "float32")
-        library().call("rms_norm_forward", x_D, weight_D, y_D, scales, scales.size, x_D.shape[-1], eps)
+        call("rms_norm_forward", x_D, weight_D, y_D, scales, scales.size, x_D.shape[-1], eps)
         ctx.save_for_backward(x_D, weight_D, scales)
         return y_D
 
@@ -48,7 +48,7 @@ class _RMSNorm(paddle.autograd.PyLayer):
         x_D, weight_D, scales = ctx.saved_tensor()
         grads = only(ctx.wanted, [paddle.empty_like(x_D), paddle.empty_like(weight_D)])
         inputs = (x_D, weight_D, scales, grad_D.contiguous())
-        library().call("rms_norm_backward", *inputs, *grads, scales.size, x_D.shape[-1])
+        call("rms_norm_backward", *inputs, *grads, scales.size, x_D.shape[-1])
         return grads
 
 
@@ -58,7 +58,7 @@ class _SwiGLU(paddle.autograd.PyLayer):
         ctx.wanted = wanted(gate, up)
         gate, up = gate.contiguous(), up.contiguous()
         out = paddle.empty_like(gate)
-        library().call("swiglu_forward", gate, up, out, out.size)
+        call("swiglu_forward", gate, up, out, out.size)
         ctx.save_for_backward(gate, up)
         return out
 
@@ -66,7 +66,7 @@ class _SwiGLU(paddle.autograd.PyLayer):
     def backward(ctx, grad):
         gate, up = ctx.saved_tensor()
         grads = [paddle.empty_like(gate), paddle.empty_like(up)]
-        library().call("swiglu_backward", gate, up, grad.contiguous(), *grads, gate.size)
+        call("swiglu_backward", gate, up, grad.contiguous(), *grads, gate.size)
         return only(ctx.wanted, grads)
 
 

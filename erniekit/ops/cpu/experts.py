@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import paddle
 
-from erniekit.ops.cpu.library import library
+from erniekit.ops.cpu.library import call
 from erniekit.ops.gradients import only, wanted
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ def sort_by_expert(experts_MC: paddle.Tensor, *, num_experts: int) -> tuple[padd
     token_T, place_MC = paddle.empty([experts_MC.size], "int64"), paddle.empty_like(experts_MC)
     counts_E = paddle.empty([num_experts], "int64")
     sizes = (token_T.size, experts_MC.shape[1], num_experts)
-    library().call("sort_by_expert", experts_MC, token_T, place_MC, counts_E, *sizes)
+    call("sort_by_expert", experts_MC, token_T, place_MC, counts_E, *sizes)
     return token_T, place_MC, counts_E.tolist()
 
 
@@ -30,7 +30,7 @@ class _Permute(paddle.autograd.PyLayer):
     @staticmethod
     def forward(ctx, x_MD, token_T, place_MC):
         y_TD = paddle.empty([token_T.shape[0], x_MD.shape[1]], "float32")
-        library().call("permute", x_MD.contiguous(), token_T, y_TD, *y_TD.shape)
+        call("permute", x_MD.contiguous(), token_T, y_TD, *y_TD.shape)
         ctx.save_for_backward(place_MC)
         return y_TD
 
@@ -39,7 +39,7 @@ class _Permute(paddle.autograd.PyLayer):
         (place_MC,) = ctx.saved_tensor()
         sizes = (*place_MC.shape, grad_TD.shape[1])
         grad_MD = paddle.empty([sizes[0], sizes[2]], "float32")
-        library().call("combine", grad_TD.contiguous(), None, place_MC, grad_MD, *sizes)
+        call("combine", grad_TD.contiguous(), None, place_MC, grad_MD, *sizes)
         return grad_MD, None, None
 
 
@@ -50,7 +50,7 @@ class _Combine(paddle.autograd.PyLayer):
         y_TD, weights_MC = y_TD.contiguous(), weights_MC.contiguous()
         ctx.sizes = (*place_MC.shape, y_TD.shape[1])
         out_MD = paddle.empty([ctx.sizes[0], ctx.sizes[2]], "float32")
-        library().call("combine", y_TD, weights_MC, place_MC, out_MD, *ctx.sizes)
+        call("combine", y_TD, weights_MC, place_MC, out_MD, *ctx.sizes)
         ctx.save_for_backward(y_TD, weights_MC, place_MC)
         return out_MD
 
@@ -58,7 +58,7 @@ class _Combine(paddle.autograd.PyLayer):
     def backward(ctx, grad_MD):
         y_TD, weights_MC, place_MC = ctx.saved_tensor()
         grads = [paddle.empty_like(y_TD), paddle.empty_like(weights_MC)]
-        library().call("combine_backward", y_TD, weights_MC, place_MC, grad_MD.contiguous(), *grads, *ctx.sizes)
+        call("combine_backward", y_TD, weights_MC, place_MC, grad_MD.contiguous(), *grads, *ctx.sizes)
         return (*only(ctx.wanted, grads), None)
 
 
@@ -71,7 +71,7 @@ class _GroupedMLP(paddle.autograd.PyLayer):
         ctx.sizes = (num_experts, size, width)
         y_TD = paddle.empty(x_TD.shape, "float32")
         hidden_T2I = paddle.empty([x_TD.shape[0], 2 * width], "float32")
-        library().call("experts_forward", *inputs, hidden_T2I, y_TD, *ctx.sizes)
+        call("experts_forward", *inputs, hidden_T2I, y_TD, *ctx.sizes)
         ctx.save_for_backward(*inputs, hidden_T2I)
         return y_TD
 
@@ -79,7 +79,7 @@ class _GroupedMLP(paddle.autograd.PyLayer):
     def backward(ctx, grad_TD):
         saved = ctx.saved_tensor()
         grads = only(ctx.wanted, [paddle.empty_like(tensor) for tensor in saved[:3]])
-        library().call("experts_backward", *saved, grad_TD.contiguous(), *grads, *ctx.sizes)
+        call("experts_backward", *saved, grad_TD.contiguous(), *grads, *ctx.sizes)
         return (*grads, None)
 
 

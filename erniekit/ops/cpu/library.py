@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import tempfile
 from pathlib import Path
+from typing import TypeAlias
 
 import paddle
 
@@ -29,25 +30,23 @@ FLAGS = (
     "-fvisibility=hidden",
 )  # fmt: skip
 
-Argument = paddle.Tensor | int | float | None
+Argument: TypeAlias = "paddle.Tensor | int | float | None"
 
 
-class Library:
-    """Calls kernels by name: tensors pass as pointers, None as null, int as int64 and float as fp32."""
+def call(name: str, *arguments: Argument) -> int:
+    """Run one kernel and return its result, where it has one.
 
-    def __init__(self, path: Path) -> None:
-        self._kernels = ctypes.CDLL(str(path))
-        sgemm = ctypes.cast(ctypes.CDLL(str(_wheel_library(ONEDNN))).dnnl_sgemm, ctypes.c_void_p)
-        self._kernels.set_up(sgemm, ctypes.c_int(runtime.num_threads()))
-
-    def call(self, name: str, *arguments: Argument) -> int:
-        """Run one kernel. Tensors must be contiguous: kernels see no strides."""
-        kernel = getattr(self._kernels, name)
-        kernel.restype = ctypes.c_int64
-        return kernel(*map(_argument, arguments))
+    Tensors pass as pointers, None as null, int as int64, float as fp32. Tensors must be contiguous: kernels see no
+    strides.
+    """
+    kernels = library()
+    assert kernels is not None, "only ops/dispatch.py lets a tensor come here, and it asks first"
+    kernel = getattr(kernels, name)
+    kernel.restype = ctypes.c_int64
+    return kernel(*map(_argument, arguments))
 
 
-def _argument(value: Argument) -> ctypes.c_void_p | ctypes.c_int64 | ctypes.c_float | None:
+def _argument(value: Argument) -> ctypes.c_void_p | ctypes.c_int64 | ctypes.c_float:
     if value is None:
         return ctypes.c_void_p(None)
     if isinstance(value, int):
@@ -59,15 +58,19 @@ def _argument(value: Argument) -> ctypes.c_void_p | ctypes.c_int64 | ctypes.c_fl
 
 
 @functools.cache
-def library() -> Library | None:
+def library() -> ctypes.CDLL | None:
     """The kernels, compiled if need be; None (after one notice) if this machine cannot have them."""
     try:
         path = compiled_path()
         if not path.exists():
             _compile(path)
-        return Library(path)
+        kernels = ctypes.CDLL(str(path))
+        sgemm = ctypes.CDLL(str(_wheel_library(ONEDNN))).dnnl_sgemm
+        kernels.set_up(ctypes.cast(sgemm, ctypes.c_void_p), ctypes.c_int(runtime.num_threads()))
+        return kernels
     except (OSError, AttributeError, subprocess.CalledProcessError) as error:
-        reason = error.stderr.strip() if isinstance(error, subprocess.CalledProcessError) else str(error)
+        said = error.stderr if isinstance(error, subprocess.CalledProcessError) else str(error)
+        reason = " ".join(said.split())[:300]
         notice(f"the fast CPU kernels are off, training takes about twice as long: {reason}")
         return None
 
@@ -88,12 +91,13 @@ def _compile(path: Path) -> None:
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         unit, made = Path(folder) / "library.o", Path(folder) / "library.so"
         # Two commands: linked with -fopenmp, the library would bring GNU's OpenMP as a second pool of threads.
-        for command in (
-            [compiler, *FLAGS, "-c", SOURCES / "library.cpp", "-o", unit],
-            [compiler, "-shared", "-Wl,--no-undefined", unit, _wheel_library(OPENMP), "-lm", "-o", made],
-        ):
-            subprocess.run(command, check=True, capture_output=True, text=True)
+        _run(compiler, *FLAGS, "-c", SOURCES / "library.cpp", "-o", unit)
+        _run(compiler, "-shared", "-Wl,--no-undefined", unit, _wheel_library(OPENMP), "-lm", "-o", made)
         made.replace(path)  # whole or not at all, whoever else compiles at the same time
+
+
+def _run(*command: str | Path) -> None:
+    subprocess.run(command, check=True, capture_output=True, text=True)
 
 
 def _wheel_library(name: str) -> Path:

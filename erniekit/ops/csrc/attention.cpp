@@ -87,7 +87,7 @@ void load_turned(const float* tensor, Head head, Shape s, const Rotation& rotati
 }
 
 // [rows, dim] -> for every tile of columns a [dim, kColumns] matrix.
-void transpose(const Buffer& in, Shape s, Buffer& out) {
+void turn_columns(const Buffer& in, Shape s, Buffer& out) {
     out.resize(s.padded_rows() * s.padded_dim());
     for (Size j = 0; j < s.padded_rows(); ++j) {
         float* tile = out.data() + j / kColumns * kColumns * s.dim + j % kColumns;
@@ -116,7 +116,7 @@ struct Forward {
     Buffer q, k, k_columns, v, scores = Buffer(kRows * kColumns), sums = Buffer(kRows), maxima = Buffer(kRows), out;
 
     void attend(const Mask& mask, float* result, Head head, float* log_sums) {
-        transpose(k, s, k_columns);
+        turn_columns(k, s, k_columns);
         const Size dim = s.padded_dim();
         for (Size i0 = 0; i0 < s.rows; i0 += kRows) {
             maxima.assign(kRows, kLowest), sums.assign(kRows, 0.0f), out.assign(kRows * dim, 0.0f);
@@ -174,7 +174,7 @@ struct Backward {
     Buffer p = Buffer(kRows * kColumns), g = Buffer(kRows * kColumns);
 
     void attend(const Mask& mask) {
-        transpose(k, s, k_columns), transpose(v, s, v_columns);
+        turn_columns(k, s, k_columns), turn_columns(v, s, v_columns);
         for (Buffer* sums : {&grad_q, &grad_k, &grad_v}) sums->assign(q.size(), 0.0f);
         for (Size j0 = 0; j0 < s.rows; j0 += kColumns)
             for (Size i0 = j0; i0 < s.rows; i0 += kRows)

@@ -48,16 +48,6 @@ struct Operand {
 
 inline Operand transposed(const float* data, Size stride) { return {data, stride, true}; }
 
-// c [m, n] = a [m, k] b [k, n] + beta * c. Inside a parallel region it runs on the calling thread alone.
-inline void matmul(Operand a, Operand b, float* c, Size c_stride, Size m, Size n, Size k, float beta = 0) {
-    if (!m || !n) return;
-    if (!k && !beta)
-        for (Size i = 0; i < m; ++i) std::fill_n(c + i * c_stride, n, 0.0f);
-    if (k)
-        settings.sgemm(a.transposed ? 'T' : 'N', b.transposed ? 'T' : 'N', m, n, k, 1.0f, a.data, a.stride, b.data,
-                       b.stride, beta, c, c_stride);
-}
-
 // Memory that starts where a cache line does: vectors that straddle two lines cost twice.
 template <typename T>
 struct LineAllocator {
@@ -79,6 +69,16 @@ struct LineAllocator {
     bool operator!=(const LineAllocator&) const { return false; }
 };
 using Buffer = std::vector<float, LineAllocator<float>>;
+
+// c [m, n] = a [m, k] b [k, n] + beta * c.
+inline void matmul(Operand a, Operand b, float* c, Size c_stride, Size m, Size n, Size k, float beta = 0) {
+    if (!m || !n) return;
+    if (!k && !beta)
+        for (Size i = 0; i < m; ++i) std::fill_n(c + i * c_stride, n, 0.0f);
+    if (k)
+        settings.sgemm(a.transposed ? 'T' : 'N', b.transposed ? 'T' : 'N', m, n, k, 1.0f, a.data, a.stride, b.data,
+                       b.stride, beta, c, c_stride);
+}
 
 // e^x for x <= 0 within one unit in the last place; 0 below -87; NaN stays NaN.
 inline float exponential(float x) {

@@ -3,5 +3,6 @@
 #include "cross_entropy.cpp"
 #include "dense.cpp"
 #include "experts.cpp"
+#include "optimizer.cpp"
 
 EXPORT void set_up(Sgemm sgemm, int threads) { settings = {sgemm, threads}; }

@@ -1,0 +1,51 @@
+"""The AdamW update of one parameter in place (arXiv 1711.05101), with the scale of gradient clipping folded in."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import paddle
+
+from erniekit.ops.cpu import optimizer as cpu
+from erniekit.ops.dispatch import backend
+
+_THREAD_ROWS = 1000  # Paddle's default: how many numbers a thread of its kernel takes at once
+_SHARED_POWERS = True  # Paddle's kernel reads beta^t and leaves it alone: it is a function of the step here
+
+
+@dataclass(frozen=True)
+class Update:
+    """What all parameters of a step share; `num_steps` counts from 1, gradients count `gradient_scale` times."""
+
+    learning_rate: float
+    beta1: float
+    beta2: float
+    epsilon: float
+    num_steps: int
+    gradient_scale: float = 1.0
+
+
+def adamw_plain(
+    p: paddle.Tensor, grad: paddle.Tensor, *, first: paddle.Tensor, second: paddle.Tensor,
+    master: paddle.Tensor | None, update: Update, weight_decay: float,
+) -> None:  # fmt: skip
+    """The plain twin of `adamw`: Paddle's fused kernel. It scales `grad` in place."""
+    if update.gradient_scale != 1.0:
+        grad.scale_(update.gradient_scale)
+    rate = paddle.full([1], update.learning_rate, "float32")
+    powers = [paddle.full([1], beta**update.num_steps, "float32") for beta in (update.beta1, update.beta2)]
+    paddle._C_ops.adamw_(
+        p, grad, rate, first, second, None, *powers, master, None, update.beta1, update.beta2, update.epsilon, 1.0,
+        weight_decay, weight_decay != 0.0, False, _THREAD_ROWS, master is not None, _SHARED_POWERS, False,
+    )  # fmt: skip
+
+
+def adamw(
+    p: paddle.Tensor, grad: paddle.Tensor, *, first: paddle.Tensor, second: paddle.Tensor,
+    master: paddle.Tensor | None, update: Update, weight_decay: float,
+) -> None:  # fmt: skip
+    """Move `p` (and its fp32 `master`, if it has one) and its moments by one step. The gradient is used up."""
+    if master is None and backend(p, grad, first, second) == "cpu":
+        cpu.adamw(p, grad, first=first, second=second, update=update, weight_decay=weight_decay)
+    else:
+        adamw_plain(p, grad, first=first, second=second, master=master, update=update, weight_decay=weight_decay)
