@@ -296,4 +296,4 @@ class _Reader:
         if experts and fields["moe_k"] > most:
             self.problem(f"moe_k {fields['moe_k']} exceeds moe_num_experts {experts}.")
         if self.values.get("moe_group_experts"):
-            self.problem("moe_group_experts is on: grouped expert selection is used by no released model and is not built.")
+            self.problem("moe_group_experts is on: no released model selects experts by group, and it is not built.")

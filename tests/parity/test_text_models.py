@@ -7,6 +7,7 @@ tensor.
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import paddle
 import pytest
 from safetensors.numpy import load_file
 
+from erniekit.checkpoint.convert import convert
 from erniekit.checkpoint.ernie45 import Form, layout_table
 from erniekit.checkpoint.folder import Folder
 from erniekit.checkpoint.model_io import build_model, load_model
@@ -31,6 +33,7 @@ from erniekit.training.step import Totals
 GOLDEN = Path(__file__).parents[1] / "data" / "golden"
 TRANSFORMERS = ["dense/tied", "dense/untied_bias", "moe/shared_tied", "moe/noshared_untied"]
 ERNIEKIT = ["dense_mha", "dense_tied", "moe_shared", "moe_mtp"]
+PACKED = ["dense_mha", "dense_tied", "moe_shared"]  # the cases with a packed row
 LOGITS, LOSS, GRADIENT = 2e-5, 1e-6, 1e-5
 
 
@@ -77,41 +80,50 @@ def erniekit_gradients(stored, folder, prefix):
 
 
 # ---------------------------------------------------------------------- transformers
-@pytest.fixture(
-    scope="module", params=[(case, layout) for case in TRANSFORMERS for layout in ("pt", "paddle")], ids="/".join
-)
-def transformers_case(request):
-    case, layout = request.param
+def in_both_layouts(cases):
+    return pytest.mark.parametrize(
+        ("case", "layout"), [(case, layout) for case in cases for layout in ("pt", "paddle")]
+    )
+
+
+of_transformers = in_both_layouts(TRANSFORMERS)
+of_transformers_moe = in_both_layouts([case for case in TRANSFORMERS if case.startswith("moe")])
+
+
+@functools.cache
+def opened(case, layout):
     root = GOLDEN / case
     return load_model(root / layout), load_file(root / "inputs.safetensors"), load_file(root / "expected.safetensors")
 
 
-def test_logits(transformers_case):
-    model, given, expected = transformers_case
+@of_transformers
+def test_logits(case, layout):
+    model, given, expected = opened(case, layout)
     real = given["attention_mask"].astype(bool)
     found = model(paddle.to_tensor(given["input_ids"]), paddle.to_tensor(given["attention_mask"])).numpy()
     assert np.abs(found - expected["logits"])[real].max() <= LOGITS
 
 
-def test_packed_logits(transformers_case):
-    model, given, expected = transformers_case
+@of_transformers
+def test_packed_logits(case, layout):
+    model, given, expected = opened(case, layout)
     segments = paddle.to_tensor((given["packed_position_ids"] == 0).cumsum(-1))
     found = model(paddle.to_tensor(given["input_ids"][:1]), segment_ids=segments).numpy()
     assert np.abs(found - expected["packed_logits"]).max() <= LOGITS
 
 
-def test_logits_at_other_positions(transformers_case):
-    model, given, expected = transformers_case
+@of_transformers
+def test_logits_at_other_positions(case, layout):
+    model, given, expected = opened(case, layout)
     positions = paddle.arange(12).unsqueeze(0) * 3 + 1000
     found = model(paddle.to_tensor(given["input_ids"][:1]), position_ids=positions).numpy()
     # Angles of some thousand radians: fp32 rounding of the angle itself is 1.2e-4.
     assert np.abs(found - expected["pos_stride3_offset1000_logits"]).max() <= 2e-4
 
 
-def test_routing(transformers_case):
-    model, given, expected = transformers_case
-    if not model.config.is_moe:
-        pytest.skip("dense")
+@of_transformers_moe
+def test_routing(case, layout):
+    model, given, expected = opened(case, layout)
     real = given["attention_mask"].reshape(-1).astype(bool)
     segments = paddle.to_tensor(given["attention_mask"])
     ids = paddle.to_tensor(given["input_ids"])
@@ -128,8 +140,9 @@ def test_routing(transformers_case):
         assert np.abs(weights - np.take_along_axis(expected[f"routing_weights.{i}"], wanted, -1))[real].max() <= 1e-6
 
 
-def test_loss_and_every_gradient(transformers_case):
-    model, given, expected = transformers_case
+@of_transformers
+def test_loss_and_every_gradient(case, layout):
+    model, given, expected = opened(case, layout)
     model.clear_gradients()
     labels = np.full_like(given["labels"], -100)
     labels[:, :-1] = given["labels"][:, 1:]
@@ -150,10 +163,9 @@ def test_loss_and_every_gradient(transformers_case):
     assert compared == len(found)
 
 
-def test_loss_with_the_pooled_router_loss_of_transformers(transformers_case):
-    model, given, expected = transformers_case
-    if not model.config.is_moe:
-        pytest.skip("dense")
+@of_transformers_moe
+def test_loss_with_the_pooled_router_loss_of_transformers(case, layout):
+    model, given, expected = opened(case, layout)
     model.clear_gradients()
     labels = np.full_like(given["labels"], -100)
     labels[:, :-1] = given["labels"][:, 1:]
@@ -171,28 +183,30 @@ def test_loss_with_the_pooled_router_loss_of_transformers(transformers_case):
             compare(p.grad.numpy(), expected[f"grad_with_aux.{name}"].T, name)
 
 
-def test_greedy_ids(transformers_case):
-    model, given, expected = transformers_case
+@of_transformers
+def test_greedy_ids(case, layout):
+    model, given, expected = opened(case, layout)
     prompt = given["input_ids"][0, :8].tolist()
     assert prompt + list(stream_ids(model, prompt, max_new_tokens=12)) == expected["generate_ids"][0].tolist()
 
 
 # ---------------------------------------------------------------------- the real ERNIEKit
-@pytest.fixture(
-    scope="module", params=[(case, layout) for case in ERNIEKIT for layout in ("paddle", "pt")], ids="/".join
-)
-def erniekit_case(request, tmp_path_factory):
-    """(fresh model on demand, its folder as ERNIEKit wrote it, stored inputs and outputs)."""
-    case, layout = request.param
-    original = GOLDEN / "paddle_real" / case
-    path = original
-    if layout == "pt":
-        from erniekit.checkpoint.convert import convert
+@pytest.fixture(scope="session")
+def written_by_erniekit(tmp_path_factory):
+    """(case, layout) -> (a fresh model on demand, its folder as ERNIEKit wrote it, stored inputs and outputs)."""
+    converted = {}
 
-        path = tmp_path_factory.mktemp(case) / "pt"
-        convert(original, path, to="pt")
-    folder = Folder.open(path)
-    return lambda: build_model(folder, folder.config), Folder.open(original), load_file(original / "io.safetensors")
+    def open_case(case, layout):
+        path = original = GOLDEN / "paddle_real" / case
+        if layout == "pt":
+            if case not in converted:
+                converted[case] = tmp_path_factory.mktemp(case) / "pt"
+                convert(original, converted[case], to="pt")
+            path = converted[case]
+        folder = Folder.open(path)
+        return lambda: build_model(folder, folder.config), Folder.open(original), load_file(original / "io.safetensors")
+
+    return open_case
 
 
 def given_batch(stored, prefix="", *, with_positions=True):
@@ -215,14 +229,16 @@ def router_weights(model):
     )  # fmt: skip
 
 
-def test_erniekit_logits(erniekit_case):
-    make, _, stored = erniekit_case
+@in_both_layouts(ERNIEKIT)
+def test_erniekit_logits(written_by_erniekit, case, layout):
+    make, _, stored = written_by_erniekit(case, layout)
     found = make()(paddle.to_tensor(given_batch(stored).input_ids)).numpy()
     assert np.abs(found - stored["a.logits"]).max() <= LOGITS
 
 
-def test_erniekit_loss_and_every_gradient(erniekit_case):
-    make, folder, stored = erniekit_case
+@in_both_layouts(ERNIEKIT)
+def test_erniekit_loss_and_every_gradient(written_by_erniekit, case, layout):
+    make, folder, stored = written_by_erniekit(case, layout)
     model = make()
     loss = backward(model, given_batch(stored), router_weights(model))
     assert loss == pytest.approx(float(stored["a.loss"][0]), rel=LOSS)
@@ -235,10 +251,9 @@ def test_erniekit_loss_and_every_gradient(erniekit_case):
     assert len(names) >= 7
 
 
-def test_erniekit_packed_rows(erniekit_case):
-    make, _, stored = erniekit_case
-    if "packed.in.input_ids" not in stored:
-        pytest.skip("no packed row was stored")
+@in_both_layouts(PACKED)
+def test_erniekit_packed_rows(written_by_erniekit, case, layout):
+    make, _, stored = written_by_erniekit(case, layout)
     batch, model = given_batch(stored, "packed.", with_positions=False), make()
     segments, positions = paddle.to_tensor(batch.segment_ids), paddle.to_tensor(batch.position_ids)
     found = model(paddle.to_tensor(batch.input_ids), position_ids=positions, segment_ids=segments).numpy()
@@ -250,12 +265,11 @@ def test_erniekit_packed_rows(erniekit_case):
         assert loss == pytest.approx(float(stored[f"{run}.loss"][0]), rel=LOSS)
 
 
-def test_erniekit_packed_gradients(erniekit_case, monkeypatch):
+@in_both_layouts(PACKED)
+def test_erniekit_packed_gradients(written_by_erniekit, case, layout, monkeypatch):
     """The same row with ERNIEKit's treatment of padding put in place of ours: there a padding column is masked even for
     itself, by adding -1e6 in fp32, so a padding row attends to all columns; and padding counts in the router losses."""
-    make, folder, stored = erniekit_case
-    if "packed.in.input_ids" not in stored:
-        pytest.skip("no packed row was stored")
+    make, folder, stored = written_by_erniekit(case, layout)
     ends = stored["packed.in.attn_mask_start_row_indices"].reshape(1, -1)
     row = np.arange(24)[:, None]
     added = paddle.to_tensor(np.where((row >= row.T) & (row < ends), 0.0, -1e6).astype("float32"))
@@ -283,10 +297,9 @@ def test_erniekit_packed_gradients(erniekit_case, monkeypatch):
 
 
 @pytest.mark.parametrize("term", ["aux_only", "z_only", "ortho_only", "nolb"])
-def test_erniekit_router_losses_and_their_gradients(erniekit_case, term):
-    make, folder, stored = erniekit_case
-    if f"{term}.router_loss_per_layer" not in stored:
-        pytest.skip("not stored for this model")
+@in_both_layouts(["moe_shared"])
+def test_erniekit_router_losses_and_their_gradients(written_by_erniekit, case, layout, term):
+    make, folder, stored = written_by_erniekit(case, layout)
     model = make()
     coefficients = {
         "aux_only": dict(balance=1.0),
