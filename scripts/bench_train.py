@@ -119,11 +119,11 @@ def work(side: str, model: str) -> None:
         step(batch())
     print(json.dumps({"versions": versions, "first_loss": first}), flush=True)
     for line in sys.stdin:
-        started = time.perf_counter()
+        started, cpu = time.perf_counter(), time.process_time()
         for _ in range(int(line)):
             loss = step(batch())
-        seconds = time.perf_counter() - started
-        print(json.dumps({"seconds": seconds, "loss": loss, "peak_bytes": _memory_peak()}), flush=True)
+        figures = {"seconds": time.perf_counter() - started, "cpu_seconds": time.process_time() - cpu}
+        print(json.dumps(figures | {"loss": loss, "peak_bytes": _memory_peak()}), flush=True)
 
 
 def _memory_peak() -> int:
@@ -132,11 +132,18 @@ def _memory_peak() -> int:
     return int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1]) * 1024
 
 
+def _busy_seconds() -> float:
+    """CPU seconds that the whole machine has been at work."""
+    user, nice, system, _, _, irq, softirq, steal = map(int, Path("/proc/stat").read_text().split("\n")[0].split()[1:9])
+    return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+
+
 class Side:
     """One process under measurement."""
 
     def __init__(self, side: str, python: str, model: str, environment: dict[str, str]) -> None:
         self.rates: list[float] = []
+        self.others: list[float] = []  # cores that other processes kept busy in a round
         self.last: dict[str, Any] = {}
         self._process = subprocess.Popen(
             [python, "-W", "ignore", __file__, "--work", side, "--model", model],
@@ -154,16 +161,22 @@ class Side:
     def run(self, steps: int) -> None:
         """One round."""
         assert self._process.stdin is not None
+        busy = _busy_seconds()
         print(steps, file=self._process.stdin, flush=True)
         self.last = self.answer()
+        others = _busy_seconds() - busy - self.last["cpu_seconds"]
+        self.others.append(round(max(others, 0.0) / self.last["seconds"], 2))
         self.rates.append(steps * ROWS * LENGTH / self.last["seconds"])
 
     def figures(self) -> dict[str, Any]:
-        """Tokens per second over the rounds, and the peak of memory."""
+        """Tokens per second over the rounds, what disturbed them, and the peak of memory."""
         rates = sorted(self.rates)
         return {
-            "tokens_per_s": {"median": statistics.median(rates), "least": rates[0], "most": rates[-1]},
+            "tokens_per_s": {
+                "median": round(statistics.median(rates)), "least": round(rates[0]), "most": round(rates[-1]),
+            },
             "rounds": [round(rate) for rate in self.rates],
+            "cores_busy_elsewhere": self.others,
             "peak_mb": round(self.last["peak_bytes"] / 1e6),
             "loss": self.last["loss"],
         }

@@ -34,11 +34,10 @@ def _is_amd() -> bool:
 
 def _wanted() -> dict[str, str]:
     wanted = {
-        # Two OpenMP runtimes meet in Paddle's process: with more than one OMP thread an optimizer step makes every
-        # later matmul 3-5 times slower. MKL keeps its own threads.
+        # For Paddle's own loops, which gain nothing from more; matrix products and our kernels take MKL's number.
         "OMP_NUM_THREADS": "1",
         "MKL_NUM_THREADS": str(num_cores()),
-        "KMP_BLOCKTIME": "1",
+        "KMP_BLOCKTIME": "1",  # ms for which an idle thread waits busily: long enough between two kernels of a step
     }
     if _is_amd():
         wanted["MKL_DEBUG_CPU_TYPE"] = "5"  # the bundled MKL picks its slowest kernels on AMD otherwise
@@ -66,7 +65,8 @@ def _tell_malloc() -> None:
 
 def num_threads() -> int:
     """Threads of our own CPU kernels: as many as MKL's, whose pool they share."""
-    return int(os.environ.get("MKL_NUM_THREADS") or num_cores())
+    asked = os.environ.get("MKL_NUM_THREADS", "")
+    return max(int(asked), 1) if asked.isdecimal() else num_cores()
 
 
 def cpu_flags() -> str:

@@ -22,7 +22,8 @@ def sort_by_expert(experts_MC: paddle.Tensor, *, num_experts: int) -> tuple[padd
     token_T, place_MC = paddle.empty([experts_MC.size], "int64"), paddle.empty_like(experts_MC)
     counts_E = paddle.empty([num_experts], "int64")
     sizes = (token_T.size, experts_MC.shape[1], num_experts)
-    call("sort_by_expert", experts_MC, token_T, place_MC, counts_E, *sizes)
+    wrong = call("sort_by_expert", experts_MC, token_T, place_MC, counts_E, *sizes)
+    assert wrong < 0, f"routed row {wrong} names no expert of {num_experts}"
     return token_T, place_MC, counts_E.tolist()
 
 

@@ -71,7 +71,7 @@ def library() -> ctypes.CDLL | None:
     except (OSError, AttributeError, subprocess.CalledProcessError) as error:
         said = error.stderr if isinstance(error, subprocess.CalledProcessError) else str(error)
         reason = " ".join(said.split())[:300]
-        notice(f"the fast CPU kernels are off, training takes about twice as long: {reason}")
+        notice(f"the fast CPU kernels are off, training takes about four times as long: {reason}")
         return None
 
 

@@ -1,16 +1,16 @@
 // Causal attention with rotary positions under column intervals, in tiles: memory O(rows), never rows x rows.
 //
-// Tensors are [batch, rows, heads, dim]. Column j is seen by the rows j <= i < ends[j]. A tile of scores that nobody may
-// see is skipped, so a row of many short documents costs what its documents cost. The forward pass keeps the logarithm
-// of every row's softmax sum; backward makes each tile of probabilities again (FlashAttention, arXiv 2205.14135).
-// One task is one head of one row of the batch: it works on padded, rotated copies of its own.
+// Tensors are [batch, rows, heads, dim]. Column j is seen by the rows j <= i < ends[j]. A tile of scores that nobody
+// may see is skipped, so a row of many short documents costs what its documents cost. The forward pass keeps the
+// logarithm of every row's softmax sum; backward makes each tile of probabilities again (arXiv 2205.14135).
+// One task is one head of one row of the batch; it works on padded, rotated copies of its own.
 #include "tiles.h"
 
 namespace {
 
 constexpr Size kRows = 32, kColumns = 64;  // of a tile of scores
-constexpr float kHidden = -std::numeric_limits<float>::infinity();
-constexpr float kLowest = -1e30f;  // a running maximum must be finite, so that kHidden - maximum stays -infinity
+constexpr float kInfinity = std::numeric_limits<float>::infinity();  // a hidden score is -infinity
+constexpr float kLowest = -1e30f;  // where a running maximum starts: finite, so that -infinity - kLowest is no NaN
 
 Size padded(Size size, Size block) { return (size + block - 1) / block * block; }
 
@@ -38,7 +38,7 @@ public:
         const int32_t* ends = ends_.data() + j0;
         for (Size i = i0; i < i0 + kRows; ++i, scores += kColumns)
 #pragma omp simd
-            for (Size j = 0; j < columns; ++j) scores[j] = (j0 + j <= i && i < ends[j]) ? scores[j] : kHidden;
+            for (Size j = 0; j < columns; ++j) scores[j] = (j0 + j <= i && i < ends[j]) ? scores[j] : -kInfinity;
     }
 
 private:
@@ -86,8 +86,8 @@ void load_turned(const float* tensor, Head head, Shape s, const Rotation& rotati
         rotation.turn(tensor + head.start + i * head.stride, out.data() + i * s.padded_dim(), i, 1.0f, scale);
 }
 
-// [rows, dim] -> for every tile of columns a [dim, kColumns] matrix.
-void turn_columns(const Buffer& in, Shape s, Buffer& out) {
+// The transpose of a head's rows, cut into tiles: [dim, kColumns] for every kColumns rows.
+void split_columns(const Buffer& in, Shape s, Buffer& out) {
     out.resize(s.padded_rows() * s.padded_dim());
     for (Size j = 0; j < s.padded_rows(); ++j) {
         float* tile = out.data() + j / kColumns * kColumns * s.dim + j % kColumns;
@@ -116,7 +116,7 @@ struct Forward {
     Buffer q, k, k_columns, v, scores = Buffer(kRows * kColumns), sums = Buffer(kRows), maxima = Buffer(kRows), out;
 
     void attend(const Mask& mask, float* result, Head head, float* log_sums) {
-        turn_columns(k, s, k_columns);
+        split_columns(k, s, k_columns);
         const Size dim = s.padded_dim();
         for (Size i0 = 0; i0 < s.rows; i0 += kRows) {
             maxima.assign(kRows, kLowest), sums.assign(kRows, 0.0f), out.assign(kRows * dim, 0.0f);
@@ -128,11 +128,12 @@ struct Forward {
                 mask.apply(scores.data(), i0, j0, columns);
                 for (Size r = 0; r < kRows; ++r)
                     join(&scores[r * kColumns], columns, maxima[r], sums[r], &out[r * dim], dim);
-                tile_matmul({scores.data(), kColumns, 1}, &v[j0 * dim], dim, out.data(), dim, kRows, dim, columns, true);
+                tile_matmul({scores.data(), kColumns, 1}, &v[j0 * dim], dim, out.data(), dim, kRows, dim, columns,
+                            true);
             }
             for (Size r = 0; r < std::min(kRows, s.rows - i0); ++r) {
                 const float scale = sums[r] > 0 ? 1.0f / sums[r] : 0.0f;  // a row that sees nothing gives 0
-                log_sums[i0 + r] = sums[r] > 0 ? maxima[r] + std::log(sums[r]) : -kHidden;
+                log_sums[i0 + r] = sums[r] > 0 ? maxima[r] + std::log(sums[r]) : kInfinity;
                 float* row = result + head.start + (i0 + r) * head.stride;
 #pragma omp simd
                 for (Size d = 0; d < s.dim; ++d) row[d] = out[r * dim + d] * scale;
@@ -174,7 +175,7 @@ struct Backward {
     Buffer p = Buffer(kRows * kColumns), g = Buffer(kRows * kColumns);
 
     void attend(const Mask& mask) {
-        turn_columns(k, s, k_columns), turn_columns(v, s, v_columns);
+        split_columns(k, s, k_columns), split_columns(v, s, v_columns);
         for (Buffer* sums : {&grad_q, &grad_k, &grad_v}) sums->assign(q.size(), 0.0f);
         for (Size j0 = 0; j0 < s.rows; j0 += kColumns)
             for (Size i0 = j0; i0 < s.rows; i0 += kRows)
@@ -183,8 +184,9 @@ struct Backward {
 
     void tile(const Mask& mask, Size i0, Size j0, Size columns) {
         const Size dim = s.padded_dim(), i = i0 * dim, j = j0 * dim;
-        tile_matmul({&q[i], dim, 1}, &k_columns[j0 * s.dim], kColumns, p.data(), kColumns, kRows, columns, s.dim, false);
-        tile_matmul({&grad[i], dim, 1}, &v_columns[j0 * s.dim], kColumns, g.data(), kColumns, kRows, columns, s.dim, false);
+        const float *k_tile = &k_columns[j0 * s.dim], *v_tile = &v_columns[j0 * s.dim];
+        tile_matmul({&q[i], dim, 1}, k_tile, kColumns, p.data(), kColumns, kRows, columns, s.dim, false);
+        tile_matmul({&grad[i], dim, 1}, v_tile, kColumns, g.data(), kColumns, kRows, columns, s.dim, false);
         mask.apply(p.data(), i0, j0, columns);
         for (Size r = 0; r < kRows; ++r) {
             const float log_sum = log_sums[i0 + r], delta = deltas[i0 + r];
@@ -200,9 +202,9 @@ struct Backward {
         tile_matmul({g.data(), kColumns, 1}, &k[j], dim, &grad_q[i], dim, kRows, dim, columns, true);
     }
 
-    // delta = the sum of dO * O, from the tensors of one head.
+    // Takes the log_sums of one head and makes its deltas, the sums of dO * O.
     void weigh(const float* out, Head head, const float* sums) {
-        log_sums.assign(s.padded_rows(), -kHidden), deltas.assign(s.padded_rows(), 0.0f);
+        log_sums.assign(s.padded_rows(), kInfinity), deltas.assign(s.padded_rows(), 0.0f);
         std::copy_n(sums, s.rows, log_sums.begin());
         for (Size i = 0; i < s.rows; ++i) {
             const float *o = out + head.start + i * head.stride, *g_row = &grad[i * s.padded_dim()];
@@ -231,8 +233,8 @@ void sum_heads(const float* in, float* out, Shape s) {
 
 EXPORT void attention_backward(const float* q, const float* k, const float* v, const float* cos, const float* sin,
                                const int32_t* ends, const float* out, const float* log_sums, const float* grad,
-                               float* grad_q, float* grad_k, float* grad_v, Size batch, Size rows, Size heads, Size groups,
-                               Size dim) {
+                               float* grad_q, float* grad_k, float* grad_v, Size batch, Size rows, Size heads,
+                               Size groups, Size dim) {
     Threads threads;
     const Shape s{batch, rows, heads, groups, dim};
     const auto mask = masks(ends, s);

@@ -22,7 +22,7 @@ float softmax(float* logits, Size vocab, float top) {
 }  // namespace
 
 // Writes per-token losses and whether the label is the best token; with gradient pointers, the gradients of the sum.
-// weight is [vocab, size] if vocab_first, else [size, vocab]. Returns the index of a label outside the vocabulary, or -1.
+// weight is [vocab, size] if vocab_first, else [size, vocab]. Returns the index of a label that is no token, or -1.
 EXPORT Size cross_entropy(const float* hidden, const float* weight, const float* bias, const int64_t* labels,
                           float* losses, bool* correct, float* grad_hidden, float* grad_weight, float* grad_bias,
                           Size tokens, Size size, Size vocab, Size vocab_first, Size chunk) {
@@ -48,13 +48,14 @@ EXPORT Size cross_entropy(const float* hidden, const float* weight, const float*
             std::copy_n(hidden + token[r] * size, size, x.data() + r * size);
             if (bias) std::copy_n(bias, vocab, logits.data() + r * vocab);
         }
-        matmul({x.data(), size}, {weight, stride, vocab_first != 0}, logits.data(), vocab, rows, vocab, size, bias ? 1 : 0);
+        matmul({x.data(), size}, {weight, stride, vocab_first != 0}, logits.data(), vocab, rows, vocab, size,
+               bias ? 1 : 0);
 #pragma omp parallel for
         for (Size r = 0; r < rows; ++r) {
             float* row = logits.data() + r * vocab;
             const Size label = labels[token[r]];
             const float picked = row[label], top = greatest(row, vocab, -std::numeric_limits<float>::infinity());
-            correct[token[r]] = picked == top && std::find(row, row + label, top) == row + label;  // the first of equals
+            correct[token[r]] = picked == top && std::find(row, row + label, top) == row + label;  // first of equals
             losses[token[r]] = softmax(row, vocab, top) - picked;
             row[label] -= 1.0f;
         }

@@ -3,17 +3,21 @@
 // T routed rows = tokens * choices; place[t] is the sorted row of routed row t; token[r] the token of sorted row r.
 #include "common.h"
 
-// A stable counting sort of the routed rows by expert.
-EXPORT void sort_by_expert(const int64_t* experts, int64_t* token, int64_t* place, int64_t* counts, Size routed,
+// A stable counting sort of the routed rows by expert. Returns the index of an id that is no expert, or -1.
+EXPORT Size sort_by_expert(const int64_t* experts, int64_t* token, int64_t* place, int64_t* counts, Size routed,
                            Size choices, Size num_experts) {
     std::fill(counts, counts + num_experts, 0);
-    for (Size t = 0; t < routed; ++t) ++counts[experts[t]];
+    for (Size t = 0; t < routed; ++t) {
+        if (experts[t] < 0 || experts[t] >= num_experts) return t;
+        ++counts[experts[t]];
+    }
     std::vector<int64_t> next(num_experts, 0);
     for (Size e = 1; e < num_experts; ++e) next[e] = next[e - 1] + counts[e - 1];
     for (Size t = 0; t < routed; ++t) {
         place[t] = next[experts[t]]++;
         token[place[t]] = t / choices;
     }
+    return -1;
 }
 
 // y[r] = x[token[r]]

@@ -21,7 +21,8 @@ struct Left {  // a(i, p) = data[i * row + p * column]: a matrix or its transpos
 };
 
 // c [m, n] = a [m, k] b [k, n], or += if `add`.
-inline void tile_matmul(Left a, const float* b, Size b_stride, float* c, Size c_stride, Size m, Size n, Size k, bool add) {
+inline void tile_matmul(Left a, const float* b, Size b_stride, float* c, Size c_stride, Size m, Size n, Size k,
+                        bool add) {
     for (Size j = 0; j < n; j += kBlockN)
         for (Size i = 0; i < m; i += kBlockM) {
             Lanes sums[kBlockM][kVectors] = {};

@@ -37,6 +37,12 @@ def test_sort(sizes):
     assert found.place_MC.numpy().tolist() == want.place_MC.numpy().tolist()
 
 
+@pytest.mark.parametrize("wrong", [-1, 3])
+def test_an_id_that_is_no_expert_is_refused(wrong):
+    with pytest.raises(AssertionError, match="routed row 2 names no expert of 3"):
+        sort_by_expert(paddle.to_tensor([[0, 2], [wrong, 1]]), num_experts=3)
+
+
 @pytest.mark.parametrize("sizes", SIZES)
 def test_permute(sizes):
     tokens, choices, experts, size, _ = sizes

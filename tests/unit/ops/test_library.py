@@ -29,10 +29,24 @@ for _ in range(2):
 VALUES = "[0.731, 3.523]"
 
 
-def use_elsewhere(**environment: str) -> tuple[list[str], str]:
-    """Standard output and error of USE in a process of its own."""
+OLD_PROCESSOR = """
+from erniekit.base import runtime
+runtime.prepare()
+from erniekit.ops.cpu import library as built
+built.FLAGS = tuple("-march=x86-64" if flag == "-march=native" else flag for flag in built.FLAGS)
+from tests.unit.ops import test_attention, test_cross_entropy, test_dense
+for sizes in test_attention.SIZES[2:5]:
+    test_attention.test_attention(sizes, "packed")
+test_cross_entropy.test_loss((1100, 16, 50), True, True)
+test_dense.test_swiglu((130, 64))
+print(built.compiled_path())
+"""
+
+
+def use_elsewhere(script: str = USE, **environment: str) -> tuple[list[str], str]:
+    """Standard output and error of a script in a process of its own."""
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", USE],
+        [sys.executable, "-W", "ignore", "-c", script],
         env=os.environ | {"PYTHONPATH": str(ROOT)} | environment,
         capture_output=True, text=True, check=True,
     )  # fmt: skip
@@ -85,6 +99,11 @@ def test_other_sources_flags_or_processors_make_another_library(monkeypatch: pyt
     monkeypatch.undo()
     monkeypatch.setattr(built, "FLAGS", (*built.FLAGS, "-g"))
     assert built.compiled_path() != here
+
+
+def test_a_processor_without_avx_gets_the_same_results(tmp_path: Path) -> None:
+    out, _ = use_elsewhere(OLD_PROCESSOR, XDG_CACHE_HOME=str(tmp_path))
+    assert out == [str(next((tmp_path / "erniekit").iterdir()))]
 
 
 def test_kernels_refuse_strided_tensors() -> None:

@@ -56,6 +56,14 @@ def test_three_steps_equal_textbook_adamw_with_clipping():
         assert p.grad is None
 
 
+def test_the_norm_of_a_large_gradient_is_exact():
+    p = paddle.create_parameter([3000, 1000], "float32")
+    drawn = np.random.default_rng(0).normal(size=p.shape).astype("float32")
+    (p * paddle.to_tensor(drawn)).sum().backward()
+    found = Optimizer([("weight", p)], AdamWSettings()).gradient_norm()
+    assert found == pytest.approx(math.sqrt(float((drawn.astype("float64") ** 2).sum())), rel=1e-6)
+
+
 def test_norms_and_biases_do_not_decay():
     assert decays("model.layers.0.mlp.up_proj.weight") and decays("model.embed_tokens.weight")
     assert not decays("model.layers.0.input_layernorm.weight")
