@@ -95,7 +95,11 @@ class _Memory:
 
 
 def _array(value: Argument) -> np.ndarray | int | float | None:
-    return np.asarray(_Memory(value)) if isinstance(value, paddle.Tensor) else value
+    if not isinstance(value, paddle.Tensor):
+        return value
+    if not value.size:  # no memory at all: numpy before 2.3 refuses a null address
+        return np.empty(value.shape, _NUMPY_TYPES[value.dtype])
+    return np.asarray(_Memory(value))
 
 
 @functools.cache
