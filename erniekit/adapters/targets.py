@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from erniekit.base.errors import ConfigError, did_you_mean
 from erniekit.config.adapter import AdapterConfig
-from erniekit.config.lora import LoraConfig
+from erniekit.config.lora import PLUS_SCALE, RSLORA_ALPHA, LoraConfig
 
 _BLOCK = r"^model\.(layers|mtp_block)\.\d+\."
 _LINEAR = re.compile(_BLOCK + r".*_proj\.weight$|^model\.mtp_linear_proj\.\d+\.weight$")
@@ -67,9 +67,25 @@ def adapter_config(keys: LoraConfig, names: Sequence[str]) -> AdapterConfig:
     if problems:
         raise ConfigError(problems)
     return AdapterConfig(
-        rank=keys.lora_rank, alpha=keys.alpha, dropout=keys.lora_dropout, rslora=keys.rank_stabilised, dora=keys.dora,
-        init="pissa" if keys.lora_init == "pissa" else "default", targets=targets, modules_to_save=saved,
+        rank=keys.lora_rank, alpha=_alpha(keys), dropout=keys.lora_dropout, rslora=_rank_stabilised(keys),
+        dora=keys.dora, init="pissa" if keys.lora_init == "pissa" else "default", targets=targets,
+        modules_to_save=saved,
     )  # fmt: skip
+
+
+def b_rate(keys: LoraConfig) -> float:
+    """The factor on the learning rate of the B matrices."""
+    return PLUS_SCALE if keys.rslora_plus else keys.lora_plus_scale
+
+
+def _rank_stabilised(keys: LoraConfig) -> bool:
+    return keys.rslora or keys.rslora_plus
+
+
+def _alpha(keys: LoraConfig) -> float:
+    if keys.lora_alpha != -1:
+        return keys.lora_alpha
+    return RSLORA_ALPHA if _rank_stabilised(keys) else 2 * keys.lora_rank
 
 
 def adapter_names(config: AdapterConfig, names: Sequence[str]) -> list[str]:

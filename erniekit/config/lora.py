@@ -2,10 +2,10 @@
 
 from dataclasses import dataclass
 
-from erniekit.config.keys import key
+from erniekit.config.keys import key, later
 
 _LORA = ("fine_tuning", ("LoRA",))
-_PLUS = 4  # what rslora_plus stands for in ERNIEKit: this alpha and this lora_plus_scale
+RSLORA_ALPHA = PLUS_SCALE = 4  # of ERNIEKit: alpha where rslora is on and none is set; lora_plus_scale of rslora_plus
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class LoraConfig:
     lora_dropout: float = key(
         0.0, "Dropout on what enters the adapters, in training.", only=_LORA, least=0, most=0.999
     )
-    lora_path: str | None = key(
+    lora_path: str | None = later(
         None, "An adapter folder to start from; it says rank, alpha and targets.", only=_LORA
     )
     lora_target_modules: list[str] | None = key(
@@ -45,22 +45,3 @@ class LoraConfig:
         "default", "How adapters start: `default` at zero, `pissa` on the largest singular vectors (arXiv 2404.02948).",
         choices=("default", "pissa"), only=_LORA,
     )
-
-    @property
-    def rank_stabilised(self) -> bool:
-        """Whether the scale goes with the root of the rank."""
-        return self.rslora or self.rslora_plus
-
-    @property
-    def alpha(self) -> int:
-        """The alpha that counts."""
-        if self.rslora_plus:
-            return _PLUS
-        if self.lora_alpha != -1:
-            return self.lora_alpha
-        return 4 if self.rslora else 2 * self.lora_rank
-
-    @property
-    def plus_scale(self) -> float:
-        """The factor on the learning rate of the B matrices that counts."""
-        return _PLUS if self.rslora_plus else self.lora_plus_scale
