@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from erniekit.adapters.targets import slot
 from erniekit.base.errors import CheckpointError
 from erniekit.checkpoint.ernie45 import Table
 from erniekit.config.adapter import AdapterConfig
@@ -27,12 +28,6 @@ def target_of(module: str) -> str:
     """The module in memory that holds a module named as in -PT: the experts of a layer are one."""
     found = _ONE_EXPERT.fullmatch(module)
     return f"{found['head']}.{'down' if found['part'] == 'down' else 'gate_up'}_proj" if found else module
-
-
-def slot_of(target: str) -> str:
-    """Where the model keeps the adapter of a target; `.lora_A`, `.lora_B` and `.magnitude` lie below."""
-    found = EXPERTS.fullmatch(target)
-    return f"{found['head']}.{found['part']}_adapter" if found else f"{target}.adapter"
 
 
 def weight_of(target: str) -> str:
@@ -148,7 +143,7 @@ class Adapter:
                 arrays["magnitude"] = [pairs[0].magnitude]
             for name, per_expert in arrays.items():
                 array = np.stack(per_expert) if EXPERTS.fullmatch(target) else np.ascontiguousarray(per_expert[0])
-                yield f"{slot_of(target)}.{name}", array
+                yield f"{slot(target)}.{name}", array
 
 
 def memory_adapter(
@@ -158,9 +153,9 @@ def memory_adapter(
     fetch each when it is asked for."""
 
     def factors(target: str, atom: str) -> Factors:
-        slot, place = slot_of(target), table.places[atom]
-        a_array, b_array = arrays[f"{slot}.lora_A"], arrays[f"{slot}.lora_B"]
-        magnitude = arrays[f"{slot}.magnitude"] if config.dora else None
+        path, place = slot(target), table.places[atom]
+        a_array, b_array = arrays[f"{path}.lora_A"], arrays[f"{path}.lora_B"]
+        magnitude = arrays[f"{path}.magnitude"] if config.dora else None
         if EXPERTS.fullmatch(target):
             a_array = a_array[int(atom.rsplit(".", 3)[1])]
         out_rank = place.view(b_array).reshape(table.atoms[atom].shape[0], -1)
