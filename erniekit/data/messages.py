@@ -163,6 +163,7 @@ def _pieces_of_text(content: Any) -> list[str] | None:
 
 
 def read_tools(row: Row) -> tuple[Mapping[str, Any], ...]:
+    """The functions that may be called, as JSON schemas."""
     tools = json_value(row.get("tools")) or []
     tools = [tools] if isinstance(tools, dict) else tools
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):

@@ -14,7 +14,6 @@ For KTO a row with chosen and rejected is a desirable and an undesirable answer.
 from __future__ import annotations
 
 import itertools
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -37,7 +36,7 @@ from erniekit.data.fields import (
 )
 from erniekit.data.lines import BadRow
 from erniekit.data.messages import read_messages, read_tools, speaker
-from erniekit.data.preferences import Answer, Answers
+from erniekit.data.preferences import Answer, Answers, shared_length
 from erniekit.data.rendering import Message
 from erniekit.data.rows import alpaca_history, alpaca_query
 
@@ -132,7 +131,7 @@ def _compared(prompt: tuple[Message, ...], answers: Sequence[Answer], tools: Any
     if any(one in said[:place] for place, one in enumerate(said)):
         raise BadRow("two of the answers are the same")
     scores = [answer.score for answer in answers]
-    if any(worse > better for better, worse in zip(scores, scores[1:], strict=False)):
+    if any(worse > better for better, worse in itertools.pairwise(scores)):
         raise BadRow(f"the scores {excerpt(scores)} contradict the order of the answers, the best of which comes first")
     return Answers(prompt, tuple(answers), tools)
 
@@ -258,7 +257,7 @@ def _conversations(row: Row, found: Mapping[str, list[Any]], unused: set[str]) -
     """Whole conversations, and how far the prompt goes that they share."""
     talks = [_with_system(row, _read(raw, name, unused, calls=[])) for name, raw in found.items()]
     messages = [[message for message, _ in talk] for talk in talks]
-    cut = len(os.path.commonprefix(messages))
+    cut = shared_length(messages)
     while cut and any(cut == len(said) or said[cut]["role"] != "assistant" for said in messages):
         cut -= 1
     if any(row.get(name) is not None for name in _PROMPTS):

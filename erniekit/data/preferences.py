@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import bisect
 import itertools
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -139,8 +138,9 @@ class _Trees:
         lost = [f"the oldest {first} of {num_turns} turns of the prompt left out"] if first else []
         if num_cut := _num_tokens(paths) - _num_tokens(shorter):
             lost.append(f"the last {num_cut} tokens of the answers cut off")
-        limits = f"max_prompt_len {self._rules.max_prompt_len} and max_seq_len {self._max_len}"
-        return self._joined(shorter, compared), f"{' and '.join(lost)} to fit {limits}" if lost else ""
+        limits = [f"max_prompt_len {self._rules.max_prompt_len}"] * (first > 0) + [f"max_seq_len {self._max_len}"]
+        reason = f"{' and '.join(lost)} to fit {' and '.join(limits)}" if lost else ""
+        return self._joined(shorter, compared), reason
 
     def _paths(self, first: int, compared: Sequence[int]) -> list[_Path]:
         """The prompt from its turn `first` on, with each of the answers."""
@@ -183,7 +183,7 @@ class _Trees:
         """How many tokens the answers share: all but the last one of the prompt."""
         if not self._rules.share_prompt:
             return 0
-        return min(_prompt_length(paths) - 1, len(os.path.commonprefix([path.input_ids for path in paths])))
+        return min(_prompt_length(paths) - 1, shared_length([path.input_ids for path in paths]))
 
     def _room(self, paths: Sequence[_Path]) -> int:
         """The places that are left for the answers, behind the first token of each."""
@@ -212,6 +212,12 @@ class _Trees:
         scores = [self._content.answers[place].score for place in compared]
         delta = scores[0] - scores[1] if len(scores) > 1 else 1.0
         return Tree(ids, labels, root, first, _prompt_length(paths), delta, scores[0] > 0)
+
+
+def shared_length(sequences: Sequence[Sequence[Any]]) -> int:
+    """How many items all sequences begin with."""
+    alike = itertools.takewhile(lambda items: items.count(items[0]) == len(items), zip(*sequences, strict=False))
+    return sum(1 for _ in alike)
 
 
 def _prompt_length(paths: Sequence[_Path]) -> int:

@@ -27,6 +27,7 @@ from erniekit.data.fields import (
 from erniekit.data.lines import BadRow
 from erniekit.data.messages import read_messages, read_tools
 
+
 def _parse_text(row: Row, unused: set[str]) -> str:
     text = required(row, "text", "a string")
     if not isinstance(text, str):

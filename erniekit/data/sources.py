@@ -1,4 +1,4 @@
-"""From what a config names to samples: dialogues for SFT, answers to prompts for preferences, documents for pre-training.
+"""From what a config names to samples: dialogues for SFT, answers to prompts for preferences, texts for pre-training.
 
 A source is one file with the format of its rows and its share in the mixture; a glob stands for several, the name of a
 data set for the files that `datasets` keeps of it. Every sample has a name, `file:line`. Rows that cannot be used go to
