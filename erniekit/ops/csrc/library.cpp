@@ -4,5 +4,6 @@
 #include "dense.cpp"
 #include "experts.cpp"
 #include "optimizer.cpp"
+#include "packed.cpp"
 
 EXPORT void set_up(Sgemm sgemm, HalfGemm half_gemm, int threads) { settings = {sgemm, half_gemm, threads}; }
