@@ -43,7 +43,7 @@ class Packing:
         return next((kind for row, kind in TABLES[self.compute_type].items() if re.search(row, module)), None)
 
     def num_bytes(self, module: str, shape: tuple[int, ...]) -> int:
-        """Codes and fp32 scales of the weight [in, out], or [experts, in, out], of a module that is kept in few bits."""
+        """Codes and fp32 scales of the weight [in, out], or [experts, in, out], of a module that a row names."""
         *experts, num_in, num_out = shape
         rows = num_in if self.kind_of(module) == "int8" else -(-num_in // 2)
         return math.prod(experts) * num_out * (rows + 4 * (num_in // (self.group_size or num_in)))

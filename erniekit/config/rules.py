@@ -30,7 +30,9 @@ def fill_defaults(values: dict[str, Any], origins: dict[str, str]) -> None:
 
 def problems(config: RunConfig, failed: Collection[str]) -> list[str]:
     """Every contradiction between keys. Keys in `failed` have no readable value, so nothing is said about them."""
-    kinds = (_template, _shares, _learning_rate, _schedule_steps, _patterns, _endless, _data_sets, _unjudged, _quantised)
+    kinds = (
+        _template, _shares, _learning_rate, _schedule_steps, _patterns, _endless, _data_sets, _unjudged, _quantised,
+    )  # fmt: skip
     found = [finding for kind in kinds for finding in kind(config)]
     return [text for names, text in found if not set(names) & set(failed)]
 

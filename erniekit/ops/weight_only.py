@@ -1,4 +1,4 @@
-"""The same products on a GPU by Paddle's weight-only kernels: int8 and int4, one scale per output or per 64 or 128 inputs.
+"""The same products by Paddle's weight-only GPU kernels: int8, int4, a scale per output or per 64 or 128 inputs.
 
 Not run: there was no GPU at hand, and on a CPU Paddle has none of these kernels. What the docstrings and signatures of
 Paddle 3.3.1 say was followed. Codes lie in the order of Paddle's kernels, told by `weight_quantize` alone.

@@ -30,7 +30,7 @@ def require_finite(numbers: np.ndarray, *, name: str) -> None:
     """Raise CheckpointError naming the weight unless all numbers are finite."""
     if not np.isfinite(numbers).all():
         raise CheckpointError(
-            f"'{name}' holds NaN or infinity, which has no quantised form. The folder is damaged: download it again, "
+            f"{name} holds NaN or infinity, which has no quantised form. The folder is damaged: download it again, "
             "or take the last sound checkpoint."
         )
 

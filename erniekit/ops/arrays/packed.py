@@ -11,7 +11,6 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from erniekit.ops.arrays.dense import Wanted
 from erniekit.ops.arrays.product import matmul, rounded
 from erniekit.ops.arrays.threads import spread_rows
 
@@ -79,7 +78,7 @@ def packed_backward(
 
 def _experts_with_rows(counts: np.ndarray) -> Iterator[tuple[int, slice]]:
     stops = np.cumsum(counts)
-    for expert in np.flatnonzero(counts):
+    for expert in np.flatnonzero(counts).tolist():
         yield expert, slice(stops[expert] - counts[expert], stops[expert])
 
 
