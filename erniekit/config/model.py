@@ -33,7 +33,7 @@ class ModelConfig:
         aliases=(Alias("lora", bool, {True: ("LoRA",), False: ("Full",)}),),
     )
     compute_type: str = key(
-        "bf16", "Number format of the computation; on a CPU all compute in fp32. The quantised ones keep frozen weights "
+        "bf16", "Number format of the computation; on a CPU all compute in fp32. Quantised ones keep frozen weights "
         "small: wint8, wint4, nf4, and wint4/8 (routed experts in 4 bits, other linear layers in 8).",
         choices=("bf16", "fp32", *QUANTISED), later=("fp16", "fp8"),
         spellings={"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"},
