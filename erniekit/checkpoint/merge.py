@@ -47,13 +47,14 @@ class Recipe:
         """One difference (fp32) of several; `atom` names what is drawn for it."""
         thinned = [self._thinned(array, f"{i} {atom}") for i, array in enumerate(differences)]
         weighted = [np.float32(weight) * array for weight, array in zip(self.weights, thinned, strict=True)]
-        total = np.sum(weighted, axis=0, dtype=np.float32)
+        total = np.stack(weighted).sum(axis=0)
         if self.method in ("linear", "dare"):
             return total
         sign = np.sign(np.sum(thinned, axis=0))
         agree = [np.sign(array) == sign for array in thinned]
-        kept = np.sum([array * mask for array, mask in zip(weighted, agree, strict=True)], axis=0, dtype=np.float32)
-        return kept / np.maximum(np.sum(agree, axis=0, dtype=np.float32), 1)
+        masked = [array * mask for array, mask in zip(weighted, agree, strict=True)]
+        counts = np.maximum(np.sum(agree, axis=0, dtype=np.float32), np.float32(1))
+        return np.asarray(np.sum(masked, axis=0, dtype=np.float32) / counts)
 
     def _thinned(self, array: np.ndarray, name: str) -> np.ndarray:
         if self.method == "linear" or self.density == 1:
