@@ -2,7 +2,9 @@
 
 A mask is one int32 per column, `end_rows_BS` (FlashMask, arXiv 2410.01359, causal with one bound): the key at column j
 is seen by the rows j <= i < end_rows[j]. Plain causal attention has end_rows = S; a packed row ends every column at the
-end of its document; padding ends at j + 1 (it sees only itself). No S x S mask is ever part of the interface.
+end of its document; padding ends at j + 1 (it sees only itself). The bounds need not rise: of two answers that share
+their prompt, the prompt's columns end behind both and the first answer's before the second (data/batch.py). No S x S
+mask is ever part of the interface.
 
 Shapes: B batch, S row length, N query heads, K key/value heads, d head_dim, X = N*d, Y = K*d, J = d/2.
 """

@@ -11,7 +11,7 @@ from erniekit.config.readiness import require_ready
 from erniekit.config.run import RunConfig
 
 if TYPE_CHECKING:
-    from erniekit.recipes.sft import TrainResult
+    from erniekit.training.session import TrainResult
 
 
 def train(config: RunConfig | Mapping[str, Any] | str | Path, **overrides: Any) -> TrainResult:

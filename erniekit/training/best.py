@@ -12,12 +12,10 @@ from typing import Any
 
 from erniekit.base.errors import ConfigError, did_you_mean
 from erniekit.config.run import RunConfig
-from erniekit.training.evaluate import figure_names
 
 
-def _metric(asked: str | None, sources: Sequence[str]) -> str:
+def _metric(asked: str | None, known: Sequence[str]) -> str:
     """The figure that `metric_for_best_model` names, with or without `eval_` before it."""
-    known = figure_names(sources)
     for name in (asked or "eval_loss", f"eval_{asked}"):
         if name in known:
             return name
@@ -42,14 +40,14 @@ class BestModel:
     waited: int = 0
 
     @classmethod
-    def of(cls, cfg: RunConfig, *, sources: Sequence[str] | None) -> BestModel:
-        """As the run sets it; `sources` are those of the evaluation data, None if there is none.
+    def of(cls, cfg: RunConfig, *, figures: Sequence[str], measured: bool) -> BestModel:
+        """As the run sets it; `figures` are the names of what an evaluation finds, if there is anything to be measured.
 
         Raises ConfigError for a figure that will not be measured.
         """
         watch = cfg.watch
-        metric, greater = _metric(watch.metric_for_best_model, sources or ()), watch.greater_is_better
-        if sources is None and (watch.load_best_model_at_end or watch.early_stopping_patience):
+        metric, greater = _metric(watch.metric_for_best_model, figures), watch.greater_is_better
+        if not measured and (watch.load_best_model_at_end or watch.early_stopping_patience):
             raise ConfigError(
                 "load_best_model_at_end and early_stopping_patience need evaluations, and there is nothing to evaluate "
                 "on: set eval_dataset_path."

@@ -189,7 +189,7 @@ def test_the_report_needs_nothing_from_elsewhere_and_survives_an_interruption(be
 
 
 def test_a_report_that_fails_costs_nothing_else(bench, run, tmp_path, monkeypatch):
-    monkeypatch.setattr("erniekit.recipes.sft.compose", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr("erniekit.training.session.compose", lambda *_, **__: 1 / 0)
     _, err = run("train", bench.config(tmp_path / "out", max_steps=1))
     assert "run.lock.yaml or report.html could not be written: ZeroDivisionError" in err and weights(tmp_path / "out")
 

@@ -86,7 +86,7 @@ def test_weight_files_of_the_wanted_size(trained, run, tmp_path):
 
 
 def test_max_shard_size_acts_in_training_and_export(bench, run, tmp_path, monkeypatch):
-    monkeypatch.setattr("erniekit.recipes.sft.GB", 20_000)
+    monkeypatch.setattr("erniekit.training.weights.GB", 20_000)
     monkeypatch.setattr("erniekit.recipes.export.GB", 20_000)
     config = bench.config(tmp_path / "out", max_steps=1, save_strategy="no", max_shard_size=2)
     run("train", config)
@@ -106,7 +106,7 @@ def test_a_repository_is_fetched_by_every_verb_that_reads_a_model(bench, run, tm
         asked.append((name, hub))
         return bench.model
 
-    for place in ("recipes.sft", "recipes.evaluate", "recipes.chat", "checkpoint.download"):
+    for place in ("training.session", "recipes.evaluate", "recipes.chat", "checkpoint.download"):
         monkeypatch.setattr(f"erniekit.{place}.locate_model", fetched)
     monkeypatch.setattr("sys.stdin", io.StringIO(""))
     name = "baidu/ERNIE-4.5-micro-PT"

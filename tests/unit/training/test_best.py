@@ -7,10 +7,12 @@ import pytest
 from erniekit.base.errors import ConfigError
 from erniekit.config.load import load_config
 from erniekit.training.best import BestModel
+from erniekit.training.evaluate import figure_names
 
 
 def best_of(sources=("a.jsonl",), **keys):
-    return BestModel.of(load_config({"evaluation_strategy": "steps", **keys}), sources=sources)
+    cfg = load_config({"evaluation_strategy": "steps", **keys})
+    return BestModel.of(cfg, figures=figure_names(sources or ()), measured=sources is not None)
 
 
 def judged(best, values):

@@ -1,0 +1,76 @@
+"""The weights of a run: how its model comes from the base folder or a checkpoint, what of it a checkpoint holds, and
+what a finished run leaves. Recipes ask here and need not know what is trained of the model.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from erniekit.checkpoint.folder import Folder
+from erniekit.checkpoint.model_io import fill_model, save_model
+from erniekit.checkpoint.save import GB
+from erniekit.config.architecture import ErnieConfig
+from erniekit.config.run import RunConfig
+from erniekit.models.decoder import ErnieForCausalLM
+from erniekit.training.assemble import assemble_model
+
+
+class Weights(Protocol):
+    """What recipes may ask of the weights."""
+
+    def build(self, checkpoint: Path | None) -> ErnieForCausalLM:
+        """The model that will be trained, as the base has it (None) or as a checkpoint does."""
+
+    def save(self, model: ErnieForCausalLM, path: Path, *, final: bool) -> None:
+        """Write what was trained: exactly, for a checkpoint, or (`final`) as the run's result."""
+
+    def refill(self, model: ErnieForCausalLM, path: Path) -> None:
+        """Put what a checkpoint holds in the place of what was trained."""
+
+    @property
+    def form(self) -> str:
+        """What the result is, for people."""
+
+
+@dataclass(frozen=True)
+class FullWeights:
+    """All of a model's weights, as a model folder."""
+
+    cfg: RunConfig
+    base: Folder
+    arch: ErnieConfig
+
+    @property
+    def layout(self) -> str:
+        """The layout of what is written."""
+        return self.cfg.train.save_layout or self.base.layout
+
+    @property
+    def form(self) -> str:
+        """What the result is, for people."""
+        return f"{self.layout} layout, {self.base.config.dtype}"
+
+    def build(self, checkpoint: Path | None) -> ErnieForCausalLM:
+        """See Weights."""
+        return assemble_model(Folder.open(checkpoint) if checkpoint else self.base, self.arch, self.cfg)
+
+    def save(self, model: ErnieForCausalLM, path: Path, *, final: bool) -> None:
+        """See Weights; a checkpoint is in fp32."""
+        if final:
+            most = self.cfg.export.max_shard_size * GB
+            save_model(
+                model, path, self.layout, dtype=self.base.config.dtype, base=self.base, max_shard_bytes=most
+            )  # fmt: skip
+        else:
+            save_model(model, path, self.layout, dtype="float32", base=self.base)
+
+    def refill(self, model: ErnieForCausalLM, path: Path) -> None:
+        """See Weights."""
+        fill_model(model, Folder.open(path))
+
+
+def weights_of(cfg: RunConfig, base: Folder, arch: ErnieConfig) -> Weights:
+    """The weights that the run trains."""
+    return FullWeights(cfg, base, arch)
