@@ -18,6 +18,7 @@ Knows no model, batch or config. Shapes: N pairs, or N judged answers.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -51,13 +52,20 @@ class PreferenceSettings:
     normalize_logps: bool = True
 
 
-class Across(NamedTuple):
-    """What a loss takes from all pairs of a step together. No gradient flows through it."""
+@dataclass(frozen=True)
+class Across:
+    """What a loss takes from all samples of a step together. No gradient flows through it."""
 
     kl_chosen: float = 0.0  # kto_pair: how far the chosen answers have moved from the reference
     kl_rejected: float = 0.0
+    kl: float = 0.0  # KTO: how far answers to other prompts have
     shift: float = 0.0  # bco: the running mean of all rewards
     ref_ratios_N: Tensor | None = None  # aot: for each pair, the reference's log-ratio of the same rank
+
+    def part(self, start: int, stop: int) -> Across:
+        """The same for some of the pairs."""
+        ratios = self.ref_ratios_N
+        return self if ratios is None else dataclasses.replace(self, ref_ratios_N=ratios[start:stop])
 
 
 class _Terms(NamedTuple):
