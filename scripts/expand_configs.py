@@ -18,8 +18,8 @@ CONFIGS = ROOT / "examples" / "configs"
 BASES = CONFIGS / "_bases"
 VERBS = {"run_eval.yaml": "eval", "run_export.yaml": "export", "run_chat.yaml": "chat"}
 EXPECT = {
-    "train": "{max_steps} steps of {batch_size} x {gradient_accumulation_steps} rows of up to {max_seq_len} tokens "
-    "for each copy of the model; the trained model in {output_dir}.",
+    "train": "{length} of {batch_size} x {gradient_accumulation_steps} rows of up to {max_seq_len} tokens "
+    "for each copy of the model; {result} in {output_dir}.",
     "eval": "loss, perplexity and token accuracy on {eval_dataset_path}.",
     "export": "the adapter merged into its base model, in {output_dir}/export.",
     "chat": "answers of up to {max_new_tokens} tokens in the terminal.",
@@ -51,6 +51,9 @@ def _config(path: str, bases: str, own: str, hardware: str) -> str:
     values |= _read(own.replace("=", ": ").replace(" ", "\n").replace(":\n", ": "))
     verb = VERBS.get(Path(path).name, "train")
     facts = {name: text.strip('"') for name, text in values.items()}
+    if verb == "train":
+        facts["result"] = "the adapter" if facts["fine_tuning"] == "LoRA" else "the trained model"
+        facts["length"] = f"{facts['max_steps']} steps" if int(facts["max_steps"]) > 0 else "one epoch in steps"
     head = [
         f"# erniekit {verb} examples/configs/{path}", "#", f"# Hardware: {hardware}.",
         f"# Expect:   {EXPECT[verb].format(**facts)}", f"# {NOTE}",

@@ -88,7 +88,10 @@ class DataConfig:
     )
     use_cls: bool = later(True, "Begin a dialogue with <|begin_of_sentence|>.")
     pad_to_max_seqlen: bool | int | None = speed(None, "Pad every row to full length; here to the longest of a batch.")
-    split_multi_turn: bool = later(False, "Make one sample of every turn of a dialogue.")
+    split_multi_turn: bool = inert(
+        False, "One sample for every turn. Here a dialogue is split where its format asks for an answer otherwise than "
+        "it shows it later; elsewhere one sequence trains every turn after what came before it.",
+    )
     input_dir: str | None = later(None, "Tokenised pre-training data and its weights.")
     split: str | None = later(None, "Shares of train, validation and test in `input_dir`.")
     offline_dataset_path: str | None = later(None, "A folder of tokenised data.")

@@ -7,7 +7,7 @@ not acted on.
 
 from dataclasses import dataclass
 
-from erniekit.config.keys import speed
+from erniekit.config.keys import Alias, speed
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,9 @@ class KernelConfig:
     use_flash_attention: bool = speed(True, "Flash attention; here it is used where the device has it.")
     use_mem_eff_attn: bool | None = speed(True, "Memory-efficient attention.")
     use_flash_attn_with_mask: bool | None = speed(True, "Flash attention with a dense mask.")
-    use_attn_mask_start_row_indices: bool = speed(True, "Column-interval masks; here always.")
+    use_attn_mask_start_row_indices: bool = speed(
+        True, "Column-interval masks; here always.", aliases=(Alias("use_attn_mask_startend_row_indices"),)
+    )
     use_sparse_flash_attn: bool = speed(True, "Flash attention on column intervals.")
     fuse_linear: bool = speed(False, "Fused linear with bias.")
     fuse_rope: bool = speed(False, "Fused rotary embedding.")

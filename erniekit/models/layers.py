@@ -22,18 +22,35 @@ def parameter(layer: nn.Layer, shape: list[int], *, dtype: str, trainable: bool 
 
 
 class Linear(nn.Layer):
-    """x @ weight (+ bias); weight [in, out]."""
+    """x @ weight (+ bias); weight [in, out].
+
+    Two slots are filled from outside: `packed`, a layer that holds the weight in fewer bits and makes the product in
+    its stead (`weight` is None then), and `adapter`, which is shown the input and the product without bias and returns
+    the product that counts.
+    """
 
     bf16_products = False  # precision/products.py
 
     def __init__(self, num_in: int, num_out: int, *, bias: bool, dtype: str) -> None:
         super().__init__()
+        self.num_in, self.num_out = num_in, num_out
         self.weight = parameter(self, [num_in, num_out], dtype=dtype)
         self.bias = parameter(self, [num_out], dtype=dtype) if bias else None
+        self.packed: nn.Layer | None = None
+        self.adapter: nn.Layer | None = None
 
     def forward(self, x: paddle.Tensor) -> paddle.Tensor:
         """[..., in] -> [..., out]."""
-        return linear(x, self.weight, self.bias, bf16=self.bf16_products)
+        if self.packed is None and self.adapter is None:
+            return linear(x, self.weight, self.bias, bf16=self.bf16_products)
+        y = self.product(x)
+        if self.adapter is not None:
+            y = self.adapter(x, y, self)
+        return y if self.bias is None else y + self.bias
+
+    def product(self, x: paddle.Tensor) -> paddle.Tensor:
+        """x @ weight of the base, without bias and adapter."""
+        return linear(x, self.weight, None, bf16=self.bf16_products) if self.packed is None else self.packed(x)
 
 
 class RMSNorm(nn.Layer):

@@ -14,7 +14,8 @@ from paddle import nn
 
 from erniekit.config.architecture import ErnieConfig
 from erniekit.models.layers import MLP, parameter
-from erniekit.ops.grouped import combine, grouped_mlp, permute, sort_by_expert
+from erniekit.ops.grouped import combine, grouped_linear, grouped_mlp, permute, sort_by_expert
+from erniekit.ops.mlp import gated
 
 
 class Routing(NamedTuple):
@@ -58,19 +59,42 @@ class Router(nn.Layer):
 
 
 class Experts(nn.Layer):
-    """All routed experts as two stacked weights; gate first."""
+    """All routed experts as two stacked weights; gate first.
+
+    Each weight has the two slots of a Linear (layers.py): `packed(rows, counts)` makes the product in place of the
+    weight, which is None then; `adapter(rows, product, counts)` returns the product that counts.
+    """
 
     bf16_products = False  # precision/products.py
 
     def __init__(self, cfg: ErnieConfig, *, dtype: str) -> None:
         super().__init__()
         e, d, i = _text(cfg.moe_num_experts), cfg.hidden_size, _text(cfg.moe_intermediate_size)
+        self.num_experts, self.size, self.width = e, d, i
         self.gate_up_proj = parameter(self, [e, d, 2 * i], dtype=dtype)
         self.down_proj = parameter(self, [e, i, d], dtype=dtype)
+        self.gate_up_packed: nn.Layer | None = None
+        self.gate_up_adapter: nn.Layer | None = None
+        self.down_packed: nn.Layer | None = None
+        self.down_adapter: nn.Layer | None = None
 
     def forward(self, x_TD: paddle.Tensor, counts: list[int]) -> paddle.Tensor:
         """Rows sorted by expert -> their outputs."""
-        return grouped_mlp(x_TD, self.gate_up_proj, self.down_proj, counts=counts, bf16=self.bf16_products)
+        slots = (self.gate_up_packed, self.gate_up_adapter, self.down_packed, self.down_adapter)
+        if all(slot is None for slot in slots):
+            return grouped_mlp(x_TD, self.gate_up_proj, self.down_proj, counts=counts, bf16=self.bf16_products)
+        hidden_T2I = self._product(x_TD, counts, self.gate_up_proj, self.gate_up_packed, self.gate_up_adapter)
+        return self._product(gated(hidden_T2I), counts, self.down_proj, self.down_packed, self.down_adapter)
+
+    def _product(
+        self, rows: paddle.Tensor, counts: list[int], weight: paddle.Tensor | None, packed: nn.Layer | None,
+        adapter: nn.Layer | None,
+    ) -> paddle.Tensor:  # fmt: skip
+        if packed is None:
+            made = grouped_linear(rows, weight, counts=counts, bf16=self.bf16_products)
+        else:
+            made = packed(rows, counts)
+        return made if adapter is None else adapter(rows, made, counts)
 
 
 class LocalDispatcher(nn.Layer):
@@ -78,7 +102,7 @@ class LocalDispatcher(nn.Layer):
 
     def forward(self, x_MD: paddle.Tensor, routing: Routing, experts: Experts) -> paddle.Tensor:
         """[M, D] -> [M, D]."""
-        order = sort_by_expert(routing.experts_MK, num_experts=experts.gate_up_proj.shape[0])
+        order = sort_by_expert(routing.experts_MK, num_experts=experts.num_experts)
         y_TD = experts(permute(x_MD, order), order.counts)
         return combine(y_TD, routing.weights_MK.astype(x_MD.dtype), order)
 

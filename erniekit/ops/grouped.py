@@ -2,11 +2,12 @@
 
 Shapes: M tokens, C = experts per token, T = M*C routed rows, D hidden size, E experts, I expert width.
 The stacked weights are never indexed through autograd (that would build the gradient of the whole stack for every
-expert): the expert MLP is one PyLayer with a hand-written backward.
+expert): the expert MLP and the grouped product are PyLayers with a hand-written backward.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import paddle
@@ -99,38 +100,46 @@ def combine(y_TD: paddle.Tensor, weights_MC: paddle.Tensor, order: Order) -> pad
     return chosen(y_TD, weights_MC, order)
 
 
+def rows_of_experts(counts: list[int]) -> Iterator[tuple[int, slice]]:
+    """(expert, its rows) for every expert that has any."""
+    start = 0
+    for expert, count in enumerate(counts):
+        if count:
+            yield expert, slice(start, start + count)
+        start += count
+
+
 class _GroupedMLP(paddle.autograd.PyLayer):
     @staticmethod
     def forward(ctx, x_TD, gate_up_ED2I, down_EID, counts: list[int]):
         ctx.counts, ctx.wanted = counts, wanted(x_TD, gate_up_ED2I, down_EID)
         ctx.save_for_backward(x_TD, gate_up_ED2I, down_EID)
-        out, start = [], 0
-        for expert, count in enumerate(counts):
-            if count:
-                gate, up = paddle.matmul(x_TD[start : start + count], gate_up_ED2I[expert]).chunk(2, axis=-1)
-                out.append(paddle.matmul(F.swiglu(gate, up), down_EID[expert]))
-            start += count
+        out = []
+        for expert, rows in rows_of_experts(counts):
+            gate, up = paddle.matmul(x_TD[rows], gate_up_ED2I[expert]).chunk(2, axis=-1)
+            out.append(paddle.matmul(F.swiglu(gate, up), down_EID[expert]))
         return paddle.concat(out) if out else paddle.zeros_like(x_TD)
 
     @staticmethod
     def backward(ctx, grad_TD):
         x_TD, gate_up_ED2I, down_EID = ctx.saved_tensor()
-        grad_x, start = [], 0
-        grad_gate_up, grad_down = paddle.zeros_like(gate_up_ED2I), paddle.zeros_like(down_EID)
-        for expert, count in enumerate(ctx.counts):
-            if count:
-                rows = slice(start, start + count)
-                x, grad = x_TD[rows], grad_TD[rows]
-                gate, up = paddle.matmul(x, gate_up_ED2I[expert]).chunk(2, axis=-1)
-                sigma = F.sigmoid(gate)
-                silu = gate * sigma
+        _, gate_up_wanted, down_wanted = ctx.wanted
+        grad_x = []
+        grad_gate_up = paddle.zeros_like(gate_up_ED2I) if gate_up_wanted else None
+        grad_down = paddle.zeros_like(down_EID) if down_wanted else None
+        for expert, rows in rows_of_experts(ctx.counts):
+            x, grad = x_TD[rows], grad_TD[rows]
+            gate, up = paddle.matmul(x, gate_up_ED2I[expert]).chunk(2, axis=-1)
+            sigma = F.sigmoid(gate)
+            silu = gate * sigma
+            if grad_down is not None:
                 grad_down[expert] = paddle.matmul(silu * up, grad, transpose_x=True)
-                grad_act = paddle.matmul(grad, down_EID[expert], transpose_y=True)
-                grad_gate = grad_act * up * (sigma + silu * (1.0 - sigma))
-                grad_both = paddle.concat([grad_gate, grad_act * silu], axis=-1)
+            grad_act = paddle.matmul(grad, down_EID[expert], transpose_y=True)
+            grad_gate = grad_act * up * (sigma + silu * (1.0 - sigma))
+            grad_both = paddle.concat([grad_gate, grad_act * silu], axis=-1)
+            if grad_gate_up is not None:
                 grad_gate_up[expert] = paddle.matmul(x, grad_both, transpose_x=True)
-                grad_x.append(paddle.matmul(grad_both, gate_up_ED2I[expert], transpose_y=True))
-            start += count
+            grad_x.append(paddle.matmul(grad_both, gate_up_ED2I[expert], transpose_y=True))
         grad_x_TD = paddle.concat(grad_x) if grad_x else paddle.zeros_like(x_TD)
         return only(ctx.wanted, (grad_x_TD, grad_gate_up, grad_down))
 
@@ -149,3 +158,40 @@ def grouped_mlp(
     if backend(x_TD, gate_up_ED2I, down_EID) == "cpu":
         return experts.grouped_mlp(x_TD, gate_up_ED2I, down_EID, counts=counts, bf16=bf16)
     return grouped_mlp_plain(x_TD, gate_up_ED2I, down_EID, counts=counts)
+
+
+class _GroupedLinear(paddle.autograd.PyLayer):
+    @staticmethod
+    def forward(ctx, x_TD, weight_EDF, counts: list[int]):
+        ctx.counts, ctx.wanted = counts, wanted(x_TD, weight_EDF)
+        ctx.save_for_backward(x_TD, weight_EDF)
+        out = [paddle.matmul(x_TD[rows], weight_EDF[expert]) for expert, rows in rows_of_experts(counts)]
+        return paddle.concat(out) if out else paddle.zeros([0, weight_EDF.shape[-1]], x_TD.dtype)
+
+    @staticmethod
+    def backward(ctx, grad_TF):
+        x_TD, weight_EDF = ctx.saved_tensor()
+        grad_x = grad_weight = None
+        if ctx.wanted[0]:
+            rows = rows_of_experts(ctx.counts)
+            out = [paddle.matmul(grad_TF[part], weight_EDF[expert], transpose_y=True) for expert, part in rows]
+            grad_x = paddle.concat(out) if out else paddle.zeros_like(x_TD)
+        if ctx.wanted[1]:
+            grad_weight = paddle.zeros_like(weight_EDF)
+            for expert, part in rows_of_experts(ctx.counts):
+                grad_weight[expert] = paddle.matmul(x_TD[part], grad_TF[part], transpose_x=True)
+        return grad_x, grad_weight
+
+
+def grouped_linear_plain(x_TD: paddle.Tensor, weight_EDF: paddle.Tensor, *, counts: list[int]) -> paddle.Tensor:
+    """The plain twin of `grouped_linear`."""
+    return _GroupedLinear.apply(x_TD, weight_EDF, counts)
+
+
+def grouped_linear(
+    x_TD: paddle.Tensor, weight_EDF: paddle.Tensor, *, counts: list[int], bf16: bool = False
+) -> paddle.Tensor:
+    """x @ weight of its expert, [T, F], for rows sorted by expert. A frozen weight costs no gradient."""
+    if backend(x_TD, weight_EDF) == "cpu":
+        return experts.grouped_linear(x_TD, weight_EDF, counts=counts, bf16=bf16)
+    return grouped_linear_plain(x_TD, weight_EDF, counts=counts)

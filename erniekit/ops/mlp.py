@@ -30,3 +30,14 @@ def swiglu(gate: paddle.Tensor, up: paddle.Tensor) -> paddle.Tensor:
     """silu(gate) * up, elementwise (Shazeer, arXiv 2002.05202)."""
     chosen = {"cpu": dense.swiglu, "gpu": F.swiglu, "plain": swiglu_plain}[backend(gate, up)]
     return chosen(gate, up)
+
+
+def gated_plain(hidden_2I: paddle.Tensor) -> paddle.Tensor:
+    """The plain twin of `gated`."""
+    return swiglu_plain(*hidden_2I.chunk(2, axis=-1))
+
+
+def gated(hidden_2I: paddle.Tensor) -> paddle.Tensor:
+    """silu(first half) * second half of rows [T, 2I] -> [T, I], as swiglu without cutting the rows apart."""
+    chosen = {"cpu": dense.gated, "gpu": F.swiglu, "plain": gated_plain}[backend(hidden_2I)]
+    return chosen(hidden_2I)

@@ -52,6 +52,7 @@ def replay(folder: str | Path) -> Finding | None:
         print(f"  {line}")
     objective = LanguageModelObjective(loss_weights(arch, cfg))
     totals = Totals.of(kept.batches, row_length=cfg.data.max_seq_len)
+    objective.begin(model, kept.batches)
     passes = [_pass(model, batch, objective, totals) for batch in kept.batches]
     losses = [loss for loss, _ in passes]
     print(f"  its loss: {math.fsum(losses):.6g}; of each micro-batch: {', '.join(f'{loss:.6g}' for loss in losses)}")

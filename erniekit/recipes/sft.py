@@ -11,26 +11,26 @@ from erniekit.rollout.brief import brief_answers
 from erniekit.training.assemble import loss_weights
 from erniekit.training.evaluate import figure_names, measure
 from erniekit.training.objective import LanguageModelObjective
-from erniekit.training.session import Job, TrainResult, run_session
+from erniekit.training.run_folder import RunFolder
+from erniekit.training.session import Course, Job, TrainResult, run_session
 
 
 class LanguageModelStage:
     """Next-token prediction; see training.session.Stage."""
 
-    def objective(self, job: Job) -> LanguageModelObjective:
-        """What is minimised."""
-        return LanguageModelObjective(loss_weights(job.arch, job.cfg))
-
     def figures(self, sources: Sequence[str]) -> list[str]:
-        """The names of what `measure` finds."""
+        """Loss, perplexity and accuracy of the evaluation data; the loss of each source if there are several."""
         return figure_names(sources)
 
-    def measure(self, job: Job, model: ErnieForCausalLM) -> dict[str, float]:
-        """Loss, perplexity and accuracy of the evaluation data; the loss of each source if there are several."""
-        assert job.eval_data
-        return measure(
-            model, job.eval_data, batch_size=job.eval_rows, max_batches=job.cfg.train.max_evaluate_steps
-        )  # fmt: skip
+    def begin(self, job: Job, _model: ErnieForCausalLM, _folder: RunFolder) -> Course:
+        """The objective, and how the evaluation data is measured."""
+
+        def measured(model: ErnieForCausalLM) -> dict[str, float]:
+            assert job.eval_data
+            most = job.cfg.train.max_evaluate_steps
+            return measure(model, job.eval_data, batch_size=job.eval_rows, max_batches=most)
+
+        return Course(LanguageModelObjective(loss_weights(job.arch, job.cfg)), measured)
 
     def answers(self, job: Job, model: ErnieForCausalLM) -> list[str]:
         """What the model says to the first prompts of the evaluation data."""

@@ -26,7 +26,7 @@ from erniekit.training.optimizer import Optimizer
 from erniekit.training.replay import StepKeeper
 from erniekit.training.router import RouterUpkeep
 from erniekit.training.schedule import Schedule
-from erniekit.training.state import Checkpoints
+from erniekit.training.state import Checkpoints, Memory
 from erniekit.training.step import Objective, StepResult, train_step
 
 
@@ -75,6 +75,7 @@ class Run:
     keeper: StepKeeper
     evaluate: Callable[[], dict[str, float]] | None = None  # None: there is no eval set
     before_step: tuple[Callable[[int], None], ...] = ()  # each is called with the 0-based step that is about to begin
+    memory: Memory | None = None  # what the objective carries from step to step
     best: BestModel = field(default_factory=BestModel)
 
     def progress(self) -> dict[str, Any]:
@@ -119,7 +120,9 @@ def train_loop(run: Run, *, start_step: int) -> int:
 
 def _save(run: Run, step: int) -> Path:
     best = run.best.step if run.best.keep else 0
-    return run.checkpoints.save(run.model, run.optimizer, step=step, progress=run.progress(), best=best)
+    return run.checkpoints.save(
+        run.model, run.optimizer, step=step, progress=run.progress(), memory=run.memory, best=best
+    )
 
 
 def _take(run: Run, step: int) -> StepResult:

@@ -6,6 +6,7 @@ Only the main loss is reported; the others enter as gradients (as in the officia
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -47,6 +48,9 @@ class LanguageModelObjective:
     """Callable as a training.step.Objective."""
 
     weights: LossWeights
+
+    def begin(self, model: ErnieForCausalLM, batches: Sequence[Batch]) -> None:
+        """Nothing to look at: a token's loss depends on no other micro-batch."""
 
     def __call__(self, model: ErnieForCausalLM, batch: Batch, totals: Totals) -> Losses:
         """The loss of one micro-batch, divided by the step's global totals."""

@@ -52,8 +52,11 @@ def freeze(model: ErnieForCausalLM, keys: OptimizerConfig) -> None:
         notice(f"trained: {len(wanted)} of {len(usual)} tensors, {numbers:,} numbers; the rest is frozen")
 
 
-def rate_factors(names: Sequence[str], *, num_layers: int, keys: OptimizerConfig) -> dict[str, float]:
-    """Factor on the learning rate for every parameter; several that apply are multiplied.
+def rate_factors(
+    names: Sequence[str], *, num_layers: int, keys: OptimizerConfig, b_rate: float = 1.0
+) -> dict[str, float]:
+    """Factor on the learning rate for every parameter; several that apply are multiplied. `b_rate` is that of the B
+    matrices of adapters (LoRA+).
 
     Raises ConfigError for a pattern without a match.
     """
@@ -66,7 +69,7 @@ def rate_factors(names: Sequence[str], *, num_layers: int, keys: OptimizerConfig
     if keys.moe_gate_lr_ratio is not None:
         for name in names:
             factors[name] *= keys.moe_gate_lr_ratio if re.search(ROUTERS, name) else 1.0
-    return factors
+    return {name: factor * b_rate if name.endswith(".lora_B") else factor for name, factor in factors.items()}
 
 
 def _only(keys: OptimizerConfig) -> tuple[str, list[str]]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -36,7 +36,7 @@ from erniekit.training.report import REPORT_NAME, write_report
 from erniekit.training.router import sparse_layers
 from erniekit.training.run_folder import CONFIG_FILE, RunFolder, claim, identity, require_writable
 from erniekit.training.schedule import make_run_schedule
-from erniekit.training.state import Checkpoints, load_optimizer, saved_progress
+from erniekit.training.state import Checkpoints, Memory, load_memory, load_optimizer, saved_progress
 from erniekit.training.step import Objective
 from erniekit.training.story import Story, canary_problem, told
 from erniekit.training.summary import Shown, compose
@@ -82,17 +82,25 @@ class Job:
         return measure(model, self.canary, batch_size=self.eval_rows, max_batches=most)["eval_loss"]
 
 
+@dataclass(frozen=True)
+class Course:
+    """What a stage brings to the loop. `measure` finds the figures of the evaluation data; `before_step` and `memory`
+    are as in loop.Run."""
+
+    objective: Objective
+    measure: Callable[[ErnieForCausalLM], dict[str, float]]
+    before_step: tuple[Callable[[int], None], ...] = ()
+    memory: Memory | None = None
+
+
 class Stage(Protocol):
     """What a kind of training adds to a session."""
 
-    def objective(self, job: Job) -> Objective:
-        """What is minimised."""
-
     def figures(self, sources: Sequence[str]) -> list[str]:
-        """The names of what `measure` finds on evaluation data of these sources."""
+        """The names of what is measured on evaluation data of these sources."""
 
-    def measure(self, job: Job, model: ErnieForCausalLM) -> dict[str, float]:
-        """The figures of the evaluation data."""
+    def begin(self, job: Job, model: ErnieForCausalLM, folder: RunFolder) -> Course:
+        """Get ready for the steps that are not taken yet; `model` is as it was saved last, or as the base has it."""
 
     def answers(self, job: Job, model: ErnieForCausalLM) -> list[str]:
         """What the model says to the job's prompts."""
@@ -152,7 +160,7 @@ def _read_data(cfg: RunConfig, tokenizer: Tokenizer) -> tuple[TrainData, EvalDat
         files = dataclasses.replace(
             cfg.data, eval_dataset_path=cfg.watch.canary_dataset_path, eval_dataset_type=cfg.watch.canary_dataset_type
         )
-        canary = build_eval_data(files, tokenizer, stage=stage)
+        canary = build_eval_data(files, tokenizer, stage="PT" if stage == "PT" else "SFT")
         print(f"canary: {canary.summary}", flush=True)
     return data, eval_data, canary
 
@@ -224,21 +232,24 @@ class _Session:
             loggers=open_loggers(cfg, output_dir=folder.path, start_step=folder.start_step),
             display=Display.of(cfg, job.data),
         )  # fmt: skip
+        course = self.stage.begin(job, model, folder)
         save_exactly = functools.partial(job.weights.save, final=False)
         losses = [row["loss"] for row in reporter.history if "loss" in row]
         run = Run(
             model=model, optimizer=optimizer, schedule=make_run_schedule(cfg, self.rhythm.total_steps), data=job.data,
-            objective=self.stage.objective(job), upkeep=assemble.router_upkeep(model, cfg), reporter=reporter,
+            objective=course.objective, upkeep=assemble.router_upkeep(model, cfg), reporter=reporter,
             rhythm=self.rhythm, best=self.best,
             checkpoints=Checkpoints(
                 folder.path, save_model=save_exactly, describe=self.record, keep=cfg.train.save_total_limit or None
             ),
-            before_step=assemble.step_hooks(model, cfg),
+            before_step=(*assemble.step_hooks(model, cfg), *course.before_step), memory=course.memory,
             keeper=StepKeeper(folder.path, cfg, save_model=save_exactly, losses=losses),
-            evaluate=(lambda: self.stage.measure(job, model)) if job.eval_data else None,
+            evaluate=(lambda: course.measure(model)) if job.eval_data else None,
         )  # fmt: skip
         if folder.checkpoint:
             load_optimizer(folder.checkpoint, optimizer)
+            if course.memory:
+                load_memory(folder.checkpoint, course.memory)
             run.resume(saved_progress(folder.checkpoint))
         return run
 

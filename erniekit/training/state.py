@@ -10,9 +10,9 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import paddle
@@ -28,9 +28,20 @@ from erniekit.training.optimizer import Optimizer
 
 _NAME = re.compile(r"checkpoint-(\d+)")
 _OPTIMIZER = "training/optimizer.safetensors"
+_MEMORY = "training/memory.safetensors"
 _STATE = "training/state.json"
 
 SaveModel = Callable[[ErnieForCausalLM, Path], None]
+
+
+class Memory(Protocol):
+    """What a run carries from step to step beside weights and optimizer: tensors by name."""
+
+    def state(self) -> Mapping[str, paddle.Tensor]:
+        """The tensors as they are now, not copied."""
+
+    def load_state(self, state: Mapping[str, np.ndarray]) -> None:
+        """Take over what `state` of an equal run returned."""
 
 
 class Checkpoints:
@@ -44,10 +55,11 @@ class Checkpoints:
         self._dir, self._save_model, self._describe, self._keep = output_dir, save_model, describe, keep
 
     def save(
-        self, model: ErnieForCausalLM, optimizer: Optimizer, *, step: int, progress: dict[str, Any], best: int = 0
-    ) -> Path:
-        """Write checkpoint-`step` with what the run has found out so far (`progress`), then remove what exceeds the
-        limit, but never that of step `best`. Raises CheckpointError if the disk refuses."""
+        self, model: ErnieForCausalLM, optimizer: Optimizer, *,
+        step: int, progress: dict[str, Any], memory: Memory | None = None, best: int = 0,
+    ) -> Path:  # fmt: skip
+        """Write checkpoint-`step` with what the run has found out so far (`progress`, `memory`), then remove what
+        exceeds the limit, but never that of step `best`. Raises CheckpointError if the disk refuses."""
         final = self._dir / f"checkpoint-{step}"
         temporary = self._dir / f".{final.name}.tmp"
         with writing(final):
@@ -55,7 +67,9 @@ class Checkpoints:
             try:
                 (temporary / "training").mkdir(parents=True)
                 self._save_model(model, temporary)
-                _write_optimizer(temporary / _OPTIMIZER, optimizer)
+                _write_tensors(temporary / _OPTIMIZER, optimizer.state())
+                if kept := memory.state() if memory else {}:
+                    _write_tensors(temporary / _MEMORY, kept)
                 state = {"step": step, "optimizer_steps": optimizer.num_steps, "progress": progress}
                 write_json(temporary / _STATE, {**state, **self._describe})
                 write_manifest(temporary, known=_digests(temporary))
@@ -127,9 +141,19 @@ def _state(folder: Path) -> dict[str, Any]:
 
 def load_optimizer(folder: Path, optimizer: Optimizer) -> None:
     """Take over the optimizer state of a checkpoint."""
-    file = SafetensorsFile(folder / _OPTIMIZER)
-    state = {name: file.read(name) for name in file.tensors}
+    state = _read_tensors(folder / _OPTIMIZER)
     optimizer.load_state(state, num_steps=_state(folder)["optimizer_steps"], source=str(folder))
+
+
+def load_memory(folder: Path, memory: Memory) -> None:
+    """Take over what the run carried when `folder` was saved; nothing if it carried nothing."""
+    if (folder / _MEMORY).is_file():
+        memory.load_state(_read_tensors(folder / _MEMORY))
+
+
+def _read_tensors(path: Path) -> dict[str, np.ndarray]:
+    file = SafetensorsFile(path)
+    return {name: file.read(name) for name in file.tensors}
 
 
 def _digests(folder: Path) -> dict[str, str]:
@@ -138,9 +162,8 @@ def _digests(folder: Path) -> dict[str, str]:
     return {name: entry["sha256"] for name, entry in files.items()}
 
 
-def _write_optimizer(path: Path, optimizer: Optimizer) -> None:
+def _write_tensors(path: Path, state: Mapping[str, paddle.Tensor]) -> None:
     """Stream the state tensor by tensor: it is never held twice."""
-    state = optimizer.state()
 
     def arrays(entries: list[Entry]) -> Iterator[np.ndarray]:
         for entry in entries:

@@ -10,13 +10,13 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import paddle
 
 from erniekit.base.errors import TrainingStopped
-from erniekit.data.batch import Batch
+from erniekit.data.batch import Batch, PreferenceBatch
 from erniekit.models.decoder import ErnieForCausalLM
 from erniekit.models.moe import Routing
 from erniekit.training.optimizer import Optimizer
@@ -33,6 +33,7 @@ class Totals:
     positions: int  # rows * max_seq_len
     micro_batches: int
     tokens: int  # positions that are not padding
+    pairs: int = 0  # samples of a preference batch: pairs, or answers that are judged by themselves
 
     @classmethod
     def of(cls, batches: Sequence[Batch], *, row_length: int) -> Totals:
@@ -42,6 +43,7 @@ class Totals:
             positions=sum(b.labels.shape[0] for b in batches) * row_length,
             micro_batches=len(batches),
             tokens=sum(int(np.count_nonzero(b.segment_ids)) for b in batches),
+            pairs=sum(len(b.samples) for b in batches if isinstance(b, PreferenceBatch)),
         )
 
 
@@ -54,7 +56,14 @@ class Losses(NamedTuple):
     mask_M: paddle.Tensor  # which tokens are not padding
 
 
-Objective = Callable[[ErnieForCausalLM, Batch, Totals], Losses]
+class Objective(Protocol):
+    """What is minimised."""
+
+    def begin(self, model: ErnieForCausalLM, batches: Sequence[Batch]) -> None:
+        """Look at all micro-batches of a step before the first of them, for what is a figure of the whole step."""
+
+    def __call__(self, model: ErnieForCausalLM, batch: Batch, totals: Totals) -> Losses:
+        """The share of one micro-batch, divided by the step's global totals."""
 
 
 @dataclass
@@ -81,6 +90,7 @@ def train_step(
     started = time.perf_counter()
     totals = Totals.of(batches, row_length=row_length)
     loss, parts = 0.0, dict[str, float]()
+    objective.begin(model, batches)
     for batch in batches:
         made = objective(model, batch, totals)
         made.total.backward()

@@ -41,7 +41,7 @@ PADDLEFORMERS = Dialect(
     marks="attn_impl _attn_implementation template template_backend use_template encode_one_turn truncate_packing "
         "data_impl data_cache tensor_model_parallel_size pipeline_model_parallel_size expert_model_parallel_size "
         "sharding_parallel_size context_parallel_size save_checkpoint_format load_checkpoint_format benchmark "
-        "autotuner_benchmark moe_token_dispatcher_type use_attn_mask_startend_row_indices moe_router_bias_update_rate "
+        "autotuner_benchmark moe_token_dispatcher_type moe_router_bias_update_rate "
         "loss_subbatch_sequence_length recompute_method recompute_num_layers tokenizer_name_or_path ignore_eos_token "
         "neftune pissa use_quick_lora",
     rules={
@@ -51,7 +51,6 @@ PADDLEFORMERS = Dialect(
         "context_parallel_size": to("context_parallel_degree"),
         "sharding_parallel_size": to("sharding_parallel_degree"),
         "loss_subbatch_sequence_length": to("loss_subbatch_seqlen"),
-        "use_attn_mask_startend_row_indices": to("use_attn_mask_start_row_indices"),
         "tokenizer_name_or_path": to("tokenizer_name"),
         "moe_router_bias_update_rate": to("moe_use_aux_free_update_coef"),
         "ignore_eos_token": to("mask_out_eos_token"),

@@ -25,15 +25,16 @@ def linear_forward(
 
 
 def linear_backward(
-    x: np.ndarray, weight: np.ndarray, grad: np.ndarray, grad_x: Wanted, grad_weight: Wanted, grad_bias: Wanted,
+    x: Wanted, weight: np.ndarray, grad: np.ndarray, grad_x: Wanted, grad_weight: Wanted, grad_bias: Wanted,
     rows: int, size: int, width: int, bf16: bool,
 ) -> None:  # fmt: skip
-    """The gradients of x, weight and bias."""
+    """The gradients of x, weight and bias. x is there if the weight's gradient is wanted."""
     grad_RI = grad.reshape(rows, width)
     right_RI = rounded(grad_RI, bf16)
     if grad_x is not None:
         matmul(right_RI, rounded(weight, bf16).T, grad_x.reshape(rows, size))
     if grad_weight is not None:
+        assert x is not None
         matmul(rounded(x.reshape(rows, size), bf16).T, right_RI, grad_weight)
     if grad_bias is not None:
         grad_bias[:] = column_sums(grad_RI)

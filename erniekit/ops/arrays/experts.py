@@ -80,11 +80,11 @@ def experts_forward(
 ) -> None:  # fmt: skip
     """y = down_e(silu(gate) * up) of each expert's rows; hidden [T, 2 * width] is kept for backward."""
     x, act = rounded(x, bf16), np.empty([len(x), width], np.float32)
-    for e, rows in _rows_of_experts(counts):
+    for e, rows in rows_of_experts(counts):
         matmul(x[rows], rounded(gate_up[e], bf16), hidden[rows])
     activate(hidden[:, :width], hidden[:, width:], act)
     act = rounded(act, bf16)
-    for e, rows in _rows_of_experts(counts):
+    for e, rows in rows_of_experts(counts):
         matmul(act[rows], rounded(down[e], bf16), y[rows])
 
 
@@ -95,12 +95,12 @@ def experts_backward(
     """The gradients of the rows and of both stacked weights."""
     act, grad_act = (np.empty([len(x), width], np.float32) for _ in range(2))
     grad_hidden, grad = np.empty_like(hidden), rounded(grad, bf16)
-    for e, rows in _rows_of_experts(counts):
+    for e, rows in rows_of_experts(counts):
         matmul(grad[rows], rounded(down[e], bf16).T, grad_act[rows])
     gate, up = slice(None, width), slice(width, None)
     activate_backward(hidden[:, gate], hidden[:, up], grad_act, grad_hidden[:, gate], grad_hidden[:, up], act)
     x, act, grad_hidden = (rounded(operand, bf16) for operand in (x, act, grad_hidden))
-    for e, rows in _rows_of_experts(counts):
+    for e, rows in rows_of_experts(counts):
         if grad_down is not None:
             matmul(act[rows].T, grad[rows], grad_down[e])
         if grad_gate_up is not None:
@@ -109,7 +109,43 @@ def experts_backward(
             matmul(grad_hidden[rows], rounded(gate_up[e], bf16).T, grad_x[rows])
 
 
-def _rows_of_experts(counts: np.ndarray) -> Iterator[tuple[int, slice]]:
+def gated_forward(hidden: np.ndarray, act: np.ndarray, _rows: int, width: int) -> None:
+    """act = silu(first half) * second half of the rows."""
+    activate(hidden[:, :width], hidden[:, width:], act)
+
+
+def gated_backward(hidden: np.ndarray, grad: np.ndarray, grad_hidden: np.ndarray, _rows: int, width: int) -> None:
+    """The gradient of both halves."""
+    gate, up = slice(None, width), slice(width, None)
+    activate_backward(hidden[:, gate], hidden[:, up], grad, grad_hidden[:, gate], grad_hidden[:, up], None)
+
+
+def grouped_linear_forward(
+    x: np.ndarray, weight: np.ndarray, counts: np.ndarray, y: np.ndarray, _num_experts: int, _size: int, _width: int,
+    bf16: bool,
+) -> None:  # fmt: skip
+    """y = x weight_e of each expert's rows."""
+    x = rounded(x, bf16)
+    for e, rows in rows_of_experts(counts):
+        matmul(x[rows], rounded(weight[e], bf16), y[rows])
+
+
+def grouped_linear_backward(
+    x: Wanted, weight: np.ndarray, counts: np.ndarray, grad: np.ndarray, grad_x: Wanted, grad_weight: Wanted,
+    _num_experts: int, _size: int, _width: int, bf16: bool,
+) -> None:  # fmt: skip
+    """The gradients of the rows and of the stacked weight. x is there if the weight's gradient is wanted."""
+    x, grad = None if x is None else rounded(x, bf16), rounded(grad, bf16)
+    for e, rows in rows_of_experts(counts):
+        if grad_weight is not None:
+            assert x is not None
+            matmul(x[rows].T, grad[rows], grad_weight[e])
+        if grad_x is not None:
+            matmul(grad[rows], rounded(weight[e], bf16).T, grad_x[rows])
+
+
+def rows_of_experts(counts: np.ndarray) -> Iterator[tuple[int, slice]]:
+    """(expert, its rows), those without rows too."""
     start = 0
     for expert, count in enumerate(counts.tolist()):
         yield expert, slice(start, start + count)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import paddle
 
 from erniekit.ops.cpu.library import call
-from erniekit.ops.gradients import only, wanted
+from erniekit.ops.gradients import wanted
 
 CHUNK_TOKENS = 512
 
@@ -24,7 +24,8 @@ class _LinearCrossEntropy(paddle.autograd.PyLayer):
     def forward(ctx, hidden_MD, weight, bias_V, labels_M, vocab_first: bool, bf16: bool, need_grad: bool):
         ctx.wanted, ctx.has_bias = wanted(hidden_MD, weight, bias_V), bias_V is not None
         shapes = (hidden_MD.shape, weight.shape, bias_V.shape if ctx.has_bias else [0])
-        grads = only(ctx.wanted, [paddle.empty(shape, "float32") for shape in shapes]) if need_grad else [None] * 3
+        asked = ctx.wanted if need_grad else [False] * 3
+        grads = [paddle.empty(s, "float32") if want else None for s, want in zip(shapes, asked, strict=True)]
         losses_M, _ = _scores(hidden_MD, weight, bias_V, labels_M, vocab_first, bf16, grads)
         ctx.save_for_backward(*(grad for grad in grads if grad is not None))
         return losses_M.sum()

@@ -20,17 +20,19 @@ class _Linear(paddle.autograd.PyLayer):
         size, width = weight_DI.shape
         y_I = paddle.empty([*x_D.shape[:-1], width], "float32")
         call("linear_forward", x_D, weight_DI, bias_I, y_I, x_D.size // size, size, width, bf16)
-        ctx.save_for_backward(x_D, weight_DI)
+        ctx.save_for_backward(weight_DI, *([x_D] if ctx.wanted[1] else []))  # only the weight's gradient needs x
         return y_I
 
     @staticmethod
     def backward(ctx, grad_I):
-        x_D, weight_DI = ctx.saved_tensor()
+        weight_DI, *inputs = ctx.saved_tensor()
+        x_D = inputs[0] if inputs else None
         size, width = weight_DI.shape
-        shapes = (x_D.shape, [size, width], [width])
-        grads = only(ctx.wanted, [paddle.empty(shape, "float32") for shape in shapes])
-        call("linear_backward", x_D, weight_DI, grad_I.contiguous(), *grads, x_D.size // size, size, width, ctx.bf16)
-        return grads if ctx.has_bias else grads[:2]
+        shapes = ([*grad_I.shape[:-1], size], [size, width], [width])
+        grads = [paddle.empty(s, "float32") if want else None for s, want in zip(shapes, ctx.wanted, strict=True)]
+        sizes = (grad_I.size // width, size, width, ctx.bf16)
+        call("linear_backward", x_D, weight_DI, grad_I.contiguous(), *grads, *sizes)
+        return tuple(grads if ctx.has_bias else grads[:2])
 
 
 class _RMSNorm(paddle.autograd.PyLayer):
@@ -70,6 +72,24 @@ class _SwiGLU(paddle.autograd.PyLayer):
         return only(ctx.wanted, grads)
 
 
+class _Gated(paddle.autograd.PyLayer):
+    @staticmethod
+    def forward(ctx, hidden_T2I):
+        hidden_T2I = hidden_T2I.contiguous()
+        rows, width = hidden_T2I.shape[0], hidden_T2I.shape[1] // 2
+        out = paddle.empty([rows, width], "float32")
+        call("gated_forward", hidden_T2I, out, rows, width)
+        ctx.save_for_backward(hidden_T2I)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad_TI):
+        (hidden_T2I,) = ctx.saved_tensor()
+        grad_T2I = paddle.empty_like(hidden_T2I)
+        call("gated_backward", hidden_T2I, grad_TI.contiguous(), grad_T2I, *grad_TI.shape)
+        return grad_T2I
+
+
 def linear(
     x_D: paddle.Tensor, weight_DI: paddle.Tensor, bias_I: paddle.Tensor | None, *, bf16: bool
 ) -> paddle.Tensor:
@@ -85,3 +105,8 @@ def rms_norm(x_D: paddle.Tensor, weight_D: paddle.Tensor, *, eps: float) -> padd
 def swiglu(gate: paddle.Tensor, up: paddle.Tensor) -> paddle.Tensor:
     """silu(gate) * up."""
     return _SwiGLU.apply(gate, up)
+
+
+def gated(hidden_T2I: paddle.Tensor) -> paddle.Tensor:
+    """silu(first half) * second half."""
+    return _Gated.apply(hidden_T2I)

@@ -79,8 +79,29 @@ class _GroupedMLP(paddle.autograd.PyLayer):
     @staticmethod
     def backward(ctx, grad_TD):
         saved = ctx.saved_tensor()
-        grads = only(ctx.wanted, [paddle.empty_like(tensor) for tensor in saved[:3]])
+        grads = [paddle.empty_like(x) if want else None for x, want in zip(saved, ctx.wanted, strict=False)]
         call("experts_backward", *saved, grad_TD.contiguous(), *grads, *ctx.sizes)
+        return (*grads, None)
+
+
+class _GroupedLinear(paddle.autograd.PyLayer):
+    @staticmethod
+    def forward(ctx, x_TD, weight_EDF, counts_E, bf16: bool):
+        ctx.wanted = wanted(x_TD, weight_EDF)
+        x_TD, weight_EDF = x_TD.contiguous(), weight_EDF.contiguous()
+        ctx.sizes = (*weight_EDF.shape, bf16)
+        y_TF = paddle.empty([x_TD.shape[0], weight_EDF.shape[2]], "float32")
+        call("grouped_linear_forward", x_TD, weight_EDF, counts_E, y_TF, *ctx.sizes)
+        ctx.save_for_backward(weight_EDF, counts_E, *([x_TD] if ctx.wanted[1] else []))
+        return y_TF
+
+    @staticmethod
+    def backward(ctx, grad_TF):
+        weight_EDF, counts_E, *inputs = ctx.saved_tensor()
+        x_TD = inputs[0] if inputs else None
+        shapes = ([grad_TF.shape[0], weight_EDF.shape[1]], weight_EDF.shape)
+        grads = [paddle.empty(s, "float32") if want else None for s, want in zip(shapes, ctx.wanted, strict=True)]
+        call("grouped_linear_backward", x_TD, weight_EDF, counts_E, grad_TF.contiguous(), *grads, *ctx.sizes)
         return (*grads, None)
 
 
@@ -99,3 +120,10 @@ def grouped_mlp(
 ) -> paddle.Tensor:
     """One gated MLP per expert over its rows."""
     return _GroupedMLP.apply(x_TD, gate_up_ED2I, down_EID, paddle.to_tensor(counts, "int64"), bf16)
+
+
+def grouped_linear(
+    x_TD: paddle.Tensor, weight_EDF: paddle.Tensor, *, counts: list[int], bf16: bool
+) -> paddle.Tensor:
+    """One product per expert over its rows."""
+    return _GroupedLinear.apply(x_TD, weight_EDF, paddle.to_tensor(counts, "int64"), bf16)

@@ -76,7 +76,8 @@ void activate(const float* gate_up, float* act, Size rows, Size width) {
     }
 }
 
-// From the gradient of act in `grad_act` to that of [gate | up]; `act` is made again for the gradient of down.
+// From the gradient of act in `grad_act` to that of [gate | up]; kAct: `act` is made again for the gradient of down.
+template <bool kAct>
 void activate_backward(const float* gate_up, const float* grad_act, float* act, float* grad_gate_up, Size rows,
                        Size width) {
 #pragma omp parallel for
@@ -86,7 +87,7 @@ void activate_backward(const float* gate_up, const float* grad_act, float* act, 
 #pragma omp simd
         for (Size i = 0; i < width; ++i) {
             const float sigma = sigmoid(gate[i]), silu = gate[i] * sigma;
-            act[row * width + i] = silu * up[i];
+            if (kAct) act[row * width + i] = silu * up[i];
             grad_gate[i] = g[i] * up[i] * (sigma + silu * (1.0f - sigma));
             grad_up[i] = g[i] * silu;
         }
@@ -120,7 +121,7 @@ EXPORT void experts_backward(const float* x, const float* gate_up, const float* 
         const Size rows = counts[e], offset = e * size * width;
         const Operand right(grad, rows, size, bf16);
         matmul(right, Operand(down + offset, width, size, bf16).transposed(), grad_act.data());
-        activate_backward(hidden, grad_act.data(), act.data(), grad_hidden.data(), rows, width);
+        activate_backward<true>(hidden, grad_act.data(), act.data(), grad_hidden.data(), rows, width);
         if (grad_down) matmul(Operand(act.data(), rows, width, bf16).transposed(), right, grad_down + offset);
         const Operand inner(grad_hidden.data(), rows, 2 * width, bf16);
         if (grad_gate_up) matmul(Operand(x, rows, size, bf16).transposed(), inner, grad_gate_up + 2 * offset);
@@ -129,5 +130,47 @@ EXPORT void experts_backward(const float* x, const float* gate_up, const float* 
             grad_x += rows * size;
         }
         x += rows * size, grad += rows * size, hidden += rows * 2 * width;
+    }
+}
+
+// act = silu(gate) * up of the rows [gate | up].
+EXPORT void gated_forward(const float* gate_up, float* act, Size rows, Size width) {
+    Threads threads;
+    activate(gate_up, act, rows, width);
+}
+
+EXPORT void gated_backward(const float* gate_up, const float* grad, float* grad_gate_up, Size rows, Size width) {
+    Threads threads;
+    activate_backward<false>(gate_up, grad, nullptr, grad_gate_up, rows, width);
+}
+
+// y = x weight_e of each expert's rows; weight [E, size, width].
+EXPORT void grouped_linear_forward(const float* x, const float* weight, const int64_t* counts, float* y,
+                                   Size num_experts, Size size, Size width, Size bf16) {
+    Threads threads;
+    for (Size e = 0; e < num_experts; ++e) {
+        const Size rows = counts[e];
+        if (rows) matmul(Operand(x, rows, size, bf16), Operand(weight + e * size * width, size, width, bf16), y);
+        x += rows * size, y += rows * width;
+    }
+}
+
+// x is there if the weight's gradient is wanted.
+EXPORT void grouped_linear_backward(const float* x, const float* weight, const int64_t* counts, const float* grad,
+                                    float* grad_x, float* grad_weight, Size num_experts, Size size, Size width,
+                                    Size bf16) {
+    Threads threads;
+    for (Size e = 0; e < num_experts; ++e) {
+        const Size rows = counts[e], offset = e * size * width;
+        const Operand right(grad, rows, width, bf16);
+        if (grad_weight) {
+            matmul(Operand(x, rows, size, bf16).transposed(), right, grad_weight + offset);
+            x += rows * size;
+        }
+        if (grad_x) {
+            if (rows) matmul(right, Operand(weight + offset, size, width, bf16).transposed(), grad_x);
+            grad_x += rows * size;
+        }
+        grad += rows * width;
     }
 }

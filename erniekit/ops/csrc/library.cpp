@@ -3,6 +3,7 @@
 #include "cross_entropy.cpp"
 #include "dense.cpp"
 #include "experts.cpp"
+#include "low_rank.cpp"
 #include "optimizer.cpp"
 
 EXPORT void set_up(Sgemm sgemm, HalfGemm half_gemm, int threads) { settings = {sgemm, half_gemm, threads}; }
