@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
@@ -13,6 +14,7 @@ GIB = 2**30
 _MEMORY_INFO = Path("/proc/meminfo")
 _DRIVER = Path("/proc/driver/nvidia/version")
 _GROUP = Path("/sys/fs/cgroup")
+_PROCESS = Path("/proc/self")
 
 
 def memory() -> tuple[int, int]:
@@ -28,6 +30,30 @@ def memory() -> tuple[int, int]:
     if limit is not None and limit < total:
         total, free = limit, min(free, limit - (used or 0))
     return total, free
+
+
+def resident() -> int:
+    """Bytes of this process that are in memory now; 0 where the system does not tell."""
+    return _of_process("VmRSS")
+
+
+def peak_resident() -> int:
+    """The most that they were since the start of the process or the last `forget_peak`."""
+    return _of_process("VmHWM")
+
+
+def forget_peak() -> None:
+    """Let `peak_resident` begin anew, where the system lets us."""
+    with contextlib.suppress(OSError):
+        (_PROCESS / "clear_refs").write_text("5", encoding="ascii")
+
+
+def _of_process(name: str) -> int:
+    try:
+        lines = (_PROCESS / "status").read_text(encoding="ascii", errors="replace").splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(name + ":")), 0)
 
 
 def quota() -> float | None:

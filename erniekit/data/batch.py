@@ -19,7 +19,7 @@ from erniekit.data.chat import UNTRAINED
 CHOSEN, REJECTED, MISMATCHED = "chosen", "rejected", "mismatched"  # what a branch is
 NO_ANSWER = -1
 
-_MULTIPLE = 8  # rows are padded to a multiple of this
+ROW_MULTIPLE = 8  # rows are padded to a multiple of this
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ def make_batch(rows: Sequence[Row], *, pad_id: int, max_seq_len: int) -> Batch:
     """
     longest = max(row.num_tokens for row in rows)
     assert longest <= max_seq_len, f"a row of {longest} tokens does not fit max_seq_len {max_seq_len}"
-    width = min(-(-longest // _MULTIPLE) * _MULTIPLE, max_seq_len)
+    width = min(-(-longest // ROW_MULTIPLE) * ROW_MULTIPLE, max_seq_len)
     shape = (len(rows), width)
     input_ids, labels = np.full(shape, pad_id, np.int64), np.full(shape, UNTRAINED, np.int64)
     position_ids, segment_ids = np.zeros(shape, np.int64), np.zeros(shape, np.int64)

@@ -26,10 +26,12 @@ from erniekit.data.tokenizer import Tokenizer
 from erniekit.models.decoder import ErnieForCausalLM
 from erniekit.training import assemble
 from erniekit.training.best import BestModel
+from erniekit.training.budget import run_budget
 from erniekit.training.evaluate import measure
 from erniekit.training.lock import LOCK_NAME, finish_lock, lock_of, write_lock
 from erniekit.training.loggers import open_loggers, wanted_services
 from erniekit.training.loop import Rhythm, Run, train_loop
+from erniekit.training.memory import MemoryWatch
 from erniekit.training.metrics import LOG_NAME, Display, Reporter, Volume, last_figures, read_log, write_figures
 from erniekit.training.replay import StepKeeper
 from erniekit.training.report import REPORT_NAME, write_report
@@ -191,6 +193,11 @@ class _Session:
     def train(self) -> TrainResult:
         """From the first step that is not taken yet to the result."""
         job, folder, cfg = self.job, self.folder, self.job.cfg
+        watch = MemoryWatch()
+        needed = run_budget(
+            cfg, job.arch, head_bias=job.base.has_head_bias, lengths=job.data.store.lengths(), on_gpu=watch.on_gpu
+        )  # fmt: skip
+        print(needed.text, flush=True)
         model = job.weights.build(folder.checkpoint)
         story = Story(folder.path, start_step=folder.start_step)
         if not folder.start_step:
@@ -213,12 +220,15 @@ class _Session:
         if run.optimizer.averages():
             with run.optimizer.averaged():
                 job.weights.save(model, folder.path / "ema", final=True)
+        measured = needed.beside(tensors=watch.tensors, process=watch.process)
+        story.tell(memory=measured)
         best = run.best.state() if run.best.keep else None
         story.tell(answers_after=self.stage.answers(job, model), ended_at=done, best=best)
         history = run.reporter.history
         self._tell(story, history, expert_layers=list(sparse_layers(model)))
         folder.mark(self.record, finished_at=self.rhythm.total_steps)
         print(Volume.of(history).text)
+        print(measured)
         print(f"the trained model is in {folder.path} ({job.weights.form})", flush=True)
         if problem := canary_problem(story, cfg.watch.canary_max_increase):
             raise TrainingStopped(f"{problem} The trained model is saved all the same, in {folder.path}.")

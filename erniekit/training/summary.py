@@ -89,6 +89,8 @@ def _notes(story: Story, total_steps: int) -> list[str]:
     if len(story.get("lives")) > 1:
         steps = ", ".join(str(life["step"]) for life in story.get("lives")[1:])
         notes.append(f"The run was interrupted and resumed after step {steps}.")
+    if memory := story.get("memory"):
+        notes.append(f"M{memory[1:]}.")
     return notes
 
 
