@@ -237,8 +237,8 @@ def load_into(
 
     Raises CheckpointError, before anything is written, unless every parameter is stored and everything stored is used.
     Multi-token prediction weights may be unused, and with `mtp_init="random"` they may be absent: then those arrays are
-    left as they are. An absent correction bias is filled with zeros. A reward model may be filled from a language model:
-    the head is unused, the score is left as it is.
+    left as they are. An absent correction bias is filled with zeros. A reward model may be filled from a language
+    model: the head is unused then, and the score left as it is.
     """
     folder.check()
     table = memory_table(cfg, head_bias=HEAD_BIAS in arrays)
