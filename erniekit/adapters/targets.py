@@ -58,7 +58,7 @@ def adapter_config(keys: LoraConfig, names: Sequence[str]) -> AdapterConfig:
             f"modules_to_save and lora_target_modules both name {', '.join(twice[:3])}: a module is trained whole or "
             "gets an adapter; name it in one of them"
         )
-    stacked = [target for target in targets if target.endswith(("experts.gate_up_proj", "experts.down_proj"))]
+    stacked = [target for target in targets if target.endswith((".experts.gate_up_proj", ".experts.down_proj"))]
     if keys.dora and stacked:
         problems.append(
             f"dora: true cannot adapt routed experts ({stacked[0]}): their weights are stacked, and no adapter format "
