@@ -23,6 +23,7 @@ from erniekit.data.tokenizer import Tokenizer
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 _CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]")  # a terminal would obey them
 _LINE_END = "↵\n"
+_MOST_BYTES = 4  # of a character in UTF-8
 _RESET, _DIM, _TRAINED, _TARGET = "\x1b[0m", "\x1b[2m", "\x1b[1;32m", "\x1b[1;35m"
 
 
@@ -108,15 +109,14 @@ def sample_views(train_data: TrainData, tokenizer: Tokenizer, *, step: int = 0, 
 
 
 def _document_view(document: Document, tokenizer: Tokenizer) -> DocumentView:
-    ids, labels = document.input_ids.tolist(), document.labels.tolist()
-    return DocumentView(
-        document.name,
-        tuple(
-            PartView(title, _token_views(ids[start:end], labels[start:end], tokenizer))
-            for title, (start, end) in zip(_titles(document), document.spans(), strict=True)
-            if end > start
-        ),
-    )
+    ids, labels, spans = document.input_ids.tolist(), document.labels.tolist(), document.spans()
+    shared = spans[0][1]
+    parts = [
+        PartView(title, _token_views(ids[start:end], labels[start:end], tokenizer, before=ids[:shared] if start else []))
+        for title, (start, end) in zip(_titles(document), spans, strict=True)
+        if end > start
+    ]
+    return DocumentView(document.name, tuple(parts))
 
 
 def _titles(document: Document) -> list[str]:
@@ -129,9 +129,13 @@ def _titles(document: Document) -> list[str]:
     return ["prompt", *([better, REJECTED] if is_pair else [alone[kind] for kind in document.preference.branches])]
 
 
-def _token_views(ids: list[int], labels: list[int], tokenizer: Tokenizer) -> tuple[TokenView, ...]:
+def _token_views(
+    ids: list[int], labels: list[int], tokenizer: Tokenizer, *, before: list[int]
+) -> tuple[TokenView, ...]:
+    """The tokens of a part; what comes `before` it may spell the beginning of its first character."""
     tokens = []
-    for index, text, asked in zip(ids, _texts(ids, tokenizer), [UNTRAINED, *labels[:-1]], strict=True):
+    texts = _texts([*before[-_MOST_BYTES:], *ids], tokenizer)[-len(ids) :]
+    for index, text, asked in zip(ids, texts, [UNTRAINED, *labels[:-1]], strict=True):
         target = None if asked in (UNTRAINED, index) else (asked, _texts([asked], tokenizer)[0])
         tokens.append(TokenView(index, text, asked != UNTRAINED, target))
     if labels[-1] != UNTRAINED:
