@@ -15,11 +15,13 @@ import numpy as np
 
 from erniekit.base.errors import CheckpointError, listed
 from erniekit.base.files import nearest_sibling
+from erniekit.checkpoint.adapter_forms import is_adapter
 from erniekit.checkpoint.ernie45 import (
     CORRECTION_BIAS,
     EMBEDDING,
     HEAD,
     HEAD_BIAS,
+    SCORE,
     Form,
     Tensor,
     is_mtp,
@@ -27,12 +29,13 @@ from erniekit.checkpoint.ernie45 import (
     layout_table,
     memory_table,
 )
-from erniekit.checkpoint.hf_files import BFLOAT16, INDEX_FILE, SINGLE_FILE, SafetensorsFile, open_shards
+from erniekit.checkpoint.hf_files import BFLOAT16, INDEX_FILE, SINGLE_FILE, SafetensorsFile, open_shards, weight_files
 from erniekit.checkpoint.pdparams import read_pdparams
 from erniekit.config.architecture import ErnieConfig
 from erniekit.config.hubs import download_command, is_repository
 
 WEIGHT_FORMATS = {"BF16": "bfloat16", "U16": "bfloat16", "F32": "float32"}  # U16: Paddle's name for bfloat16 bits
+_CODES = ("U8", "I8")
 _COMPARED_ROWS = 4096
 _Opened = SafetensorsFile | dict[str, np.ndarray]
 
@@ -43,6 +46,9 @@ class Folder:
     def __init__(self, path: Path, config_json: bytes, files: Mapping[str, _Opened]) -> None:
         self.path, self.config_json, self._files = path, config_json, files
         self.file_of = {name: file for file, opened in files.items() for name in _names(opened)}
+        coded = [name for name in self.file_of if self.tag(name) in _CODES]
+        if coded:
+            raise CheckpointError(_quantised(path, f"'{coded[0]}' has format {self.tag(coded[0])}"))
         self.layout = layout_of(self.file_of, str(path))
         self.shapes = {name: self._shape(name) for name in self.file_of}
         self.disk_config = self._disk_config()
@@ -56,8 +62,16 @@ class Folder:
         folder = Path(path)
         if not folder.is_dir():
             raise CheckpointError(_absent(str(path)))
+        if is_adapter(folder) and not weight_files(folder):
+            raise CheckpointError(
+                f"{path}: holds an adapter, not a model. Name its base as model_name_or_path and this folder as "
+                "lora_path (with fine_tuning: LoRA), or merge the two with `erniekit export`."
+            )
         config_path = folder / "config.json"
         ErnieConfig.from_folder(folder)  # its errors come before those of the weights
+        method = json.loads(config_path.read_bytes()).get("quantization_config")
+        if method:
+            raise CheckpointError(_quantised(folder, f"config.json has quantization_config: {json.dumps(method)[:80]}"))
         files: dict[str, Any] = dict(open_shards(folder))
         if not files:
             pickled = _pdparams_file(folder)
@@ -216,6 +230,14 @@ def _pdparams_file(folder: Path) -> Path:
     return found[0]
 
 
+def _quantised(path: Path, because: str) -> str:
+    return (
+        f"{path}: is a quantised model ({because}), made for inference: its weights can neither be trained nor "
+        "converted. Take the folder that it was made from; compute_type: wint8, wint4/8, wint4 or nf4 quantises that "
+        "while it is loaded, to train adapters on it (fine_tuning: LoRA), to evaluate it or to chat."
+    )
+
+
 def _absent(path: str) -> str:
     """The message for a model folder that is not there."""
     if Path(path).exists():
@@ -236,7 +258,8 @@ def plan_load(
     None for what is not stored.
 
     Raises CheckpointError unless every weight is stored and everything stored is used. Multi-token prediction weights
-    may be unused, and with `mtp_init="random"` they may be absent. A correction bias may be absent: it is zeros.
+    may be unused, and with `mtp_init="random"` they may be absent. A correction bias may be absent: it is zeros. A
+    reward model may be filled from a language model: the head is unused then, and the score absent.
     """
     folder.check()
     table = memory_table(cfg, head_bias=HEAD_BIAS in shapes)
@@ -251,6 +274,8 @@ def plan_load(
         absent.add(table.places[atom].tensor)
         if atom.endswith(CORRECTION_BIAS) and not folder.form.correction_bias:
             continue
+        if atom == SCORE and not folder.config.is_reward:
+            continue
         if not is_mtp(atom):
             problems.append(f"{folder.path}: '{atom}' is wanted and not stored.")
         elif mtp_init != "random":
@@ -259,7 +284,8 @@ def plan_load(
                 "stored. Set mtp_init: random to start multi-token prediction from random weights, or "
                 "num_nextn_predict_layers: 0."
             )
-    unused = [atom for atom in stored.keys() - table.atoms.keys() if not is_mtp(atom)]
+    may_stay = {HEAD, HEAD_BIAS} if cfg.is_reward and not folder.config.is_reward else set()
+    unused = [atom for atom in stored.keys() - table.atoms.keys() - may_stay if not is_mtp(atom)]
     problems += [f"{folder.path}: '{atom}' is stored and the model has no place for it." for atom in unused]
     if problems:
         raise CheckpointError(listed(sorted(problems)))

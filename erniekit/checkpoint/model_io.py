@@ -22,6 +22,7 @@ from erniekit.checkpoint.source import fill
 from erniekit.config.architecture import ErnieConfig
 from erniekit.config.packing import Packing
 from erniekit.models.decoder import ErnieForCausalLM
+from erniekit.models.reward import ErnieForReward
 from erniekit.precision.packed import PackedExperts, PackedLinear, packed_weights, use_packed_weights
 
 
@@ -57,15 +58,19 @@ def build_model(
 ) -> ErnieForCausalLM:  # fmt: skip
     """A model of architecture `cfg` with the weights of `folder`, in `dtype` ("float32" or "bfloat16").
 
-    `mtp_init="random"` draws multi-token prediction weights that the folder does not have, from `seed`. What `pack`
-    names is quantised while it is read: an expert or a linear layer is dense at a time, never the model.
+    `mtp_init="random"` draws multi-token prediction weights that the folder does not have, from `seed`; the score of
+    a reward model that is made from a language model is always drawn. What `pack` names is quantised while it is read:
+    an expert or a linear layer is dense at a time, never the model.
     Raises CheckpointError if a tensor is missing, extra or misshapen.
     """
     for text in folder.notices:
         notice(text)
     # A lazy parameter has no memory until it is initialised: those that `pack` names never get any.
     with paddle.LazyGuard() if pack else contextlib.nullcontext():
-        model = ErnieForCausalLM(cfg, dtype=dtype, lm_head_bias=folder.has_head_bias)
+        if cfg.is_reward:
+            model = ErnieForReward(cfg, dtype=dtype)
+        else:
+            model = ErnieForCausalLM(cfg, dtype=dtype, lm_head_bias=folder.has_head_bias)
     if pack:
         use_packed_weights(model, pack, dtype=dtype)
         for p in model.parameters():
