@@ -110,9 +110,9 @@ def sample_views(train_data: TrainData, tokenizer: Tokenizer, *, step: int = 0, 
 
 def _document_view(document: Document, tokenizer: Tokenizer) -> DocumentView:
     ids, labels, spans = document.input_ids.tolist(), document.labels.tolist(), document.spans()
-    shared = spans[0][1]
+    shared = ids[: spans[0][1]]
     parts = [
-        PartView(title, _token_views(ids[start:end], labels[start:end], tokenizer, before=ids[:shared] if start else []))
+        PartView(title, _token_views(ids[start:end], labels[start:end], tokenizer, before=shared if start else []))
         for title, (start, end) in zip(_titles(document), spans, strict=True)
         if end > start
     ]
