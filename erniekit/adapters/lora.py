@@ -7,7 +7,6 @@ in, rank] and so on; PiSSA adds `initial_A` and `initial_B`, which never change.
 
 from __future__ import annotations
 
-import dataclasses
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -73,36 +72,12 @@ def adapter_parameters(model: ErnieForCausalLM) -> dict[str, paddle.Tensor]:
     return {name: p for name, p in model.named_parameters() if id(p) in inside or name in added.base}
 
 
-def plain_config(config: AdapterConfig) -> AdapterConfig:
-    """What an adapter is to those who know no PiSSA: itself, or one of twice the rank with the same scaling."""
-    if config.init == "default":
-        return config
-    rank = 2 * config.rank
-    return dataclasses.replace(config, rank=rank, alpha=config.scaling * rank, rslora=False, init="default")
-
-
-@paddle.no_grad()
-def plain_parameters(model: ErnieForCausalLM) -> dict[str, paddle.Tensor]:
-    """The parameters of the adapter as `plain_config` describes it, by name; what `fill_plain` takes back exactly."""
-    parameters = adapter_parameters(model)
-    for path, layer in model.named_sublayers():
-        if isinstance(layer, Adapter) and layer.initial_A is not None:
-            parameters[f"{path}.lora_A"], parameters[f"{path}.lora_B"] = layer.factors()
-    return {name: p for name, p in parameters.items() if not name.endswith((".initial_A", ".initial_B"))}
-
-
-@paddle.no_grad()
-def fill_plain(model: ErnieForCausalLM, name: str, value: paddle.Tensor) -> None:
-    """Put one of `plain_parameters` back into the model, bit for bit."""
-    parameters = adapter_parameters(model)
-    first = name.replace(".lora_", ".initial_")
-    if first not in parameters or first == name:
-        paddle.assign(value.astype(parameters[name].dtype), parameters[name])
-        return
-    learned, began = paddle.chunk(value, 2, axis=-1 if name.endswith("_A") else -2)
-    began = began if name.endswith("_A") else -began
-    for p, part in ((parameters[name], learned), (parameters[first], began)):
-        paddle.assign(part.astype(p.dtype), p)
+def plain_factors(model: ErnieForCausalLM) -> dict[str, tuple[paddle.Tensor, paddle.Tensor]]:
+    """For each target A and B of what is added to the base, before scaling: with PiSSA, of twice the rank."""
+    config, modules = adapter_config_of(model), dict(model.named_sublayers())
+    assert config, "the model has no adapters"
+    with paddle.no_grad():
+        return {target: modules[slot(target)].factors() for target in config.targets}
 
 
 @contextmanager

@@ -16,13 +16,13 @@ from erniekit.config.lora import PLUS_SCALE, RSLORA_ALPHA, LoraConfig
 _BLOCK = r"^model\.(layers|mtp_block)\.\d+\."
 _LINEAR = re.compile(_BLOCK + r".*_proj\.weight$|^model\.mtp_linear_proj\.\d+\.weight$")
 _EXPERTS = re.compile(_BLOCK + r"mlp\.experts\.(gate_up|down)_proj$")
-FACTS = ("lora_rank", "lora_alpha", "rslora", "dora", "lora_target_modules", "modules_to_save")  # of an adapter that exists
 _GROUPS = {
     "all-linear": _BLOCK + r".*_proj$",
     "attention": _BLOCK + r"self_attn\.",
     "mlp": _BLOCK + r"mlp\.(shared_experts\.)?(gate|up|down)_proj$",
     "experts": _EXPERTS.pattern,
 }
+FACTS = ("lora_rank", "lora_alpha", "rslora", "dora", "lora_target_modules", "modules_to_save")  # keys that shape one
 _NEVER = r"^model\.layers\.\d+\.mlp\.moe_statics$|^model\.mtp_block\.\d+\.mlp\.moe_statics$"
 
 
@@ -91,8 +91,8 @@ def started_config(
         asked["modules_to_save"] = sorted(resolve_saved(names, keys.modules_to_save))
         found["modules_to_save"] = sorted(there.modules_to_save)
     problems = [
-        f"{name}: {given[name]} contradicts the adapter in lora_path, which has {_short(found[name])}; leave {name} out "
-        "to go on with that adapter, or leave lora_path out to start a new one"
+        f"{name}: {given[name]} contradicts the adapter in lora_path, which has {_short(found[name])}; leave {name} "
+        "out to go on with that adapter, or leave lora_path out to start a new one"
         for name in FACTS
         if name in given and given[name] != -1 and asked[name] != found[name]
     ]

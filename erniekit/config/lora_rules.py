@@ -34,6 +34,9 @@ def adapters(config: RunConfig) -> Iterator[Finding]:
         for name, value in (("rslora", True), ("lora_alpha", RSLORA_ALPHA), ("lora_plus_scale", PLUS_SCALE)):
             if config.given(name) and config.value(name) not in (value, -1):
                 yield _both(config, name, "rslora_plus", f"which stands for {name}: {text_of(value)}; drop one of them")
+    if lora.dora and config.train.save_layout == "paddle":
+        why = "ERNIEKit, whose form the adapter would have, knows no DoRA; leave save_layout out"
+        yield _both(config, "dora", "save_layout", why)
     if lora.lora_init == "pissa":
         if lora.dora:
             yield _both(config, "dora", "lora_init", "each starts from the base's weight in its own way; choose one")

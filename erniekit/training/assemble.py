@@ -20,7 +20,8 @@ from erniekit.adapters.lora import adapter_config_of, add_adapters
 from erniekit.adapters.targets import FACTS, adapter_config, adapter_names, b_rate, started_config
 from erniekit.base.console import notice
 from erniekit.base.errors import ConfigError
-from erniekit.checkpoint.adapter_io import AdapterFolder, load_adapter
+from erniekit.checkpoint.adapter_folder import AdapterFolder
+from erniekit.checkpoint.adapter_io import load_adapter
 from erniekit.checkpoint.ernie45 import memory_table
 from erniekit.checkpoint.folder import Folder
 from erniekit.checkpoint.model_io import build_model

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
 
-from erniekit.checkpoint.adapter_io import AdapterFolder, load_adapter, save_adapter
+from erniekit.base.errors import CheckpointError
+from erniekit.checkpoint.adapter_folder import AdapterFolder, mark_of
+from erniekit.checkpoint.adapter_io import check_base, load_adapter, save_adapter
 from erniekit.checkpoint.folder import Folder
 from erniekit.checkpoint.model_io import fill_model, save_model
 from erniekit.checkpoint.save import GB
@@ -84,7 +86,8 @@ class AdapterWeights:
 
     @property
     def _form(self) -> Literal["peft", "erniekit"]:
-        return "peft" if (self.cfg.train.save_layout or self.base.layout) == "pt" else "erniekit"
+        layout = self.cfg.train.save_layout or self.base.layout
+        return "peft" if layout == "pt" or self.adapter.dora else "erniekit"  # which knows no DoRA
 
     @property
     def form(self) -> str:
@@ -92,9 +95,23 @@ class AdapterWeights:
         return f"an adapter of rank {self.adapter.rank} in {'PEFT' if self._form == 'peft' else 'ERNIEKit'}'s form"
 
     def build(self, checkpoint: Path | None) -> ErnieForCausalLM:
-        """See Weights; without a checkpoint, adapters start from lora_path if there is one."""
+        """See Weights; without a checkpoint, adapters start from lora_path if there is one.
+
+        Raises CheckpointError if the checkpoint's adapters were trained beside other weights.
+        """
         start = Path(self.cfg.lora.lora_path) if self.cfg.lora.lora_path else None
+        if checkpoint:
+            self._require_same_base(checkpoint)
+        elif start:
+            check_base(AdapterFolder.open(start), self.base)
         return assemble_model(self.base, self.arch, self.cfg, adapter=self.adapter, trained=checkpoint or start)
+
+    def _require_same_base(self, checkpoint: Path) -> None:
+        if AdapterFolder.open(checkpoint).base_mark != mark_of(self.base) and not self.cfg.train.resume_anyway:
+            raise CheckpointError(
+                f"{checkpoint}: its adapters were trained beside other weights than those of {self.base.path} now. Put "
+                "the old ones back, or set resume_anyway=true to go on beside these."
+            )
 
     def save(self, model: ErnieForCausalLM, path: Path, *, final: bool) -> None:
         """See Weights; a checkpoint is in fp32 and in PEFT's form, which fuses nothing and so is exact."""

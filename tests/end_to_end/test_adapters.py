@@ -4,6 +4,7 @@ bit-equal, however the adapters start and whatever is drawn in them."""
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -70,10 +71,11 @@ def test_a_run_cut_in_half_ends_bit_equal(case, made, run):
 
 def test_only_adapters_are_saved_and_have_states(made):
     _, out = made("whole modules")
-    state = {name.rpartition(".")[0] for name in SafetensorsFile(out / "checkpoint-4/training/optimizer.safetensors").tensors}
-    experts = "model.layers.{}.mlp.experts.{}_adapter.lora_{}"
-    adapters = {experts.format(1, part, factor) for part in ("gate_up", "down") for factor in "AB"}
-    assert state == adapters | {"model.embed_tokens.weight", "model.layers.1.mlp.gate.weight"}
+    states = SafetensorsFile(out / "checkpoint-4/training/optimizer.safetensors").tensors
+    trained = {"model.embed_tokens.weight", *(f"model.layers.{i}.mlp.gate.weight" for i in (1, 2))}
+    for i, part, factor in itertools.product((1, 2), ("gate_up", "down"), "AB"):
+        trained.add(f"model.layers.{i}.mlp.experts.{part}_adapter.lora_{factor}")
+    assert {name.rpartition(".")[0] for name in states} == trained
     names = [name for path in (out / "checkpoint-4").glob("*.safetensors") for name in SafetensorsFile(path).tensors]
     assert names and not [name for name in names if "self_attn" in name or "moe_statics" in name]
 
@@ -91,14 +93,13 @@ def test_a_run_goes_on_from_an_adapter(made, bench, run, tmp_path):
     assert "lora_rank: 8 contradicts the adapter in lora_path, which has 4" in err
 
 
-def test_a_checkpoint_of_other_weights_is_refused(made, bench, run, tmp_path):
-    config, out = made("lora")
-    copy, base = tmp_path / "run", tmp_path / "model"
-    shutil.copytree(out, copy)
+def test_a_checkpoint_of_other_weights_is_refused(bench, run, tmp_path):
+    base = tmp_path / "model"
     shutil.copytree(bench.model, base)
+    keys = {"fine_tuning": "LoRA", "model_name_or_path": base, "eval_dataset_path": None}
+    config = bench.config(tmp_path / "run", max_steps=1, **keys)
+    run("train", config)
     weights = base / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"\x07")
-    (base / "manifest.json").unlink(missing_ok=True)
-    words = (config, f"output_dir={copy}", f"model_name_or_path={base}", "max_steps=5")
-    _, err = run("train", *words, code=2)
-    assert "other weights" in err or "model_name_or_path" in err
+    _, err = run("train", config, "max_steps=2", code=2)
+    assert "trained beside other weights" in err
