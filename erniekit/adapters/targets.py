@@ -80,10 +80,12 @@ def started_config(
 ) -> AdapterConfig:
     """The adapter of a run that starts from one with the config `there`; `given` holds those of FACTS that the user
     set. Raises ConfigError where they contradict it."""
-    asked = {
+    asked: dict[str, object] = {
         "lora_rank": keys.lora_rank, "lora_alpha": _alpha(keys), "rslora": _rank_stabilised(keys), "dora": keys.dora,
     }  # fmt: skip
-    found = {"lora_rank": there.rank, "lora_alpha": there.alpha, "rslora": there.rslora, "dora": there.dora}
+    found: dict[str, object] = {
+        "lora_rank": there.rank, "lora_alpha": there.alpha, "rslora": there.rslora, "dora": there.dora,
+    }  # fmt: skip
     if "lora_target_modules" in given:
         asked["lora_target_modules"] = sorted(resolve_targets(names, keys.lora_target_modules))
         found["lora_target_modules"] = sorted(there.targets)

@@ -7,7 +7,7 @@ Refuses to know paddle, devices and ranks: it fills arrays that the caller owns.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,20 +15,22 @@ import numpy as np
 
 from erniekit.base.errors import CheckpointError, listed
 from erniekit.base.files import nearest_sibling
+from erniekit.checkpoint.adapter_forms import is_adapter
 from erniekit.checkpoint.ernie45 import (
     CORRECTION_BIAS,
     EMBEDDING,
     HEAD,
     HEAD_BIAS,
+    SCORE,
     Form,
+    Tensor,
     is_mtp,
     layout_of,
     layout_table,
     memory_table,
 )
-from erniekit.checkpoint.hf_files import BFLOAT16, INDEX_FILE, SINGLE_FILE, SafetensorsFile, open_shards
+from erniekit.checkpoint.hf_files import BFLOAT16, INDEX_FILE, SINGLE_FILE, SafetensorsFile, open_shards, weight_files
 from erniekit.checkpoint.pdparams import read_pdparams
-from erniekit.checkpoint.source import fill
 from erniekit.config.architecture import ErnieConfig
 from erniekit.config.hubs import download_command, is_repository
 
@@ -56,6 +58,11 @@ class Folder:
         folder = Path(path)
         if not folder.is_dir():
             raise CheckpointError(_absent(str(path)))
+        if is_adapter(folder) and not weight_files(folder):
+            raise CheckpointError(
+                f"{path}: holds an adapter, not a model. Name its base as model_name_or_path and this folder as "
+                "lora_path (with fine_tuning: LoRA), or merge the two with `erniekit export`."
+            )
         config_path = folder / "config.json"
         ErnieConfig.from_folder(folder)  # its errors come before those of the weights
         files: dict[str, Any] = dict(open_shards(folder))
@@ -229,18 +236,19 @@ def _absent(path: str) -> str:
     return f"{path}: no such model folder.{near} {words} with\n    {command}\n(`pip install huggingface_hub`)."
 
 
-def load_into(
-    folder: Folder, arrays: Mapping[str, np.ndarray], *, cfg: ErnieConfig, mtp_init: str | None = None
-) -> None:
-    """Fill a model's own memory (`arrays`: parameter name in memory -> writable array), tensor by tensor.
+def plan_load(
+    folder: Folder, shapes: Mapping[str, Sequence[int]], *, cfg: ErnieConfig, mtp_init: str | None = None
+) -> dict[str, Tensor | None]:
+    """What fills each weight of a model in memory (`shapes`: all of them by name): a tensor of the folder's atoms, or
+    None for what is not stored.
 
-    Raises CheckpointError, before anything is written, unless every parameter is stored and everything stored is used.
-    Multi-token prediction weights may be unused, and with `mtp_init="random"` they may be absent: then those arrays are
-    left as they are. An absent correction bias is filled with zeros.
+    Raises CheckpointError unless every weight is stored and everything stored is used. Multi-token prediction weights
+    may be unused, and with `mtp_init="random"` they may be absent. A correction bias may be absent: it is zeros. A
+    reward model may be filled from a language model: the head is unused then, and the score absent.
     """
     folder.check()
-    table = memory_table(cfg, head_bias=HEAD_BIAS in arrays)
-    given = {name: array.shape for name, array in arrays.items()}
+    table = memory_table(cfg, head_bias=HEAD_BIAS in shapes)
+    given = {name: tuple(shape) for name, shape in shapes.items()}
     assert given == {name: tensor.shape for name, tensor in table.tensors.items()}, (
         "the model does not match its config"
     )
@@ -251,6 +259,8 @@ def load_into(
         absent.add(table.places[atom].tensor)
         if atom.endswith(CORRECTION_BIAS) and not folder.form.correction_bias:
             continue
+        if atom == SCORE and not folder.config.is_reward:
+            continue
         if not is_mtp(atom):
             problems.append(f"{folder.path}: '{atom}' is wanted and not stored.")
         elif mtp_init != "random":
@@ -259,12 +269,9 @@ def load_into(
                 "stored. Set mtp_init: random to start multi-token prediction from random weights, or "
                 "num_nextn_predict_layers: 0."
             )
-    unused = [atom for atom in stored.keys() - table.atoms.keys() if not is_mtp(atom)]
+    may_stay = {HEAD, HEAD_BIAS} if cfg.is_reward and not folder.config.is_reward else set()
+    unused = [atom for atom in stored.keys() - table.atoms.keys() - may_stay if not is_mtp(atom)]
     problems += [f"{folder.path}: '{atom}' is stored and the model has no place for it." for atom in unused]
     if problems:
         raise CheckpointError(listed(sorted(problems)))
-    for name, tensor in table.tensors.items():
-        if name not in absent:
-            fill(arrays[name], tensor, folder)
-        elif name.endswith(CORRECTION_BIAS):
-            arrays[name][...] = 0
+    return {name: None if name in absent else tensor for name, tensor in table.tensors.items()}

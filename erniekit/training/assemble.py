@@ -1,7 +1,7 @@
 """THE order in which a model for training comes together; the only file that knows all the parts.
 
-    build -> weights -> adapters -> freezing -> number formats -> (tensor and expert shards) -> recomputation ->
-    (pipeline) -> optimizer -> (optimizer shards)
+    build -> weights, quantised while they are read -> adapters -> freezing -> number formats of products ->
+    (tensor and expert shards) -> recomputation -> (pipeline) -> optimizer -> (optimizer shards)
 
 Steps in parentheses are later rooms; each takes its place here.
 """
@@ -9,6 +9,7 @@ Steps in parentheses are later rooms; each takes its place here.
 from __future__ import annotations
 
 import functools
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -27,6 +28,8 @@ from erniekit.checkpoint.folder import Folder
 from erniekit.checkpoint.model_io import build_model
 from erniekit.config.adapter import AdapterConfig
 from erniekit.config.architecture import ErnieConfig
+from erniekit.config.model import PREFERENCE_STAGES
+from erniekit.config.packing import packing_of
 from erniekit.config.run import RunConfig
 from erniekit.models.decoder import ErnieForCausalLM
 from erniekit.parallel.recompute import apply_recompute
@@ -40,8 +43,21 @@ from erniekit.training.selection import ROUTERS, freeze, rate_factors, trained_n
 
 
 def architecture(base: Folder, cfg: RunConfig) -> ErnieConfig:
-    """The base model's architecture with what the run changes: multi-token prediction on or off."""
-    wanted = cfg.model.num_nextn_predict_layers
+    """The base model's architecture with what the run changes: multi-token prediction on or off, a score for a head.
+
+    Preferences train no multi-token prediction unless it is asked for. Raises ConfigError for a reward model where a
+    language model is needed.
+    """
+    wanted, stage = cfg.model.num_nextn_predict_layers, cfg.model.stage
+    if base.config.is_reward and stage != "RM":
+        raise ConfigError(
+            f"{base.path}: is a reward model: it has a score and no language model's head, so stage {stage} cannot "
+            "train it. Take the language model that it was made from."
+        )
+    if stage == "RM":
+        return base.config.replace(is_reward=True, num_nextn_predict_layers=0)
+    if wanted is None and stage in PREFERENCE_STAGES:
+        wanted = 0
     return base.config if wanted is None else base.config.replace(num_nextn_predict_layers=wanted)
 
 
@@ -79,10 +95,12 @@ def assemble_model(
     """The model that will be trained: `weights` is the base folder or a checkpoint. With `adapter`, always the base,
     and `trained` is an adapter folder to go on from."""
     on_gpu = paddle.device.is_compiled_with_cuda() and paddle.get_device().startswith("gpu")
-    dtype = "bfloat16" if on_gpu and cfg.model.compute_type == "bf16" else "float32"
+    dtype = "bfloat16" if on_gpu and cfg.model.compute_type != "fp32" else "float32"
     if cfg.model.compute_type == "bf16" and not on_gpu and not cfg.model.cpu_bf16_matmul:
         notice("compute_type bf16: a CPU computes in fp32, with fp32 masters; only the saved model is rounded.")
-    model = build_model(weights, arch, dtype=dtype, mtp_init=cfg.model.mtp_init, seed=cfg.train.seed)
+    model = build_model(
+        weights, arch, dtype=dtype, mtp_init=cfg.model.mtp_init, seed=cfg.train.seed, pack=packing_of(cfg)
+    )  # fmt: skip
     if adapter:
         _adapt(model, adapter, trained, seed=cfg.train.seed)
     freeze(model, cfg.optimizer)
@@ -96,7 +114,8 @@ def assemble_model(
 
 
 def _adapt(model: ErnieForCausalLM, config: AdapterConfig, trained: Path | None, *, seed: int) -> None:
-    base = sum(p.size for p in model.parameters())
+    table = memory_table(model.config, head_bias=model.lm_head.bias is not None)
+    base = sum(math.prod(tensor.shape) for tensor in table.tensors.values())
     add_adapters(model, config, seed=seed, draw=trained is None)
     if trained:
         load_adapter(model, AdapterFolder.open(trained))

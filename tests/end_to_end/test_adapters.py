@@ -22,6 +22,7 @@ CASES = {
         "modules_to_save": "[embed_tokens, mlp.gate]", "lora_target_modules": "experts", "ema_decay": 0.9,
         "moe_use_aux_free": True,
     },
+    "quantised": {"compute_type": "wint4/8", "lora_target_modules": "[attention, experts]"},
     "text": {"stage": "PT", "lora_target_modules": "[q_proj, v_proj]", "lora_plus_scale": 4},
 }  # fmt: skip
 
