@@ -8,16 +8,19 @@ from pathlib import Path
 
 import paddle
 
+from erniekit.checkpoint.download import locate_model
 from erniekit.checkpoint.folder import Folder
 from erniekit.config.load import load_config
+from erniekit.config.run import RunConfig
 from erniekit.data.batch import Batch
 from erniekit.data.tokenizer import Tokenizer
 from erniekit.models.decoder import ErnieForCausalLM
-from erniekit.training.assemble import architecture, assemble_model, loss_weights, step_hooks
+from erniekit.training.assemble import architecture, loss_weights, step_hooks
 from erniekit.training.objective import LanguageModelObjective
 from erniekit.training.probe import Probe, Seen, Size, broken_weights
 from erniekit.training.replay import CONFIG_FILE, Kept, read_kept
 from erniekit.training.step import Objective, Totals
+from erniekit.training.weights import weights_of
 
 _BEFORE, _AFTER = 24, 12  # tokens of a sample that are shown around a place
 
@@ -39,10 +42,10 @@ def replay(folder: str | Path) -> Finding | None:
     folder = Path(folder)
     kept = read_kept(folder)
     cfg = load_config(folder / CONFIG_FILE, ["recompute=false"])  # recomputing would run every layer twice
-    weights = Folder.open(folder)
     tokenizer = Tokenizer.from_folder(folder)
-    arch = architecture(weights, cfg)
-    model = assemble_model(weights, arch, cfg)
+    base = _base(folder, cfg)
+    arch = architecture(base, cfg)
+    model = weights_of(cfg, base, arch).build(folder)
     model.train()
     paddle.seed(kept.seed * 1_000_003 + kept.step)
     for prepare in step_hooks(model, cfg):
@@ -62,6 +65,14 @@ def replay(folder: str | Path) -> Finding | None:
         _print_layers(probes[found.micro_batch].seen, number=found.micro_batch)
         _print_finding(found, kept, tokenizer)
     return found
+
+
+def _base(folder: Path, cfg: RunConfig) -> Folder:
+    """The model that the kept weights belong to: themselves, unless they are adapters beside it."""
+    if cfg.model.fine_tuning != "LoRA":
+        return Folder.open(folder)
+    assert cfg.model.model_name_or_path  # the run had one
+    return Folder.open(locate_model(cfg.model.model_name_or_path, cfg.model.download_hub))
 
 
 def _pass(model: ErnieForCausalLM, batch: Batch, objective: Objective, totals: Totals) -> tuple[float, Probe]:
