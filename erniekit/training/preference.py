@@ -22,6 +22,7 @@ import numpy as np
 import paddle
 from paddle import Tensor
 
+from erniekit.base.errors import DataError
 from erniekit.config.align import AlignConfig
 from erniekit.data.batch import NO_ANSWER, Batch, PreferenceBatch
 from erniekit.losses.preference import (
@@ -169,11 +170,16 @@ class PreferenceObjective(ABC):
 
     # ---- held-out samples
     def measure(self, model: ErnieForCausalLM, batches: Iterable[PreferenceBatch]) -> dict[str, float]:
-        """eval_loss and the figures of a step, over all samples of `batches` as if they were one step."""
+        """eval_loss and the figures of a step, over all samples of `batches` as if they were one step.
+
+        Raises DataError if there is none.
+        """
         seen, counts = [], _Step()
         for batch in batches:
             seen.append(self._see_quietly(model, batch))
             counts = _Step(*map(sum, zip(counts, _Step.of([batch]), strict=True)))
+        if not seen:
+            raise DataError("the eval set has no sample: it is empty, or none of its rows could be used.")
         whole = _joined(seen)
         scored = self._score(whole, counts, self._look(whole, learn=False))
         found = {"loss": scored.loss_N, **scored.figures}
