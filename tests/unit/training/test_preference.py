@@ -14,7 +14,7 @@ from erniekit.config.align import AlignConfig
 from erniekit.losses.preference import ACROSS, LOSSES
 from erniekit.models.decoder import ErnieForCausalLM
 from erniekit.models.reward import ErnieForReward
-from erniekit.training.objective import LossWeights
+from erniekit.training.objective import LossWeights, run_trunk
 from erniekit.training.preference import (
     JudgedObjective,
     PairObjective,
@@ -203,17 +203,17 @@ def test_the_shift_of_bco_is_the_mean_of_all_rewards_so_far_and_survives_a_check
 
     objective = fresh()
     before = [run(objective, model, [batch])[:2] for batch in (first, second)]
-    rewards = sum((f["rewards_chosen"] + f["rewards_rejected"]) / 2 * n for (_, f), n in zip(before, (3, 1), strict=True))
+    means = [(figures["rewards_chosen"] + figures["rewards_rejected"]) / 2 for _, figures in before]
     mean, count = objective.state()["bco.running"].numpy()
-    assert (mean, count) == (pytest.approx(rewards / 4, rel=1e-5), 4.0)
+    assert (mean, count) == (pytest.approx((3 * means[0] + means[1]) / 4, rel=1e-5), 4.0)
     resumed = fresh()
     run(resumed, model, [first])
     other = fresh()
     other.load_state({name: x.numpy() for name, x in resumed.state().items()})
     assert run(other, model, [second])[0] == before[1][0]
     assert run(fresh(), model, [second])[0] != before[1][0]
-    measured = objective.measure(model, [first])
-    assert measured == objective.measure(model, [first])  # measuring teaches it nothing
+    measured = objective.measure(model, [[first]])
+    assert measured == objective.measure(model, [[first]])  # measuring teaches it nothing
     assert PairObjective(keys(), LossWeights()).state() == {}
 
 
@@ -222,7 +222,7 @@ def test_what_is_measured_does_not_depend_on_batches_and_is_what_a_step_finds():
     for name in ("sigmoid", *ACROSS):
         settings = keys(loss_type=name, sft_loss_ratio=0.5)
         found = [
-            PairObjective(settings, LossWeights(), reference=moved(model)).measure(model, batches)
+            PairObjective(settings, LossWeights(), reference=moved(model)).measure(model, [batches])[0]
             for batches in cuts(pairs())
         ]
         for other in found[1:]:
@@ -237,8 +237,34 @@ def test_what_is_measured_does_not_depend_on_batches_and_is_what_a_step_finds():
 
 
 def test_nothing_to_measure_is_said():
-    with pytest.raises(DataError, match="no sample"):
-        PairObjective(keys(), LossWeights()).measure(make_model(), [])
+    with pytest.raises(DataError, match="without a sample"):
+        PairObjective(keys(), LossWeights()).measure(make_model(), [[]])
+
+
+def test_figures_of_each_source_and_of_all():
+    model, objective = make_model(), PairObjective(keys(loss_type="simpo"), LossWeights())
+    sources = [[batch_of(pairs()[:1])], [batch_of([d]) for d in pairs()[1:]]]
+    whole, *each = objective.measure(model, sources)
+    assert whole == pytest.approx(objective.measure(model, [[batch_of(pairs())]])[0], rel=NEAR)
+    assert each == [objective.measure(model, [source])[0] for source in sources]
+
+
+def test_gradients_are_those_of_the_formula_on_ordinary_logits():
+    model = make_model()
+    _, _, found = run(PairObjective(keys(loss_type="simpo", beta=2.0), LossWeights()), model, [batch_of(pairs())])
+    model.clear_gradients()
+    means = [
+        F.log_softmax(model(paddle.to_tensor([[*p, *answer[:-1]]]))[0, len(p) - 1 :], axis=-1)[
+            paddle.arange(len(answer)), paddle.to_tensor(answer)
+        ].mean()
+        for p, *answers in drawn_texts() for answer in answers
+    ]  # fmt: skip
+    chosen, rejected = paddle.stack(means[::2]), paddle.stack(means[1::2])
+    F.softplus(0.5 - 2.0 * (chosen - rejected)).mean().backward()
+    expected = {name: p.grad.numpy() for name, p in model.named_parameters() if p.grad is not None}
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        assert np.abs(found[name] - gradient).max() <= 1e-5 * np.abs(gradient).max() + 1e-9, name
 
 
 # ---------------------------------------------------------------------- what stands beside
@@ -298,7 +324,7 @@ def test_kto_is_the_same_however_it_is_cut():
 
     def of(batches):
         objective = JudgedObjective(keys(beta=0.3), LossWeights(), reference=reference)
-        return *run(objective, model, batches), objective.measure(model, batches)
+        return *run(objective, model, batches), objective.measure(model, [batches])[0]
 
     expected = of([batch_of(judgements())])
     for batches in cuts(judgements()):
@@ -310,7 +336,7 @@ def test_kto_is_the_same_however_it_is_cut():
 
 
 def test_answers_of_other_samples_teach_nothing():
-    """Their log-probability is a constant: what they say makes no difference to the gradient where the KL is clamped."""
+    """What they say makes no difference to the gradient where the KL is clamped."""
     model, texts = make_model(), drawn_texts()
     far = lambda _, batch: answer_log_probs(model, batch) + 100.0  # noqa: E731 - so that the KL is clamped at 0
     gradients = []
@@ -334,7 +360,7 @@ def test_rewards_are_read_at_the_last_token_of_an_answer():
     for p, *answers in texts:
         for answer in answers:
             batch = batch_of([tree(p, [answer, answer])])
-            hidden = model.trunk(*map(paddle.to_tensor, (batch.input_ids, batch.position_ids, batch.end_rows))).hidden_BSD
+            hidden = run_trunk(model, batch).hidden_BSD
             last = len(p) - 1 + len(answer) - 1
             found.append(float(model.rewards(hidden[0, last : last + 1])[0]))
     chosen, rejected = np.array(found).reshape(NUM, 2).T
@@ -357,5 +383,5 @@ def test_rewards_are_the_same_however_a_step_is_packed_cut_and_shared():
     for share in (True, False):
         for batches in cuts(pairs(share=share)):
             assert_same(of(batches), expected)
-            measured = RewardObjective(keys(), LossWeights()).measure(model, batches)
+            measured = RewardObjective(keys(), LossWeights()).measure(model, [batches])[0]
             assert measured["eval_accuracy"] == expected[1]["accuracy"]
