@@ -124,7 +124,8 @@ def scheduler_options(value: Raw) -> Outcome:
 
 def targets(value: Raw) -> Outcome:
     """The modules that get an adapter: a word for all linear layers, or names."""
-    names = [str(name) for name in value] if isinstance(value, list) else text_of(value).strip('"').replace(",", " ").split()
+    given = [str(name) for name in value] if isinstance(value, list) else text_of(value).strip('"').split(",")
+    names = [name.strip() for name in given]
     if set(names) & {"all", "all-linear"}:
         return Outcome({"lora_target_modules": "all-linear"}, "routed experts among them")
     if unknown := [name for name in names if not re.fullmatch(_MODULE, name)]:
