@@ -2,37 +2,75 @@
 
 from dataclasses import dataclass
 
-from erniekit.config.keys import later
+from erniekit.config.keys import Alias, key, later
 from erniekit.config.model import PREFERENCE_STAGES
 
 _PREFERENCE = ("stage", PREFERENCE_STAGES)
+_DPO = ("stage", ("DPO",))
+_KTO = ("stage", ("KTO",))
+_WITH_REFERENCE = ("stage", ("DPO", "KTO"))
+
+REFERENCE_FREE = ("simpo", "or", "orpo")  # losses that have no reference in them
+ON_THE_MARGIN = ("sigmoid", "hinge", "ipo", "simpo", "dpop", "robust", "exo")  # offset_alpha shifts what they look at
+SMOOTHED = ("sigmoid", "simpo", "robust", "exo", "aot")  # label_smoothing is in their formula
 
 
 @dataclass(frozen=True)
 class AlignConfig:
     """The preference loss and its reference."""
 
-    loss_type: str = later(
-        "sigmoid", "The loss.", only=_PREFERENCE,
-        choices=("sigmoid", "hinge", "ipo", "kto_pair", "simpo", "or", "dpop", "sppo_hard", "nca_pair"),
-        spellings={"orpo": "or"},
+    loss_type: str = key(
+        "sigmoid", "The loss over pairs (formulas: erniekit/losses/preference.py). orpo is `or` with sft_loss_ratio 1 "
+        "unless that is set.", only=_DPO,
+        choices=("sigmoid", "hinge", "ipo", "kto_pair", "simpo", "or", "orpo", "dpop", "sppo_hard", "nca_pair",
+                 "robust", "exo", "bco", "apo_zero", "apo_down", "aot"),
+        spellings={"exo_pair": "exo", "bco_pair": "bco"},
     )
-    beta: float = later(0.1, "How far the policy may leave the reference: less is further.", only=_PREFERENCE, above=0)
-    label_smoothing: float = later(
-        0.0, "Share of pairs taken to be labelled wrongly.", only=_PREFERENCE, least=0, most=1
+    beta: float = key(
+        0.1, "How far the policy may leave the reference: less is further.", only=_WITH_REFERENCE, above=0
     )
-    normalize_logps: bool = later(
-        True, "Scale log-probabilities to the pair's mean length, as ERNIEKit does.", only=_PREFERENCE
+    label_smoothing: float = key(
+        0.0, "Share of pairs taken to be labelled wrongly (sigmoid, simpo, robust, exo, aot).", only=_DPO, least=0,
+        most=1,
     )
-    offset_alpha: float = later(0.0, "Weight of the score difference of a pair.", only=_PREFERENCE)
-    simpo_gamma: float = later(0.5, "Margin of simpo.", only=_PREFERENCE)
-    dpop_lambda: float = later(50.0, "Weight of dpop's penalty.", only=_PREFERENCE)
-    pref_loss_ratio: float = later(1.0, "Weight of the preference loss.", only=_PREFERENCE, least=0)
-    sft_loss_ratio: float = later(0.0, "Weight of the likelihood of the chosen answer.", only=_PREFERENCE, least=0)
-    reference_free: bool = later(False, "Train without a reference model.", only=_PREFERENCE)
+    normalize_logps: bool = key(
+        True, "Scale log-probabilities to the pair's mean length, as ERNIEKit does; ipo, simpo and or take means per "
+        "token anyway. TRL has no such thing: its beta means the same only where both answers are of one length.",
+        only=_DPO,
+    )
+    offset_alpha: float = key(
+        0.0, "Weight of the score difference of a pair: the margin has to exceed offset_alpha / beta * log(difference).",
+        only=_DPO,
+    )
+    simpo_gamma: float = key(0.5, "Margin of simpo.", only=_DPO)
+    dpop_lambda: float = key(50.0, "Weight of dpop's penalty.", only=_DPO, least=0)
+    pref_loss_ratio: float = key(1.0, "Weight of the preference loss.", only=_DPO, least=0)
+    sft_loss_ratio: float = key(
+        0.0, "Weight of the likelihood of the chosen answers, a mean over their tokens.", only=_DPO, least=0
+    )
+    kto_desirable_weight: float = key(
+        1.0, "Weight of desirable answers in KTO.", only=_KTO, least=0, aliases=(Alias("desirable_weight"),)
+    )
+    kto_undesirable_weight: float = key(
+        1.0, "Weight of undesirable answers in KTO.", only=_KTO, least=0, aliases=(Alias("undesirable_weight"),)
+    )
+    reference_free: bool = key(
+        False, "Train without a reference model. simpo, or and orpo do so anyway; the other losses refuse it.",
+        only=_WITH_REFERENCE,
+    )
     ref_model_update_steps: int = later(-1, "Steps between updates of the reference; -1: never.", only=_PREFERENCE)
     max_prompt_len: int = later(2048, "Longest prompt in tokens.", only=_PREFERENCE, least=1)
     num_comparisons: int = later(6, "Answers compared for one prompt.", only=_PREFERENCE, least=2)
     mask_out_eos_token: bool = later(True, "Leave the end-of-sentence token untrained.", only=_PREFERENCE)
     num_of_gpus: int = later(-1, "Devices of the benchmark.", only=_PREFERENCE)
     dpo_benchmark: bool = later(False, "Measure speed only.", only=_PREFERENCE)
+
+    @property
+    def loss(self) -> str:
+        """The loss's name in losses/preference.py."""
+        return "or" if self.loss_type == "orpo" else self.loss_type
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the loss over pairs looks at a reference."""
+        return self.loss_type not in REFERENCE_FREE

@@ -1,6 +1,7 @@
 """The objective of pre-training and supervised fine-tuning: next-token loss, multi-token prediction, router losses.
 
 Only the main loss is reported; the others enter as gradients (as in the official toolkit) and are logged beside it.
+`run_trunk` and `beside` serve every objective: what is minimised differs, what stands beside it does not.
 """
 
 from __future__ import annotations
@@ -14,8 +15,7 @@ import paddle
 from erniekit.data.batch import Batch
 from erniekit.losses.router import balance_loss, orthogonal_loss, z_loss
 from erniekit.losses.token import balanced_loss, gradient_only, mean_loss
-from erniekit.models.decoder import ErnieForCausalLM
-from erniekit.ops.attention import end_rows_from_segments
+from erniekit.models.decoder import ErnieForCausalLM, Trunk
 from erniekit.ops.cross_entropy import IGNORED, linear_cross_entropy
 from erniekit.training.router import sparse_blocks
 from erniekit.training.step import Losses, Totals
@@ -54,50 +54,61 @@ class LanguageModelObjective:
 
     def __call__(self, model: ErnieForCausalLM, batch: Batch, totals: Totals) -> Losses:
         """The loss of one micro-batch, divided by the step's global totals."""
-        segments = paddle.to_tensor(batch.segment_ids)
-        trunk = model.trunk(
-            paddle.to_tensor(batch.input_ids), paddle.to_tensor(batch.position_ids), end_rows_from_segments(segments)
-        )
-        loss = self._tokens(model, trunk.hidden_BSD, batch.labels, totals)
-        mask_M = (segments > 0).reshape([-1])
-        extra, parts = [], {}
-        for depth, hidden_BSD in enumerate(trunk.mtp_hidden, start=1):
-            ahead = self._tokens(model, hidden_BSD, labels_ahead(batch, depth=depth), totals)
-            extra.append(self.weights.multi_token * ahead)
-            parts[f"mtp_loss_{depth}"] = ahead.detach()
-        terms = self._router_terms(model, trunk.routings, mask_M)
-        for name, (weight, value) in terms.items():
-            extra.append(weight * value / totals.micro_batches)
-            parts[name] = value.detach() / totals.micro_batches
-        for term in extra:
-            loss = loss + gradient_only(term)
-        return Losses(loss, parts, trunk.routings, mask_M)
+        trunk = run_trunk(model, batch)
+        loss = _token_loss(model, trunk.hidden_BSD, batch.labels, totals, self.weights)
+        return beside(loss, model, trunk, batch, totals, weights=self.weights, ahead=batch)
 
-    def _tokens(
-        self, model: ErnieForCausalLM, hidden_BSD: paddle.Tensor, labels: np.ndarray, totals: Totals
-    ) -> paddle.Tensor:
-        weight, bias, vocab_first = model.head()
-        loss_sum = linear_cross_entropy(
-            hidden_BSD.reshape([-1, hidden_BSD.shape[-1]]), weight, paddle.to_tensor(labels).reshape([-1]),
-            vocab_first=vocab_first, bias_V=bias, bf16=model.lm_head.bf16_products,
-        )  # fmt: skip
-        if self.weights.token_balance:
-            return balanced_loss(loss_sum, trained=totals.trained, positions=totals.positions)
-        return mean_loss(loss_sum, trained=totals.trained)
 
-    def _router_terms(
-        self, model: ErnieForCausalLM, routings: list, mask_M: paddle.Tensor
-    ) -> dict[str, tuple[float, paddle.Tensor]]:
-        """Name -> (coefficient, sum over the sparse layers), for the coefficients that are not 0."""
-        if not routings:
-            return {}
-        k, terms = model.config.moe_k, {}
-        if self.weights.balance:
-            values = [balance_loss(r.logits_ME, mask_M, experts_per_token=k) for r in routings]
-            terms["aux_loss"] = (self.weights.balance, paddle.stack(values).sum())
-        if self.weights.z:
-            terms["z_loss"] = (self.weights.z, paddle.stack([z_loss(r.logits_ME, mask_M) for r in routings]).sum())
-        if self.weights.orthogonal:
-            values = [orthogonal_loss(block.gate.weight) for block in sparse_blocks(model)]
-            terms["orthogonal_loss"] = (self.weights.orthogonal, paddle.stack(values).sum())
-        return terms
+def run_trunk(model: ErnieForCausalLM, batch: Batch) -> Trunk:
+    """The training forward of a batch, up to the head."""
+    return model.trunk(*map(paddle.to_tensor, (batch.input_ids, batch.position_ids, batch.end_rows)))
+
+
+def beside(
+    loss: paddle.Tensor, model: ErnieForCausalLM, trunk: Trunk, batch: Batch, totals: Totals, *,
+    weights: LossWeights, ahead: Batch,
+) -> Losses:  # fmt: skip
+    """`loss` with the gradients of multi-token prediction, on the labels of `ahead`, and of the router losses."""
+    mask_M = paddle.to_tensor(batch.segment_ids > 0).reshape([-1])
+    extra, parts = [], {}
+    for depth, hidden_BSD in enumerate(trunk.mtp_hidden, start=1):
+        predicted = _token_loss(model, hidden_BSD, labels_ahead(ahead, depth=depth), totals, weights)
+        extra.append(weights.multi_token * predicted)
+        parts[f"mtp_loss_{depth}"] = predicted.detach()
+    for name, (weight, value) in _router_terms(model, trunk.routings, mask_M, weights).items():
+        extra.append(weight * value / totals.micro_batches)
+        parts[name] = value.detach() / totals.micro_batches
+    for term in extra:
+        loss = loss + gradient_only(term)
+    return Losses(loss, parts, trunk.routings, mask_M)
+
+
+def _token_loss(
+    model: ErnieForCausalLM, hidden_BSD: paddle.Tensor, labels: np.ndarray, totals: Totals, weights: LossWeights
+) -> paddle.Tensor:
+    weight, bias, vocab_first = model.head()
+    loss_sum = linear_cross_entropy(
+        hidden_BSD.reshape([-1, hidden_BSD.shape[-1]]), weight, paddle.to_tensor(labels).reshape([-1]),
+        vocab_first=vocab_first, bias_V=bias, bf16=model.lm_head.bf16_products,
+    )  # fmt: skip
+    if weights.token_balance:
+        return balanced_loss(loss_sum, trained=totals.trained, positions=totals.positions)
+    return mean_loss(loss_sum, trained=totals.trained)
+
+
+def _router_terms(
+    model: ErnieForCausalLM, routings: list, mask_M: paddle.Tensor, weights: LossWeights
+) -> dict[str, tuple[float, paddle.Tensor]]:
+    """Name -> (coefficient, sum over the sparse layers), for the coefficients that are not 0."""
+    if not routings:
+        return {}
+    k, terms = model.config.moe_k, {}
+    if weights.balance:
+        values = [balance_loss(r.logits_ME, mask_M, experts_per_token=k) for r in routings]
+        terms["aux_loss"] = (weights.balance, paddle.stack(values).sum())
+    if weights.z:
+        terms["z_loss"] = (weights.z, paddle.stack([z_loss(r.logits_ME, mask_M) for r in routings]).sum())
+    if weights.orthogonal:
+        values = [orthogonal_loss(block.gate.weight) for block in sparse_blocks(model)]
+        terms["orthogonal_loss"] = (weights.orthogonal, paddle.stack(values).sum())
+    return terms

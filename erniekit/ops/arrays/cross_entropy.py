@@ -12,11 +12,12 @@ _IGNORED = -100
 
 
 def cross_entropy(
-    hidden: np.ndarray, weight: np.ndarray, bias: np.ndarray | None, labels: np.ndarray, losses: np.ndarray,
-    correct: np.ndarray, grad_hidden: Wanted, grad_weight: Wanted, grad_bias: Wanted, _tokens: int, _size: int,
-    vocab: int, vocab_first: bool, chunk: int, bf16: bool,
+    hidden: np.ndarray, weight: np.ndarray, bias: np.ndarray | None, labels: np.ndarray,
+    scales: np.ndarray | None, losses: np.ndarray, correct: np.ndarray, grad_hidden: Wanted, grad_weight: Wanted,
+    grad_bias: Wanted, _tokens: int, _size: int, vocab: int, vocab_first: bool, chunk: int, bf16: bool,
 ) -> int:  # fmt: skip
-    """Writes per-token losses and whether the label is the best token, and the gradients of the sum where wanted.
+    """Writes per-token losses and whether the label is the best token, and the gradients of the sum of scales *
+    losses (None: all 1) where wanted.
 
     weight is [vocab, size] if vocab_first, else [size, vocab]. Returns the index of a label that is no token, or -1.
     """
@@ -35,6 +36,8 @@ def cross_entropy(
         x, logits = rounded(hidden[token], bf16), room[: len(token)]
         matmul(x, head, logits)
         losses[token], correct[token] = _softmax(logits, bias, labels[token])
+        if scales is not None:
+            logits *= scales[token][:, None]
         if grad_bias is not None:
             grad_bias += column_sums(logits)
         if grad_weight is None and grad_hidden is None:

@@ -1,4 +1,4 @@
-"""Cross-entropy of a linear head on the chunked kernel (csrc/cross_entropy.cpp).
+"""Cross-entropy of a linear head, and the log-probabilities of labels, on the chunked kernel (csrc/cross_entropy.cpp).
 
 Shapes: M tokens, D hidden size, V vocabulary.
 """
@@ -38,12 +38,15 @@ class _LinearCrossEntropy(paddle.autograd.PyLayer):
 
 
 def _scores(
-    hidden_MD, weight, bias_V, labels_M, vocab_first: bool, bf16: bool, grads: Gradients
-) -> tuple[paddle.Tensor, paddle.Tensor]:
-    """(loss [M], whether the label is the best token [M]); fills the `grads` that are not None."""
+    hidden_MD, weight, bias_V, labels_M, vocab_first: bool, bf16: bool, grads: Gradients,
+    scales_M: paddle.Tensor | None = None,
+) -> tuple[paddle.Tensor, paddle.Tensor]:  # fmt: skip
+    """(loss [M], whether the label is the best token [M]); fills the `grads` that are not None, of the losses' sum (times
+    their scales)."""
     vocab = weight.shape[0 if vocab_first else 1]
     labels_M = labels_M.astype("int64").contiguous()
-    inputs = (hidden_MD.contiguous(), weight.contiguous(), None if bias_V is None else bias_V.contiguous(), labels_M)
+    inputs = (hidden_MD.contiguous(), weight.contiguous(), None if bias_V is None else bias_V.contiguous(), labels_M,
+              scales_M)  # fmt: skip
     outputs = (paddle.empty(labels_M.shape, "float32"), paddle.empty(labels_M.shape, "bool"))
     sizes = (*hidden_MD.shape, vocab, vocab_first, CHUNK_TOKENS, bf16)
     wrong = call("cross_entropy", *inputs, *outputs, *grads, *sizes)
@@ -58,6 +61,33 @@ def linear_cross_entropy(
 ) -> paddle.Tensor:  # fmt: skip
     """Sum of -log softmax(head(hidden))[label] over the labels that are not ignored."""
     return _LinearCrossEntropy.apply(hidden_MD, weight, bias_V, labels_M, vocab_first, bf16, paddle.is_grad_enabled())
+
+
+class _LinearLogProbs(paddle.autograd.PyLayer):
+    """Makes the gradients in backward, from logits that are made again: every row has its own incoming gradient."""
+
+    @staticmethod
+    def forward(ctx, hidden_MD, weight, bias_V, labels_M, vocab_first: bool, bf16: bool):
+        ctx.wanted, ctx.settings = wanted(hidden_MD, weight, bias_V), (vocab_first, bf16)
+        ctx.save_for_backward(hidden_MD.contiguous(), weight, bias_V, labels_M)
+        losses_M, _ = _scores(hidden_MD, weight, bias_V, labels_M, vocab_first, bf16, [None] * 3)
+        return -losses_M
+
+    @staticmethod
+    def backward(ctx, grad_M):
+        hidden_MD, weight, bias_V, labels_M = ctx.saved_tensor()
+        shapes = (hidden_MD.shape, weight.shape, bias_V.shape if bias_V is not None else [0])
+        grads = only(ctx.wanted, [paddle.empty(shape, "float32") for shape in shapes])
+        _scores(hidden_MD, weight, bias_V, labels_M, *ctx.settings, grads, (-grad_M).contiguous())
+        return (*(grads if bias_V is not None else grads[:2]), None)
+
+
+def linear_log_probs(
+    hidden_MD: paddle.Tensor, weight: paddle.Tensor, labels_M: paddle.Tensor, *,
+    vocab_first: bool, bias_V: paddle.Tensor | None = None, bf16: bool,
+) -> paddle.Tensor:  # fmt: skip
+    """log softmax(head(hidden))[label], [M]."""
+    return _LinearLogProbs.apply(hidden_MD, weight, bias_V, labels_M, vocab_first, bf16)
 
 
 def token_scores(

@@ -21,10 +21,11 @@ float softmax(float* logits, Size vocab, float top) {
 
 }  // namespace
 
-// Writes per-token losses and whether the label is the best token; with gradient pointers, the gradients of the sum.
-// weight is [vocab, size] if vocab_first, else [size, vocab]. Returns the index of a label that is no token, or -1.
+// Writes per-token losses and whether the label is the best token; with gradient pointers, the gradients of the sum of
+// scales * losses (null: all 1). weight is [vocab, size] if vocab_first, else [size, vocab]. Returns the index of a label
+// that is no token, or -1.
 EXPORT Size cross_entropy(const float* hidden, const float* weight, const float* bias, const int64_t* labels,
-                          float* losses, bool* correct, float* grad_hidden, float* grad_weight, float* grad_bias,
+                          const float* scales, float* losses, bool* correct, float* grad_hidden, float* grad_weight, float* grad_bias,
                           Size tokens, Size size, Size vocab, Size vocab_first, Size chunk, Size bf16) {
     Threads threads;
     std::vector<Size> trained;
@@ -60,6 +61,10 @@ EXPORT Size cross_entropy(const float* hidden, const float* weight, const float*
             correct[token[r]] = picked == top && std::find(row, row + label, top) == row + label;  // first of equals
             losses[token[r]] = softmax(row, vocab, top) - picked;
             row[label] -= 1.0f;
+            if (!scales) continue;
+            const float scale = scales[token[r]];
+#pragma omp simd
+            for (Size i = 0; i < vocab; ++i) row[i] *= scale;
         }
         if (grad_bias)
             for (Size r = 0; r < rows; ++r)
