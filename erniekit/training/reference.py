@@ -7,9 +7,9 @@ No second model stands in memory. Where the numbers come from:
     adapters of `lora_path`   from the model with a copy of these adapters in place of the trained ones
     ref_model_update_steps N  after every N steps, from a copy of what is trained, as it was then
 
-A copy takes as much host memory as what is trained does (all weights, or the adapters), is swapped in for a forward pass
-and is part of checkpoints. Every forward here is made without gradients and without dropout. Which of the four a run
-needs is said in recipes/preference.py.
+A copy takes as much host memory as what is trained does (all weights, or the adapters), is swapped in for a forward
+pass and is part of checkpoints. Every forward here is made without gradients and without dropout. Which of the four a
+run needs is said in recipes/preference.py.
 """
 
 from __future__ import annotations
