@@ -25,6 +25,7 @@ from erniekit.config.sizes import VisionSizes, expert_groups
 
 DISK_LAYOUTS = ("pt", "paddle")
 EMBEDDING, HEAD, HEAD_BIAS = "model.embed_tokens.weight", "lm_head.weight", "lm_head.bias"
+SCORE = "score.weight"  # the head of a reward model, as transformers' sequence classification names it
 CORRECTION_BIAS = "moe_statics.e_score_correction_bias"
 _MTP = re.compile(r"(?:model|ernie)\.mtp_(?:block|emb_norm|hidden_norm|linear_proj)\.(\d+)\.")
 
@@ -54,7 +55,8 @@ class Form:
         -PT stores mtp_linear_proj as torch.nn.Linear does, [hidden, 2 hidden]: inference engines load it untransposed.
         """
         rows = layout == "pt" or (layout == "paddle" and cfg.tie_word_embeddings)
-        return cls(head=not cfg.tie_word_embeddings, mtp_layers=mtp_layers, head_rows=rows, mtp_rows=layout != "pt")
+        head = not (cfg.tie_word_embeddings or cfg.is_reward)
+        return cls(head=head, mtp_layers=mtp_layers, head_rows=rows, mtp_rows=layout != "pt")
 
     @classmethod
     def found(cls, cfg: ErnieConfig, layout: str, shapes: Mapping[str, tuple[int, ...]]) -> Form:
@@ -65,9 +67,9 @@ class Form:
         mtp = [int(match[1]) for match in map(_MTP.match, shapes) if match]
         linear = next((shape for name, shape in shapes.items() if "mtp_linear_proj" in name), None)
         # Vision-language models never tie: a stored head is always their own, whatever tie_word_embeddings says.
-        copy = cfg.tie_word_embeddings and stored is not None and not cfg.is_vl
+        copy = cfg.tie_word_embeddings and stored is not None and not cfg.is_vl and not cfg.is_reward
         return cls(
-            head=usual.head or (stored is not None and not copy),
+            head=usual.head or (stored is not None and not copy and not cfg.is_reward),
             mtp_layers=max(mtp, default=-1) + 1,
             head_bias=HEAD_BIAS in shapes,
             correction_bias=not cfg.is_moe or any(name.endswith(CORRECTION_BIAS) for name in shapes),
@@ -306,6 +308,9 @@ class _Builder:
 
     def head(self, form: Form) -> None:
         cfg = self.cfg
+        if cfg.is_reward:
+            self.matrix(SCORE, 1, cfg.hidden_size)
+            return
         rows = (cfg.vocab_size, cfg.hidden_size)
         if form.head or form.head_copy:
             self.add(

@@ -20,6 +20,7 @@ from erniekit.checkpoint.ernie45 import (
     EMBEDDING,
     HEAD,
     HEAD_BIAS,
+    SCORE,
     Form,
     is_mtp,
     layout_of,
@@ -236,7 +237,8 @@ def load_into(
 
     Raises CheckpointError, before anything is written, unless every parameter is stored and everything stored is used.
     Multi-token prediction weights may be unused, and with `mtp_init="random"` they may be absent: then those arrays are
-    left as they are. An absent correction bias is filled with zeros.
+    left as they are. An absent correction bias is filled with zeros. A reward model may be filled from a language
+    model: the head is unused then, and the score left as it is.
     """
     folder.check()
     table = memory_table(cfg, head_bias=HEAD_BIAS in arrays)
@@ -251,6 +253,8 @@ def load_into(
         absent.add(table.places[atom].tensor)
         if atom.endswith(CORRECTION_BIAS) and not folder.form.correction_bias:
             continue
+        if atom == SCORE and not folder.config.is_reward:
+            continue
         if not is_mtp(atom):
             problems.append(f"{folder.path}: '{atom}' is wanted and not stored.")
         elif mtp_init != "random":
@@ -259,7 +263,8 @@ def load_into(
                 "stored. Set mtp_init: random to start multi-token prediction from random weights, or "
                 "num_nextn_predict_layers: 0."
             )
-    unused = [atom for atom in stored.keys() - table.atoms.keys() if not is_mtp(atom)]
+    may_stay = {HEAD, HEAD_BIAS} if cfg.is_reward and not folder.config.is_reward else set()
+    unused = [atom for atom in stored.keys() - table.atoms.keys() - may_stay if not is_mtp(atom)]
     problems += [f"{folder.path}: '{atom}' is stored and the model has no place for it." for atom in unused]
     if problems:
         raise CheckpointError(listed(sorted(problems)))

@@ -13,11 +13,12 @@ import numpy as np
 import paddle
 
 from erniekit.base.console import notice
-from erniekit.checkpoint.ernie45 import is_mtp
+from erniekit.checkpoint.ernie45 import SCORE, is_mtp
 from erniekit.checkpoint.folder import Folder, load_into
 from erniekit.checkpoint.save import MAX_SHARD_BYTES, save_folder
 from erniekit.config.architecture import ErnieConfig
 from erniekit.models.decoder import ErnieForCausalLM
+from erniekit.models.reward import ErnieForReward
 
 
 def host_array(tensor: paddle.Tensor) -> np.ndarray:
@@ -51,12 +52,16 @@ def build_model(
 ) -> ErnieForCausalLM:
     """A model of architecture `cfg` with the weights of `folder`, in `dtype` ("float32" or "bfloat16").
 
-    `mtp_init="random"` draws multi-token prediction weights that the folder does not have, from `seed`.
+    `mtp_init="random"` draws multi-token prediction weights that the folder does not have, from `seed`. If `cfg` is a
+    reward model's and the folder a language model's, its score is drawn in the same way.
     Raises CheckpointError if a tensor is missing, extra or misshapen.
     """
     for text in folder.notices:
         notice(text)
-    model = ErnieForCausalLM(cfg, dtype=dtype, lm_head_bias=folder.has_head_bias)
+    if cfg.is_reward:
+        model = ErnieForReward(cfg, dtype=dtype)
+    else:
+        model = ErnieForCausalLM(cfg, dtype=dtype, lm_head_bias=folder.has_head_bias)
     fill_model(model, folder, mtp_init=mtp_init, seed=seed)
     return model
 
@@ -66,9 +71,11 @@ def fill_model(model: ErnieForCausalLM, folder: Folder, *, mtp_init: str | None 
     parameters, cfg = dict(model.named_parameters()), model.config
     in_place = all(p.dtype == paddle.float32 and _writable(p) for p in parameters.values())
     arrays = {n: host_array(p) if in_place else np.empty(p.shape, np.float32) for n, p in parameters.items()}
+    fresh = [SCORE] if cfg.is_reward and not folder.config.is_reward else []
     if mtp_init == "random" and not folder.has_mtp:
-        for name in filter(is_mtp, arrays):
-            arrays[name][...] = _drawn(name, arrays[name].shape, cfg, seed)
+        fresh += filter(is_mtp, arrays)
+    for name in fresh:
+        arrays[name][...] = _drawn(name, arrays[name].shape, cfg, seed)
     load_into(folder, arrays, cfg=cfg, mtp_init=mtp_init)
     if not in_place:
         for name, p in parameters.items():

@@ -182,7 +182,7 @@ def save_folder(
     tag, config = BF16_TAG[layout], cfg.replace(dtype=dtype)
     form = form.in_layout(cfg, layout)
     if base is not None:
-        if base.form.mtp_layers > form.mtp_layers:
+        if base.form.mtp_layers > form.mtp_layers and not cfg.is_reward:
             form = replace(form, mtp_layers=base.form.mtp_layers)
             config = config.replace(num_nextn_predict_layers=base.disk_config.num_nextn_predict_layers)
             source = _Carrying(memory, base)

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from erniekit.config.keys import Alias, key, later
+from erniekit.config.keys import key, later
 from erniekit.config.model import PREFERENCE_STAGES
 
 _PREFERENCE = ("stage", PREFERENCE_STAGES)
@@ -39,7 +39,7 @@ class AlignConfig:
         only=_DPO,
     )
     offset_alpha: float = key(
-        0.0, "Weight of the score difference of a pair: the margin has to exceed offset_alpha / beta * log(difference).",
+        0.0, "Weight of a pair's score difference: the margin has to exceed offset_alpha / beta * log(difference).",
         only=_DPO,
     )
     simpo_gamma: float = key(0.5, "Margin of simpo.", only=_DPO)
@@ -49,10 +49,10 @@ class AlignConfig:
         0.0, "Weight of the likelihood of the chosen answers, a mean over their tokens.", only=_DPO, least=0
     )
     kto_desirable_weight: float = key(
-        1.0, "Weight of desirable answers in KTO.", only=_KTO, least=0, aliases=(Alias("desirable_weight"),)
+        1.0, "Weight of desirable answers in KTO.", only=_KTO, least=0
     )
     kto_undesirable_weight: float = key(
-        1.0, "Weight of undesirable answers in KTO.", only=_KTO, least=0, aliases=(Alias("undesirable_weight"),)
+        1.0, "Weight of undesirable answers in KTO.", only=_KTO, least=0
     )
     reference_free: bool = key(
         False, "Train without a reference model. simpo, or and orpo do so anyway; the other losses refuse it.",
@@ -64,11 +64,6 @@ class AlignConfig:
     mask_out_eos_token: bool = later(True, "Leave the end-of-sentence token untrained.", only=_PREFERENCE)
     num_of_gpus: int = later(-1, "Devices of the benchmark.", only=_PREFERENCE)
     dpo_benchmark: bool = later(False, "Measure speed only.", only=_PREFERENCE)
-
-    @property
-    def loss(self) -> str:
-        """The loss's name in losses/preference.py."""
-        return "or" if self.loss_type == "orpo" else self.loss_type
 
     @property
     def needs_reference(self) -> bool:

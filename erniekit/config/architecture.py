@@ -24,6 +24,8 @@ _REQUIRED = (
     "num_key_value_heads",
 )  # fmt: skip
 _REQUIRED_MOE = ("moe_k", "moe_intermediate_size")
+_NOT_WRITTEN = ("extras", "dtype", "is_reward")  # under their own names
+_SCORES = "ForSequenceClassification"  # how the class names of models end that score a text
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,7 @@ class ErnieConfig:
     moe_norm_min: float = 1e-12
     num_nextn_predict_layers: int = 0
     dtype: str = "bfloat16"
+    is_reward: bool = False  # a score in the place of the language model's head
     extras: dict[str, Any] = field(default_factory=dict)
 
     # ------------------------------------------------------------------ what follows from the fields
@@ -158,6 +161,7 @@ class ErnieConfig:
             eos_token_id=reader.integer("eos_token_id", 2, least=0),
             num_nextn_predict_layers=reader.integer("num_nextn_predict_layers", 0, least=0),
             dtype=reader.dtype(),
+            is_reward=reader.is_reward(),
         )
         if sparse:
             fields |= dict(
@@ -173,7 +177,7 @@ class ErnieConfig:
         reader.check(fields)
         if reader.problems:
             raise CheckpointError(reader.problems)
-        known = {f.name for f in dataclasses.fields(cls)} - {"extras", "model_type", "dtype"}
+        known = {f.name for f in dataclasses.fields(cls)} - {"extras", "model_type", "dtype", "is_reward"}
         extras = {key: value for key, value in values.items() if key not in known}
         return cls(**fields, extras=extras)
 
@@ -186,13 +190,15 @@ class ErnieConfig:
         """
         assert layout in ("pt", "paddle"), layout
         out = {k: v for k, v in self.extras.items() if k not in ("dtype", "torch_dtype", "rope_parameters")}
-        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in ("extras", "dtype")}
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in _NOT_WRITTEN}
         if not self.is_moe:
             values = {key: value for key, value in values.items() if not key.startswith("moe_")}
         if not self.num_nextn_predict_layers and "num_nextn_predict_layers" not in self.extras:
             values.pop("num_nextn_predict_layers")
         values = {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
         out |= values
+        if self.is_reward:
+            out["num_labels"] = 1
         out["architectures"] = [self.class_name(layout)]
         out["torch_dtype" if layout == "pt" else "dtype"] = self.dtype
         return dict(sorted(out.items()))
@@ -201,9 +207,10 @@ class ErnieConfig:
         """The published class name of this architecture in `layout`."""
         if self.is_vl:
             return "Ernie4_5_VLMoeForConditionalGeneration"
+        kind = _SCORES if self.is_reward else "ForCausalLM"
         if self.is_moe:
-            return "Ernie4_5_MoeForCausalLM"
-        return "Ernie4_5ForCausalLM" if layout == "pt" else "Ernie4_5_ForCausalLM"
+            return f"Ernie4_5_Moe{kind}"
+        return f"Ernie4_5{kind}" if layout == "pt" else f"Ernie4_5_{kind}"
 
 
 class _Reader:
@@ -228,6 +235,14 @@ class _Reader:
             raise CheckpointError(self.problems)
         # ERNIEKit saves dense models under the MoE type with no experts.
         return "ernie4_5" if found == "ernie4_5_moe" and not self.values.get("moe_num_experts") else found
+
+    def is_reward(self) -> bool:
+        classes = self.values.get("architectures") or []
+        if not any(str(name).endswith(_SCORES) for name in classes):
+            return False
+        if (found := self.values.get("num_labels", 1)) != 1:
+            self.problem(f"num_labels is {found!r}; a reward model has one number for a text.")
+        return True
 
     def experts(self) -> int | tuple[int, int]:
         return self.pair("moe_num_experts", 0)

@@ -12,6 +12,7 @@ from typing import Any
 from erniekit.base.errors import did_you_mean
 from erniekit.config.data import CHAT_TEMPLATES
 from erniekit.config.keys import INERT, SPEED, Key
+from erniekit.config.preferences import preference_problems
 from erniekit.config.run import DEFAULT, KEYS, RunConfig
 from erniekit.config.values import text_of
 
@@ -25,11 +26,17 @@ def fill_defaults(values: dict[str, Any], origins: dict[str, str]) -> None:
     if values["per_device_eval_batch_size"] is None:
         values["per_device_eval_batch_size"] = values["batch_size"]
         origins["per_device_eval_batch_size"] = f"{DEFAULT}: batch_size"
+    if values["loss_type"] == "orpo" and origins["sft_loss_ratio"].startswith(DEFAULT):
+        values["sft_loss_ratio"] = 1.0
+        origins["sft_loss_ratio"] = f"{DEFAULT} for loss_type orpo"
 
 
 def problems(config: RunConfig, failed: Collection[str]) -> list[str]:
     """Every contradiction between keys. Keys in `failed` have no readable value, so nothing is said about them."""
-    kinds = (_template, _shares, _learning_rate, _schedule_steps, _patterns, _endless, _data_sets, _unjudged)
+    kinds = (
+        _template, _shares, _learning_rate, _schedule_steps, _patterns, _endless, _data_sets, _unjudged,
+        preference_problems,
+    )  # fmt: skip
     found = [finding for kind in kinds for finding in kind(config)]
     return [text for names, text in found if not set(names) & set(failed)]
 

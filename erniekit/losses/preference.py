@@ -8,10 +8,10 @@ Pure functions of log-probabilities that are already summed over each answer's t
 
 Lengths: ipo, simpo and `or` compare means per token. The others compare sums; with `normalize_logps` (ERNIEKit's
 default; TRL has nothing like it) both answers of a pair are first scaled to the pair's mean length, policy and
-reference alike, so that beta means something else than in TRL wherever the two lengths differ.
+reference alike, so that beta is not TRL's wherever the two lengths differ.
 
-Where a loss looks at all pairs of a batch (kto_pair, bco, aot; KTO), it takes that look as constants: `Across`. They are
-those of the whole step, so that the sum over micro-batches is the loss of the step however it was cut.
+Where a loss looks at all pairs of a batch (kto_pair, bco, aot; KTO), what it sees comes as constants: `Across`. They
+are those of the whole step, so that the sum over micro-batches is the loss of the step however it was cut.
 
 Knows no model, batch or config. Shapes: N pairs, or N judged answers.
 """
@@ -25,8 +25,7 @@ from typing import NamedTuple
 
 import paddle
 import paddle.nn.functional as F
-
-Tensor = paddle.Tensor
+from paddle import Tensor
 
 
 class PairLogps(NamedTuple):
@@ -138,8 +137,8 @@ def sigmoid(t: _Terms, s: PreferenceSettings, _: Across) -> Tensor:
 
 
 def hinge(t: _Terms, s: PreferenceSettings, _: Across) -> Tensor:
-    """max(0, 1 - beta h): SLiC's margin (arXiv 2305.10425, section 2) on DPO's ratio (RSO, arXiv 2309.06657, section 3).
-    ERNIEKit and TRL the same."""
+    """max(0, 1 - beta h): SLiC's margin (arXiv 2305.10425, section 2) on DPO's ratio (RSO, arXiv 2309.06657, section
+    3). ERNIEKit and TRL the same."""
     return F.relu(1.0 - s.beta * t.margin)
 
 
@@ -160,8 +159,8 @@ def simpo(t: _Terms, s: PreferenceSettings, _: Across) -> Tensor:
 
 
 def dpop(t: _Terms, s: PreferenceSettings, _: Across) -> Tensor:
-    """-log sigma(beta (h - lambda max(0, -chosen ratio))): DPO that keeps the chosen answer's likelihood up (Smaug, arXiv
-    2402.13228, section 3). ERNIEKit the same; TRL has none."""
+    """-log sigma(beta (h - lambda max(0, -chosen ratio))): DPO that keeps the chosen answer's likelihood up (Smaug,
+    arXiv 2402.13228, section 3). ERNIEKit the same; TRL has none."""
     return -F.log_sigmoid(s.beta * (t.margin - s.dpop_lambda * F.relu(-t.chosen)))
 
 
@@ -228,8 +227,8 @@ def nca_pair(t: _Terms, s: PreferenceSettings, _: Across) -> Tensor:
 
 
 def bco(t: _Terms, s: PreferenceSettings, across: Across) -> Tensor:
-    """-log sigma(r_c - shift) - log sigma(-(r_r - shift)), r = beta ratio, shift = the running mean of all rewards (BCO,
-    arXiv 2404.04656, section 3).
+    """-log sigma(r_c - shift) - log sigma(-(r_r - shift)), r = beta ratio, shift = the running mean of all rewards
+    (BCO, arXiv 2404.04656, section 3).
 
     TRL's bco_pair has lost the shift (it is ours at shift 0); ERNIEKit has none.
     """
@@ -251,9 +250,9 @@ def apo_down(t: _Terms, s: PreferenceSettings, _: Across) -> Tensor:
 LOSSES: dict[str, Callable[[_Terms, PreferenceSettings, Across], Tensor]] = {
     "sigmoid": sigmoid, "hinge": hinge, "ipo": ipo, "kto_pair": kto_pair, "simpo": simpo, "or": odds_ratio,
     "dpop": dpop, "sppo_hard": sppo_hard, "nca_pair": nca_pair, "robust": robust, "exo": exo, "bco": bco,
-    "apo_zero": apo_zero, "apo_down": apo_down, "aot": aot,
+    "apo_zero": apo_zero, "apo_down": apo_down, "aot": aot, "orpo": odds_ratio,
 }  # fmt: skip
-ON_MEANS = ("ipo", "simpo", "or")
+ON_MEANS = ("ipo", "simpo", "or", "orpo")
 ACROSS = ("kto_pair", "bco", "aot")  # look at all pairs of a step
 
 

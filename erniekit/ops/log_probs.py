@@ -1,9 +1,8 @@
 """Log-probabilities of labels under a linear head, one per row, in chunks of rows: no [M, V] tensor ever lives.
 
-Unlike the cross-entropy of ops/cross_entropy.py, whose gradient is made in forward and scaled afterwards, every row here
-has an incoming gradient of its own, known in backward only: the logits are made a second time there. So backward holds
-one chunk of logits, whatever M, and a frozen head costs no weight gradient. Shapes: M labelled rows, D hidden size,
-V vocabulary.
+The gradient of ops/cross_entropy.py is made in forward and scaled afterwards. Here every row has an incoming gradient
+of its own, known in backward only: the logits are made a second time there, one chunk at a time. A frozen head costs no
+weight gradient. Shapes: M labelled rows, D hidden size, V vocabulary.
 """
 
 from __future__ import annotations

@@ -20,6 +20,7 @@ from erniekit.checkpoint.ernie45 import memory_table
 from erniekit.checkpoint.folder import Folder
 from erniekit.checkpoint.model_io import build_model
 from erniekit.config.architecture import ErnieConfig
+from erniekit.config.model import PREFERENCE_STAGES
 from erniekit.config.run import RunConfig
 from erniekit.models.decoder import ErnieForCausalLM
 from erniekit.parallel.recompute import apply_recompute
@@ -33,8 +34,21 @@ from erniekit.training.selection import freeze, rate_factors, trained_names
 
 
 def architecture(base: Folder, cfg: RunConfig) -> ErnieConfig:
-    """The base model's architecture with what the run changes: multi-token prediction on or off."""
-    wanted = cfg.model.num_nextn_predict_layers
+    """The base model's architecture with what the run changes: multi-token prediction on or off, a score for a head.
+
+    Preferences train no multi-token prediction unless it is asked for. Raises ConfigError for a reward model where a
+    language model is needed.
+    """
+    wanted, stage = cfg.model.num_nextn_predict_layers, cfg.model.stage
+    if base.config.is_reward and stage != "RM":
+        raise ConfigError(
+            f"{base.path}: is a reward model: it has a score and no language model's head, so stage {stage} cannot "
+            "train it. Take the language model that it was made from."
+        )
+    if stage == "RM":
+        return base.config.replace(is_reward=True, num_nextn_predict_layers=0)
+    if wanted is None and stage in PREFERENCE_STAGES:
+        wanted = 0
     return base.config if wanted is None else base.config.replace(num_nextn_predict_layers=wanted)
 
 

@@ -1,12 +1,14 @@
 """The objectives of the stages DPO, KTO and RM over a PreferenceBatch, and what is measured on held-out preferences.
 
-A step's loss is the mean over all its samples, so each micro-batch divides by the samples of the step: what it is does
-not depend on how samples share rows or micro-batches, nor on whether answers share their prompt. Losses that look at all
-samples of a step (kto_pair, bco, aot; KTO's KL) get what they look at from `begin`: where a step has several
-micro-batches, that is one more forward pass over them, without gradients and without dropout.
+A step's loss is the mean over all its samples, so each micro-batch divides by the samples of the step: the loss does
+not depend on how samples share rows or micro-batches, nor on whether answers share their prompt. Losses that look at
+all samples of a step (kto_pair, bco, aot; KTO's KL) do so in `begin`: where a step has several micro-batches, that is
+one more forward pass over them, without gradients and without dropout.
 
 Log-probabilities are summed over an answer in fp64: a margin is a small difference of large sums. Where those of the
-reference come from is not known here: a `Reference` gives them. Shapes: N samples, A answers of a batch, M labelled rows.
+reference come from is not known here: a `Reference` gives them.
+
+Shapes: N samples, A answers of a batch, M labelled rows, B rows of a batch, S positions, D hidden size.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import paddle
+from paddle import Tensor
 
 from erniekit.base.errors import DataError
 from erniekit.config.align import AlignConfig
@@ -43,7 +46,6 @@ from erniekit.ops.log_probs import linear_log_probs
 from erniekit.training.objective import LossWeights, beside, run_trunk
 from erniekit.training.step import Losses, Totals
 
-Tensor = paddle.Tensor
 Reference = Callable[[ErnieForCausalLM, PreferenceBatch], Tensor]  # the reference's `answer_log_probs`
 Seen = Any  # a NamedTuple of tensors [N]: what a loss is made from
 
@@ -138,7 +140,8 @@ class PreferenceObjective(ABC):
         return {}
 
     def load_state(self, state: Mapping[str, np.ndarray]) -> None:
-        """Take over what `state` returned."""
+        """Take over what `state` of an equal run returned."""
+        assert not state, f"nothing is remembered here: {sorted(state)}"
 
     # ---- a step
     def begin(self, model: ErnieForCausalLM, batches: Sequence[PreferenceBatch]) -> None:
@@ -257,7 +260,7 @@ class PairObjective(PreferenceObjective):
 
     def __init__(self, keys: AlignConfig, weights: LossWeights, *, reference: Reference | None = None) -> None:
         super().__init__(keys, weights, reference=reference)
-        self.looks_across = keys.loss in ACROSS
+        self.looks_across = keys.loss_type in ACROSS
         self.settings = PreferenceSettings(
             beta=keys.beta, label_smoothing=keys.label_smoothing, simpo_gamma=keys.simpo_gamma,
             dpop_lambda=keys.dpop_lambda, offset_alpha=keys.offset_alpha, normalize_logps=keys.normalize_logps,
@@ -266,11 +269,11 @@ class PairObjective(PreferenceObjective):
 
     def state(self) -> dict[str, Tensor]:
         """See PreferenceObjective."""
-        return {"bco.running": paddle.to_tensor(self._running)} if self.keys.loss == "bco" else {}
+        return {"bco.running": paddle.to_tensor(self._running)} if self.keys.loss_type == "bco" else {}
 
     def load_state(self, state: Mapping[str, np.ndarray]) -> None:
         """See PreferenceObjective."""
-        if self.keys.loss == "bco":
+        if self.keys.loss_type == "bco":
             self._running = np.array(state["bco.running"], np.float32)
 
     def _see(self, model: ErnieForCausalLM, batch: PreferenceBatch, hidden_BSD: Tensor) -> _Pairs:
@@ -278,14 +281,14 @@ class PairObjective(PreferenceObjective):
         ref_A = self._reference_logps(model, batch)
         lengths_A = paddle.to_tensor(answer_lengths(batch).astype(np.float64))
         sides = [_pick(x, answers) for x in (policy_A, ref_A, lengths_A) for answers in (batch.chosen, batch.rejected)]
-        return _Pairs(*sides, paddle.to_tensor(batch.score_delta.astype(np.float64)))
+        return _Pairs._make([*sides, paddle.to_tensor(batch.score_delta.astype(np.float64))])
 
     def _look(self, whole: _Pairs, *, learn: bool) -> Across:
-        if self.keys.loss != "bco":
-            return look_across(self.keys.loss, whole.logps, self.settings)
+        if self.keys.loss_type != "bco":
+            return look_across(self.keys.loss_type, whole.logps, self.settings)
         mean, count = self._running
         if learn:
-            sides = rewards(self.keys.loss, whole.logps, self.settings)
+            sides = rewards(self.keys.loss_type, whole.logps, self.settings)
             new = len(whole.score_delta)
             mean += np.float32((float(paddle.concat(sides).mean()) - mean) * new / (count + new))
             self._running = np.array([mean, count + new], np.float32)
@@ -294,9 +297,9 @@ class PairObjective(PreferenceObjective):
     def _score(self, seen: _Pairs, step: _Step, across: Across) -> _Scored:
         keys, logps = self.keys, seen.logps
         loss_N = keys.pref_loss_ratio * preference_loss(
-            keys.loss, logps, self.settings, score_delta=seen.score_delta, across=across
+            keys.loss_type, logps, self.settings, score_delta=seen.score_delta, across=across
         )
-        chosen, rejected = rewards(keys.loss, logps, self.settings)
+        chosen, rejected = rewards(keys.loss_type, logps, self.settings)
         ratios = (seen.policy_chosen - seen.ref_chosen, seen.policy_rejected - seen.ref_rejected)
         gauges = map(kl_estimate, ratios, (seen.chosen_lengths, seen.rejected_lengths))
         figures = {
@@ -316,7 +319,6 @@ class PairObjective(PreferenceObjective):
 class _Judged(NamedTuple):
     policy: Tensor
     ref: Tensor
-    lengths: Tensor
     desirable: Tensor  # 1 or 0
     elsewhere: Tensor  # the log-ratio of another sample's answer after this prompt
 
@@ -332,9 +334,9 @@ class JudgedObjective(PreferenceObjective):
         with paddle.no_grad():
             elsewhere_A = _summed(model, hidden_BSD.detach(), batch, batch.mismatched) - ref_A
         policy_A = _summed(model, hidden_BSD, batch, batch.judged)
-        lengths_A = paddle.to_tensor(answer_lengths(batch).astype(np.float64))
-        judged = [_pick(values_A, batch.judged) for values_A in (policy_A, ref_A, lengths_A)]
-        return _Judged(*judged, paddle.to_tensor(batch.desirable.astype(np.float64)), _pick(elsewhere_A, batch.mismatched))
+        policy_N, ref_N = _pick(policy_A, batch.judged), _pick(ref_A, batch.judged)
+        desirable_N = paddle.to_tensor(batch.desirable.astype(np.float64))
+        return _Judged(policy_N, ref_N, desirable_N, _pick(elsewhere_A, batch.mismatched))
 
     def _look(self, whole: _Judged, *, learn: bool) -> Across:  # noqa: ARG002
         return Across(kl=kto_kl(whole.elsewhere))

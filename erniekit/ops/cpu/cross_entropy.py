@@ -41,12 +41,12 @@ def _scores(
     hidden_MD, weight, bias_V, labels_M, vocab_first: bool, bf16: bool, grads: Gradients,
     scales_M: paddle.Tensor | None = None,
 ) -> tuple[paddle.Tensor, paddle.Tensor]:  # fmt: skip
-    """(loss [M], whether the label is the best token [M]); fills the `grads` that are not None, of the losses' sum (times
-    their scales)."""
+    """(loss [M], whether the label is the best token [M]); fills the `grads` that are not None, of the sum of the
+    losses (times their scales)."""
     vocab = weight.shape[0 if vocab_first else 1]
     labels_M = labels_M.astype("int64").contiguous()
-    inputs = (hidden_MD.contiguous(), weight.contiguous(), None if bias_V is None else bias_V.contiguous(), labels_M,
-              scales_M)  # fmt: skip
+    bias_V = None if bias_V is None else bias_V.contiguous()
+    inputs = (hidden_MD.contiguous(), weight.contiguous(), bias_V, labels_M, scales_M)
     outputs = (paddle.empty(labels_M.shape, "float32"), paddle.empty(labels_M.shape, "bool"))
     sizes = (*hidden_MD.shape, vocab, vocab_first, CHUNK_TOKENS, bf16)
     wrong = call("cross_entropy", *inputs, *outputs, *grads, *sizes)
@@ -76,9 +76,9 @@ class _LinearLogProbs(paddle.autograd.PyLayer):
     @staticmethod
     def backward(ctx, grad_M):
         hidden_MD, weight, bias_V, labels_M = ctx.saved_tensor()
-        shapes = (hidden_MD.shape, weight.shape, bias_V.shape if bias_V is not None else [0])
-        grads = only(ctx.wanted, [paddle.empty(shape, "float32") for shape in shapes])
-        _scores(hidden_MD, weight, bias_V, labels_M, *ctx.settings, grads, (-grad_M).contiguous())
+        inputs, (vocab_first, bf16) = (hidden_MD, weight, bias_V), ctx.settings
+        grads = [paddle.empty_like(x) if want else None for x, want in zip(inputs, ctx.wanted, strict=True)]
+        _scores(*inputs, labels_M, vocab_first, bf16, grads, (-grad_M).contiguous())
         return (*(grads if bias_V is not None else grads[:2]), None)
 
 

@@ -1,0 +1,130 @@
+"""Between adapter folders and adapters of models in memory; the other files of this room never touch paddle tensors.
+
+save_adapter(model, path, config=..., form="peft", base=folder, dtype="float32")
+folder = AdapterFolder.open(path);  add_adapters(model, folder.config, seed=0, draw=False)
+load_adapter(model, folder)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+import paddle
+
+from erniekit.adapters.lora import adapter_config_of, adapter_parameters, plain_factors
+from erniekit.adapters.targets import slot
+from erniekit.base.console import warn
+from erniekit.base.errors import CheckpointError, listed
+from erniekit.checkpoint.adapter import Adapter, memory_adapter
+from erniekit.checkpoint.adapter_folder import AdapterFolder, mark_of
+from erniekit.checkpoint.adapter_forms import Form
+from erniekit.checkpoint.adapter_save import write_adapter
+from erniekit.checkpoint.ernie45 import HEAD_BIAS, Table, memory_table
+from erniekit.checkpoint.folder import Folder
+from erniekit.checkpoint.keys import assign
+from erniekit.checkpoint.model_io import host_array
+from erniekit.config.adapter import AdapterConfig
+from erniekit.models.decoder import ErnieForCausalLM
+
+__all__ = ["AdapterFolder", "check_base", "load_adapter", "save_adapter"]
+
+
+class _Parameters(Mapping[str, np.ndarray]):
+    """Parameters by name, each fetched when it is asked for."""
+
+    def __init__(self, parameters: Mapping[str, paddle.Tensor]) -> None:
+        self._parameters = parameters
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return host_array(self._parameters[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._parameters)
+
+    def __len__(self) -> int:
+        return len(self._parameters)
+
+
+def save_adapter(
+    model: ErnieForCausalLM, path: str | Path, *, config: AdapterConfig, form: Form, base: Folder, dtype: str
+) -> None:
+    """Write the model's adapter (`config` says which) as a folder, with the tokenizer of `base`; see adapter_save.py.
+
+    What began as PiSSA is written as the plain adapter of twice the rank that it is; `load_adapter` takes it apart.
+    """
+    parameters = adapter_parameters(model)
+    for target, (a, b) in plain_factors(model).items():
+        parameters |= {f"{slot(target)}.lora_A": a, f"{slot(target)}.lora_B": b}
+    adapter = memory_adapter(plain_config(config), _Parameters(parameters), _table(model))
+    write_adapter(path, adapter, form=form, base=base, dtype=dtype)
+
+
+def plain_config(config: AdapterConfig) -> AdapterConfig:
+    """The adapter without its start: PiSSA is a plain adapter of twice the rank, what was learned less the start."""
+    if config.init != "pissa":
+        return config
+    alpha = config.alpha * (math.sqrt(2) if config.rslora else 2)
+    return dataclasses.replace(config, rank=2 * config.rank, alpha=alpha, init="default")
+
+
+def load_adapter(model: ErnieForCausalLM, folder: AdapterFolder) -> None:
+    """Put the adapter of `folder` in the place of the model's. Raises CheckpointError, before anything is written,
+    unless the folder holds exactly the model's adapter: the same modules, the same rank."""
+    wanted = adapter_config_of(model)
+    assert wanted is not None, "the model has no adapters"
+    parameters, adapter = adapter_parameters(model), folder.on(model.config)
+    arrays = {**dict(adapter.in_memory(_table(model))), **_whole(adapter, _table(model))}
+    if wanted.init == "pissa":
+        arrays = {name: part for whole, array in arrays.items() for name, part in _taken_apart(whole, array)}
+    problems = [f"{folder.path}: '{name}' has no place in the model." for name in arrays.keys() - parameters.keys()]
+    problems += [f"{folder.path}: '{name}' is missing." for name in parameters.keys() - arrays.keys()]
+    problems += [
+        f"{folder.path}: '{name}' is {list(arrays[name].shape)}; the model's is {list(p.shape)}."
+        for name, p in parameters.items()
+        if name in arrays and list(arrays[name].shape) != list(p.shape)
+    ]
+    if not math.isclose(folder.config.scaling, plain_config(wanted).scaling, rel_tol=1e-12):
+        problems.append(f"{folder.path}: its scale is {folder.config.scaling:g}; the model's is {wanted.scaling:g}.")
+    if problems:
+        raise CheckpointError(listed(sorted(problems)))
+    for name, p in parameters.items():
+        p.set_value(paddle.to_tensor(np.ascontiguousarray(arrays[name])).astype(p.dtype))
+
+
+def _taken_apart(name: str, array: np.ndarray) -> list[tuple[str, np.ndarray]]:
+    """What was learned and the start of PiSSA, of a factor of twice the rank."""
+    if name.endswith(".lora_A"):
+        learned, start = np.split(array, 2, axis=-1)
+    elif name.endswith(".lora_B"):
+        learned, start = np.split(array, 2, axis=-2)
+        start = -start
+    else:
+        return [(name, array)]
+    return [(name, learned), (name.replace(".lora_", ".initial_"), start)]
+
+
+def _whole(adapter: Adapter, table: Table) -> dict[str, np.ndarray]:
+    """The parameters in memory of the modules that were trained whole."""
+    arrays = {}
+    for name, tensor in table.tensors.items():
+        if all(atom in adapter.whole for atom, _ in tensor.parts):
+            arrays[name] = np.empty(tensor.shape, np.float32)
+            for atom, view in tensor.parts:
+                assign(view(arrays[name]), adapter.whole[atom]())
+    return arrays
+
+
+def check_base(folder: AdapterFolder, base: Folder) -> None:
+    """Raise CheckpointError if the adapter does not fit the model in `base`; warn if it was made for other weights."""
+    folder.on(base.disk_config, mtp_layers=base.form.mtp_layers)
+    if folder.base_mark not in (None, mark_of(base)):
+        made = f" ({folder.base_name})" if folder.base_name else ""
+        warn(f"{folder.path}: was made for other weights than those of {base.path}{made}; its shapes fit them.")
+
+
+def _table(model: ErnieForCausalLM) -> Table:
+    return memory_table(model.config, head_bias=any(name == HEAD_BIAS for name, _ in model.named_parameters()))
