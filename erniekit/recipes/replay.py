@@ -45,8 +45,7 @@ def replay(folder: str | Path) -> Finding | None:
     folder = Path(folder)
     kept = read_kept(folder)
     cfg = load_config(folder / CONFIG_FILE, ["recompute=false"])  # recomputing would run every layer twice
-    with_adapters = cfg.model.fine_tuning == "LoRA"  # the folder holds them alone
-    base = Folder.open(locate_model(cfg.model.model_name_or_path or "", cfg.model.download_hub) if with_adapters else folder)
+    base = Folder.open(folder if cfg.model.fine_tuning == "Full" else _base_of(cfg))
     tokenizer = Tokenizer.from_folder(base.path)
     arch = architecture(base, cfg)
     model = weights_of(cfg, base, arch).build(folder)
@@ -69,6 +68,11 @@ def replay(folder: str | Path) -> Finding | None:
         _print_layers(probes[found.micro_batch].seen, number=found.micro_batch)
         _print_finding(found, kept, tokenizer)
     return found
+
+
+def _base_of(cfg: RunConfig) -> str | Path:
+    """Where the model is that adapters stand on: a step is kept without it."""
+    return locate_model(cfg.model.model_name_or_path or "", cfg.model.download_hub)
 
 
 def _objective(cfg: RunConfig, arch: ErnieConfig, kept: Kept) -> Objective:
