@@ -7,7 +7,7 @@ Refuses to know paddle, devices and ranks: it fills arrays that the caller owns.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from erniekit.checkpoint.ernie45 import (
     HEAD_BIAS,
     SCORE,
     Form,
+    Tensor,
     is_mtp,
     layout_of,
     layout_table,
@@ -29,7 +30,6 @@ from erniekit.checkpoint.ernie45 import (
 )
 from erniekit.checkpoint.hf_files import BFLOAT16, INDEX_FILE, SINGLE_FILE, SafetensorsFile, open_shards
 from erniekit.checkpoint.pdparams import read_pdparams
-from erniekit.checkpoint.source import fill
 from erniekit.config.architecture import ErnieConfig
 from erniekit.config.hubs import download_command, is_repository
 
@@ -230,19 +230,19 @@ def _absent(path: str) -> str:
     return f"{path}: no such model folder.{near} {words} with\n    {command}\n(`pip install huggingface_hub`)."
 
 
-def load_into(
-    folder: Folder, arrays: Mapping[str, np.ndarray], *, cfg: ErnieConfig, mtp_init: str | None = None
-) -> None:
-    """Fill a model's own memory (`arrays`: parameter name in memory -> writable array), tensor by tensor.
+def plan_load(
+    folder: Folder, shapes: Mapping[str, Sequence[int]], *, cfg: ErnieConfig, mtp_init: str | None = None
+) -> dict[str, Tensor | None]:
+    """What fills each weight of a model in memory (`shapes`: all of them by name): a tensor of the folder's atoms, or
+    None for what is not stored.
 
-    Raises CheckpointError, before anything is written, unless every parameter is stored and everything stored is used.
-    Multi-token prediction weights may be unused, and with `mtp_init="random"` they may be absent: then those arrays are
-    left as they are. An absent correction bias is filled with zeros. A reward model may be filled from a language
-    model: the head is unused then, and the score left as it is.
+    Raises CheckpointError unless every weight is stored and everything stored is used. Multi-token prediction weights
+    may be unused, and with `mtp_init="random"` they may be absent. A correction bias may be absent: it is zeros. A
+    reward model may be filled from a language model: the head is unused then, and the score absent.
     """
     folder.check()
-    table = memory_table(cfg, head_bias=HEAD_BIAS in arrays)
-    given = {name: array.shape for name, array in arrays.items()}
+    table = memory_table(cfg, head_bias=HEAD_BIAS in shapes)
+    given = {name: tuple(shape) for name, shape in shapes.items()}
     assert given == {name: tensor.shape for name, tensor in table.tensors.items()}, (
         "the model does not match its config"
     )
@@ -268,8 +268,4 @@ def load_into(
     problems += [f"{folder.path}: '{atom}' is stored and the model has no place for it." for atom in unused]
     if problems:
         raise CheckpointError(listed(sorted(problems)))
-    for name, tensor in table.tensors.items():
-        if name not in absent:
-            fill(arrays[name], tensor, folder)
-        elif name.endswith(CORRECTION_BIAS):
-            arrays[name][...] = 0
+    return {name: None if name in absent else tensor for name, tensor in table.tensors.items()}

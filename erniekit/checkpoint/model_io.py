@@ -5,20 +5,25 @@ Weights stream into the parameters' own memory and out of it, so that a model is
 
 from __future__ import annotations
 
+import contextlib
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
 import paddle
+from numpy.lib.stride_tricks import as_strided
 
 from erniekit.base.console import notice
-from erniekit.checkpoint.ernie45 import SCORE, is_mtp
-from erniekit.checkpoint.folder import Folder, load_into
+from erniekit.checkpoint.ernie45 import CORRECTION_BIAS, Tensor
+from erniekit.checkpoint.folder import Folder, plan_load
 from erniekit.checkpoint.save import MAX_SHARD_BYTES, save_folder
+from erniekit.checkpoint.source import fill
 from erniekit.config.architecture import ErnieConfig
+from erniekit.config.packing import Packing
 from erniekit.models.decoder import ErnieForCausalLM
 from erniekit.models.reward import ErnieForReward
+from erniekit.precision.packed import PackedExperts, PackedLinear, packed_weights, use_packed_weights
 
 
 def host_array(tensor: paddle.Tensor) -> np.ndarray:
@@ -48,38 +53,72 @@ class HostParameters(Mapping[str, np.ndarray]):
 
 
 def build_model(
-    folder: Folder, cfg: ErnieConfig, *, dtype: str = "float32", mtp_init: str | None = None, seed: int = 0
-) -> ErnieForCausalLM:
+    folder: Folder, cfg: ErnieConfig, *, dtype: str = "float32", mtp_init: str | None = None, seed: int = 0,
+    pack: Packing | None = None,
+) -> ErnieForCausalLM:  # fmt: skip
     """A model of architecture `cfg` with the weights of `folder`, in `dtype` ("float32" or "bfloat16").
 
-    `mtp_init="random"` draws multi-token prediction weights that the folder does not have, from `seed`. If `cfg` is a
-    reward model's and the folder a language model's, its score is drawn in the same way.
+    `mtp_init="random"` draws multi-token prediction weights that the folder does not have, from `seed`; the score of
+    a reward model that is made from a language model is always drawn. What `pack` names is quantised while it is read:
+    an expert or a linear layer is dense at a time, never the model.
     Raises CheckpointError if a tensor is missing, extra or misshapen.
     """
     for text in folder.notices:
         notice(text)
-    if cfg.is_reward:
-        model = ErnieForReward(cfg, dtype=dtype)
-    else:
-        model = ErnieForCausalLM(cfg, dtype=dtype, lm_head_bias=folder.has_head_bias)
+    # A lazy parameter has no memory until it is initialised: those that `pack` names never get any.
+    with paddle.LazyGuard() if pack else contextlib.nullcontext():
+        if cfg.is_reward:
+            model = ErnieForReward(cfg, dtype=dtype)
+        else:
+            model = ErnieForCausalLM(cfg, dtype=dtype, lm_head_bias=folder.has_head_bias)
+    if pack:
+        use_packed_weights(model, pack, dtype=dtype)
+        for p in model.parameters():
+            p.initialize()
     fill_model(model, folder, mtp_init=mtp_init, seed=seed)
     return model
 
 
 def fill_model(model: ErnieForCausalLM, folder: Folder, *, mtp_init: str | None = None, seed: int = 0) -> None:
     """Put the weights of `folder` in the place of the model's; see `build_model`."""
-    parameters, cfg = dict(model.named_parameters()), model.config
-    in_place = all(p.dtype == paddle.float32 and _writable(p) for p in parameters.values())
-    arrays = {n: host_array(p) if in_place else np.empty(p.shape, np.float32) for n, p in parameters.items()}
-    fresh = [SCORE] if cfg.is_reward and not folder.config.is_reward else []
-    if mtp_init == "random" and not folder.has_mtp:
-        fresh += filter(is_mtp, arrays)
-    for name in fresh:
-        arrays[name][...] = _drawn(name, arrays[name].shape, cfg, seed)
-    load_into(folder, arrays, cfg=cfg, mtp_init=mtp_init)
+    parameters, packed, cfg = dict(model.named_parameters()), packed_weights(model), model.config
+    shapes = {name: p.shape for name, p in parameters.items()} | {name: layer.shape for name, layer in packed.items()}
+    for name, tensor in plan_load(folder, shapes, cfg=cfg, mtp_init=mtp_init).items():
+        source = _absent(name, tuple(shapes[name]), cfg, seed) if tensor is None else tensor
+        if name in packed:
+            _fill_packed(packed[name], source, folder)
+        else:
+            _fill_parameter(parameters[name], source, folder)
+
+
+def _fill_parameter(p: paddle.Tensor, source: Tensor | np.ndarray, folder: Folder) -> None:
+    """From the folder, or from an array that stands in for what it does not have."""
+    in_place = p.dtype == paddle.float32 and _writable(p)
+    array = host_array(p) if in_place else np.empty(p.shape, np.float32)
+    if isinstance(source, Tensor):
+        fill(array, source, folder)
+    else:
+        array[...] = source
     if not in_place:
-        for name, p in parameters.items():
-            p.set_value(paddle.to_tensor(arrays.pop(name)).astype(p.dtype))
+        p.set_value(paddle.to_tensor(array).astype(p.dtype))
+
+
+def _fill_packed(layer: PackedLinear | PackedExperts, source: Tensor | np.ndarray, folder: Folder) -> None:
+    """One expert after the other goes through the same memory."""
+    count, *shape = layer.store.shape
+    weight = np.empty(shape, np.float32)
+    for index in range(count):
+        names = "a drawn weight"
+        if isinstance(source, Tensor):
+            # The stack as the views know it, with every expert in the same place.
+            stack = as_strided(weight, source.shape, (0, *weight.strides)[-len(source.shape) :])
+            num_parts = len(source.parts) // count
+            parts = source.parts[index * num_parts : (index + 1) * num_parts]
+            fill(stack, Tensor(source.shape, parts), folder)
+            names = f"{folder.path}: {' or '.join(atom for atom, _ in parts)}"
+        else:
+            weight[...] = source.reshape(layer.store.shape)[index]
+        layer.store.put(index, weight, name=names)
 
 
 def _writable(p: paddle.Tensor) -> bool:
@@ -87,7 +126,10 @@ def _writable(p: paddle.Tensor) -> bool:
     return p.place.is_cpu_place() and host_array(p).flags.writeable
 
 
-def _drawn(name: str, shape: tuple[int, ...], cfg: ErnieConfig, seed: int) -> np.ndarray:
+def _absent(name: str, shape: tuple[int, ...], cfg: ErnieConfig, seed: int) -> np.ndarray:
+    """What stands in for weights that may be absent."""
+    if name.endswith(CORRECTION_BIAS):
+        return np.zeros(shape, np.float32)
     if "norm" in name:
         return np.ones(shape, np.float32)
     generator = np.random.Generator(np.random.PCG64([seed, zlib.crc32(name.encode())]))

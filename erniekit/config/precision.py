@@ -1,4 +1,4 @@
-"""Keys about number formats: FP8 training and mixed-precision switches.
+"""Keys about number formats: quantised weights, FP8 training and mixed-precision switches.
 
 The format itself is `compute_type` (model.py). Weights and optimizer states are fp32 masters, gradients are summed in
 fp32; the switches that ask for this elsewhere have nothing left to do.
@@ -6,7 +6,8 @@ fp32; the switches that ask for this elsewhere have nothing left to do.
 
 from dataclasses import dataclass
 
-from erniekit.config.keys import inert, later
+from erniekit.config.keys import inert, key, later
+from erniekit.config.model import QUANTISED
 
 _FP8 = ("compute_type", ("fp8",))
 
@@ -15,6 +16,11 @@ _FP8 = ("compute_type", ("fp8",))
 class PrecisionConfig:
     """Number formats beyond `compute_type`."""
 
+    group_size: int | None = key(
+        None, "Inputs that share a scale in a quantised weight; -1: all inputs of an output do. null: 64 for nf4, else "
+        "-1.",
+        only=("compute_type", QUANTISED), least=-1,
+    )
     apply_hadamard: bool = later(True, "Rotate blocks before quantising: FP8 quantisation-aware training.", only=_FP8)
     hadamard_block_size: int = later(32, "Size of the rotated blocks.", only=_FP8, least=1)
     fp8_format_type: str = later("hybrid", "FP8 formats of the forward and backward pass.", only=_FP8)

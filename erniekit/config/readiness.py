@@ -13,7 +13,7 @@ from erniekit.base.files import nearest_sibling
 from erniekit.config.data import is_data_set
 from erniekit.config.hubs import DEFAULT_HUB, download_command, is_repository
 from erniekit.config.keys import RESULTS
-from erniekit.config.model import PREFERENCE_STAGES, QUANTISED, REINFORCEMENT_STAGES, VISION_STAGES
+from erniekit.config.model import PREFERENCE_STAGES, REINFORCEMENT_STAGES, VISION_STAGES
 from erniekit.config.parallel import DEVICE_DEGREES
 from erniekit.config.run import KEYS, RunConfig
 from erniekit.config.values import text_of
@@ -48,9 +48,7 @@ _FEATURES = {
         **dict.fromkeys(REINFORCEMENT_STAGES, "reinforcement learning"),
     },
     "fine_tuning": {"LoRA": "LoRA adapters"},
-    "compute_type": {
-        "fp16": "a loss scale", "fp8": "FP8 training", **dict.fromkeys(QUANTISED, "quantised weights"),
-    },
+    "compute_type": {"fp16": "a loss scale", "fp8": "FP8 training"},
 }  # fmt: skip
 
 

@@ -12,6 +12,7 @@ from typing import Any
 from erniekit.base.errors import did_you_mean
 from erniekit.config.data import CHAT_TEMPLATES
 from erniekit.config.keys import INERT, SPEED, Key
+from erniekit.config.model import QUANTISED
 from erniekit.config.preferences import preference_problems
 from erniekit.config.run import DEFAULT, KEYS, RunConfig
 from erniekit.config.values import text_of
@@ -34,7 +35,7 @@ def fill_defaults(values: dict[str, Any], origins: dict[str, str]) -> None:
 def problems(config: RunConfig, failed: Collection[str]) -> list[str]:
     """Every contradiction between keys. Keys in `failed` have no readable value, so nothing is said about them."""
     kinds = (
-        _template, _shares, _learning_rate, _schedule_steps, _patterns, _endless, _data_sets, _unjudged,
+        _template, _shares, _learning_rate, _schedule_steps, _patterns, _endless, _data_sets, _unjudged, _quantised,
         preference_problems,
     )  # fmt: skip
     found = [finding for kind in kinds for finding in kind(config)]
@@ -155,6 +156,17 @@ def _unjudged(config: RunConfig) -> Iterator[_Finding]:
         yield ("canary_max_increase", "canary_dataset_path"), (
             f"{_quote(config, 'canary_max_increase')} needs files to measure; set canary_dataset_path"
         )
+
+
+def _quantised(config: RunConfig) -> Iterator[_Finding]:
+    model = config.model
+    if model.compute_type in QUANTISED and model.fine_tuning == "Full" and config.data.train_dataset_path:
+        yield ("compute_type", "fine_tuning", "train_dataset_path"), (
+            f"{_quote(config, 'fine_tuning')} trains the weights that {_quote(config, 'compute_type')} rounds to few "
+            "bits; set fine_tuning: LoRA to train adapters on them, or compute_type: bf16"
+        )
+    if config.precision.group_size == 0 and config.has_effect("group_size"):
+        yield ("group_size",), f"{_quote(config, 'group_size')}: a group has 1 input or more, or all of them (-1)"
 
 
 def _quote(config: RunConfig, name: str) -> str:

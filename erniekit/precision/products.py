@@ -12,6 +12,7 @@ from erniekit.models.decoder import ErnieForCausalLM, Head
 from erniekit.models.layers import Linear
 from erniekit.models.moe import Experts
 from erniekit.ops.wheel import has_bf16_products
+from erniekit.precision.packed import PackedExperts, PackedLinear
 
 
 def use_bf16_products(model: ErnieForCausalLM) -> None:
@@ -24,5 +25,5 @@ def use_bf16_products(model: ErnieForCausalLM) -> None:
             "this machine has not both. Set it to false: everything is computed in fp32 then."
         )
     for layer in model.sublayers():
-        if isinstance(layer, (Linear, Experts, Head)):
+        if isinstance(layer, (Linear, Experts, Head, PackedLinear, PackedExperts)):
             layer.bf16_products = True

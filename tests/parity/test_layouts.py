@@ -16,8 +16,9 @@ import pytest
 
 from erniekit.checkpoint.convert import convert
 from erniekit.checkpoint.ernie45 import Form, layout_table
-from erniekit.checkpoint.folder import Folder, load_into
+from erniekit.checkpoint.folder import Folder
 from erniekit.checkpoint.save import save_folder
+from tests.loading import load_into
 
 GOLDEN = Path(__file__).parents[1] / "data" / "golden"
 BOTH = ["dense/tied", "dense/untied_bias", "moe/shared_tied", "moe/noshared_untied"]

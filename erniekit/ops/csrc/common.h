@@ -81,6 +81,11 @@ struct View {
     const uint16_t* halves;  // null: fp32
     Size stride, rows, columns;
     char turned = 'N';
+
+    // Some columns of a matrix that is not turned.
+    View columns_from(Size first, Size size) const {
+        return {data + first, halves ? halves + first : nullptr, stride, rows, size};
+    }
 };
 
 // A contiguous matrix for any number of products; rounded once, if it is to be rounded.
@@ -103,16 +108,18 @@ private:
     std::vector<uint16_t, LineAllocator<uint16_t>> halves_;
 };
 
-// c = a b + beta * c, c contiguous.
-inline void matmul(View a, View b, float* c, float beta = 0) {
+// c = a b + beta * c; `stride` numbers from one row of c to the next, 0: contiguous.
+inline void matmul(View a, View b, float* c, float beta = 0, Size stride = 0) {
     const Size m = a.rows, n = b.columns, k = a.columns;
+    stride = stride ? stride : n;
     if (!m || !n) return;
     if (!k && !beta) std::fill_n(c, m * n, 0.0f);
     if (!k) return;
     if (a.halves)
-        settings.half_gemm(a.turned, b.turned, m, n, k, 1.0f, a.halves, a.stride, b.halves, b.stride, beta, c, n);
+        settings.half_gemm(a.turned, b.turned, m, n, k, 1.0f, a.halves, a.stride, b.halves, b.stride, beta, c,
+                           stride);
     else
-        settings.sgemm(a.turned, b.turned, m, n, k, 1.0f, a.data, a.stride, b.data, b.stride, beta, c, n);
+        settings.sgemm(a.turned, b.turned, m, n, k, 1.0f, a.data, a.stride, b.data, b.stride, beta, c, stride);
 }
 
 // e^x for x <= 0 within one unit in the last place; 0 below -87; NaN stays NaN.

@@ -5,5 +5,6 @@
 #include "experts.cpp"
 #include "low_rank.cpp"
 #include "optimizer.cpp"
+#include "packed.cpp"
 
 EXPORT void set_up(Sgemm sgemm, HalfGemm half_gemm, int threads) { settings = {sgemm, half_gemm, threads}; }

@@ -10,9 +10,10 @@ import pytest
 
 from erniekit.base.errors import CheckpointError
 from erniekit.checkpoint.ernie45 import Form, layout_table
-from erniekit.checkpoint.folder import Folder, load_into
+from erniekit.checkpoint.folder import Folder
 from erniekit.checkpoint.save import save_folder
 from erniekit.checkpoint.verify import verify
+from tests.loading import load_into
 
 BIAS = "model.layers.1.mlp.moe_statics.e_score_correction_bias"
 

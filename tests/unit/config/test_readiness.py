@@ -23,8 +23,7 @@ def refused(judge, config, *arguments):
     ("key", "value"),
     [
         ("stage", "DPO"), ("stage", "vl-sft"), ("stage", "KTO"), ("fine_tuning", "LoRA"), ("compute_type", "fp8"),
-        ("compute_type", "wint4/8"), ("optim", "sgd"),
-        ("optim", "adafactor"),
+        ("optim", "sgd"), ("optim", "adafactor"),
         ("ignore_load_lr_and_optim", True), ("use_cls", False),
         ("ignore_data_skip", True), ("expert_max_capacity", 128),
         ("continue_training", False), ("skip_data_intervals", [[1, 2]]),
