@@ -59,9 +59,22 @@ class AlignConfig:
         only=_WITH_REFERENCE,
     )
     ref_model_update_steps: int = later(-1, "Steps between updates of the reference; -1: never.", only=_PREFERENCE)
-    max_prompt_len: int = later(2048, "Longest prompt in tokens.", only=_PREFERENCE, least=1)
-    num_comparisons: int = later(6, "Answers compared for one prompt.", only=_PREFERENCE, least=2)
-    mask_out_eos_token: bool = later(True, "Leave the end-of-sentence token untrained.", only=_PREFERENCE)
+    max_prompt_len: int = key(
+        2048, "Longest prompt in tokens: a longer one loses its oldest turns; a row whose last turn alone is longer is "
+        "dropped.", only=_PREFERENCE, least=1,
+    )
+    num_comparisons: int = key(
+        6, "Most pairs that a row with more than two ranked answers makes, those farthest apart in rank first.",
+        only=("stage", ("DPO", "RM")), least=1,
+    )
+    mask_out_eos_token: bool = key(
+        True, "Leave the token that ends an answer untrained, as ERNIEKit does in its preference training.",
+        only=("stage", ("DPO", "KTO")),
+    )
+    share_prompt: bool = key(
+        True, "Compute the prompt once for all its answers; False computes it again for each of them.",
+        only=_PREFERENCE,
+    )
     num_of_gpus: int = later(-1, "Devices of the benchmark.", only=_PREFERENCE)
     dpo_benchmark: bool = later(False, "Measure speed only.", only=_PREFERENCE)
 

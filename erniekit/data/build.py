@@ -10,17 +10,20 @@ import hashlib
 import itertools
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from erniekit.config.align import AlignConfig
 from erniekit.config.data import DataConfig
 from erniekit.data.batch import Batch, Row, make_batches
 from erniekit.data.cache import Progress
 from erniekit.data.chat import Dialogue, Message
 from erniekit.data.intake import read_sources, set_aside, summary
 from erniekit.data.leaks import find_leaks
+from erniekit.data.mismatch import MismatchedStore
 from erniekit.data.packing import VERSION as packing_version
 from erniekit.data.packing import Rows, one_per_row, pack_best_fit, pack_in_order
+from erniekit.data.preferences import Answers
 from erniekit.data.sampler import Concat, Interleave, RandomMix, RowOrder
 from erniekit.data.sources import RowReport, Source, list_sources, read_samples
 from erniekit.data.store import LedgerEntry, SampleStore, write_ledger
@@ -34,7 +37,7 @@ Order = Concat | RandomMix | Interleave
 
 
 class Prompt(NamedTuple):
-    """A dialogue to answer: `messages` up to the last query, and the file's own answer."""
+    """What to answer: `messages` up to the last query, and the file's own answer, of several the best."""
 
     messages: list[Message]
     reference: Message
@@ -100,6 +103,12 @@ class TrainData:
         rows = self.rows(step)
         return list(make_batches(rows, batch_size=batch_size, pad_id=self._pad_id, max_seq_len=self._max_seq_len))
 
+    def samples_in_all(self, *, batch_size: int) -> Iterator[Batch]:
+        """Every sample of the files once, in file order, `batch_size` rows at a time."""
+        lengths = self.store.lengths()
+        packed = pack_in_order(range(len(lengths)), lengths, row_len=self._max_seq_len)
+        return _batches(self.store, packed, batch_size=batch_size, pad_id=self._pad_id, max_seq_len=self._max_seq_len)
+
     def sample_names(self, step: int) -> list[str]:
         """file:line of the samples of a step, in the order of its rows."""
         return [document.name for row in self.rows(step) for document in row.documents]
@@ -146,24 +155,28 @@ class EvalData:
     def batches(self, batch_size: int, *, source: int | None = None) -> Iterator[Batch]:
         """All rows, or those of one source, `batch_size` at a time; the last batch may be short."""
         picked = self._rows if source is None else [self._rows[source]]
-        waiting = itertools.chain.from_iterable(picked)
-        while group := list(itertools.islice(waiting, batch_size)):
-            rows = [self.store.row(samples) for samples in group]
-            yield from make_batches(rows, batch_size=batch_size, pad_id=self._pad_id, max_seq_len=self._max_seq_len)
+        rows = itertools.chain.from_iterable(picked)
+        return _batches(self.store, rows, batch_size=batch_size, pad_id=self._pad_id, max_seq_len=self._max_seq_len)
 
     def prompts(self, num_prompts: int) -> list[Prompt]:
         """What the first dialogues ask for (-1: all of them): their last answer, and each one before it that calls
-        functions. None under PT."""
+        functions. Of answers that are compared the best one begins; of those that are judged one by one, the desirable
+        ones. None under PT."""
         return list(itertools.islice(self._prompts(), None if num_prompts < 0 else num_prompts))
 
     def _prompts(self) -> Iterator[Prompt]:
         for number, source in enumerate(self._sources):
             lines = set(self.store.lines(number).tolist())
             for sample in read_samples(source, RowReport(), stage=self._stage):
-                if not isinstance(sample.content, Dialogue):
+                if isinstance(sample.content, str):
                     return
-                if sample.line in lines:
-                    yield from _asked_of(sample.content, f"{source}:{sample.line}")
+                if sample.line not in lines:
+                    continue
+                name = f"{source}:{sample.line}"
+                if isinstance(sample.content, Dialogue):
+                    yield from _asked_of(sample.content, name)
+                else:
+                    yield from _preferred(sample.content, name, stage=self._stage)
 
 
 def _asked_of(dialogue: Dialogue, name: str) -> Iterator[Prompt]:
@@ -173,6 +186,21 @@ def _asked_of(dialogue: Dialogue, name: str) -> Iterator[Prompt]:
             yield Prompt(list(dialogue.messages[:place]), message, dialogue.tools, name)
 
 
+def _preferred(content: Answers, name: str, *, stage: str) -> Iterator[Prompt]:
+    good = [answer for answer in content.answers if answer.score] if stage == "KTO" else content.answers[:1]
+    for answer in good:
+        yield Prompt(list(content.prompt), answer.messages[0], content.tools, name)
+
+
+def _batches(
+    store: SampleStore, rows: Iterable[list[int]], *, batch_size: int, pad_id: int, max_seq_len: int
+) -> Iterator[Batch]:
+    waiting = iter(rows)
+    while group := list(itertools.islice(waiting, batch_size)):
+        documents = [store.row(samples) for samples in group]
+        yield from make_batches(documents, batch_size=batch_size, pad_id=pad_id, max_seq_len=max_seq_len)
+
+
 def build_train_data(
     data: DataConfig,
     tokenizer: Tokenizer,
@@ -180,41 +208,52 @@ def build_train_data(
     stage: str,
     seed: int,
     rows_per_step: int,
+    align: AlignConfig | None = None,
     progress: Progress | None = None,
 ) -> TrainData:
-    """Read and tokenise the training files. `progress` is called with the bytes read so far and the bytes in all."""
+    """Read and tokenise the training files. `align` has the keys of the stages that compare answers; `progress` is
+    called with the bytes read so far and the bytes in all."""
     sources = _train_sources(data, stage)
-    store = read_sources(sources, data, tokenizer, stage=stage, progress=progress)
+    store = read_sources(sources, data, tokenizer, stage=stage, align=align, progress=progress)
     ledger = store.ledger
     if data.validation_split:
         store, _ = set_aside(store, data.validation_split, seed=seed)
     weights = tuple(source.weight for source in sources)
+    told = summary(store, ledger)
+    if stage == "KTO":
+        store = MismatchedStore(store, seed=seed, max_len=data.max_seq_len)
+        told += f"\n{store.summary}"
     return TrainData(
         store,
         data=data,
         order=_order(data, store, weights, seed),
         rows_per_step=rows_per_step,
         pad_id=tokenizer.pad_id,
-        summary=f"training data: {summary(store, ledger)}",
+        summary=f"training data: {told}",
     )
 
 
 def build_eval_data(
-    data: DataConfig, tokenizer: Tokenizer, *, stage: str, seed: int | None = None, progress: Progress | None = None
-) -> EvalData:
+    data: DataConfig, tokenizer: Tokenizer, *, stage: str, seed: int | None = None, align: AlignConfig | None = None,
+    progress: Progress | None = None,
+) -> EvalData:  # fmt: skip
     """Read and tokenise the evaluation files; without any, take what `validation_split` sets aside with this seed."""
     if data.eval_dataset_path or not data.validation_split:
         sources = list_sources(
             data.eval_dataset_path, data.eval_dataset_type, None, stage=stage, key="eval_dataset", columns=data.columns
         )
-        store = read_sources(sources, data, tokenizer, stage=stage, progress=progress)
+        store = read_sources(sources, data, tokenizer, stage=stage, align=align, progress=progress)
         ledger = store.ledger
     else:
         assert seed is not None, "a split without the run's seed is another split"
         sources = _train_sources(data, stage)
-        store = read_sources(sources, data, tokenizer, stage=stage, progress=progress)
+        store = read_sources(sources, data, tokenizer, stage=stage, align=align, progress=progress)
         _, store = set_aside(store, data.validation_split, seed=seed)
         ledger = []  # it is all in that of the training data
+    told = summary(store, ledger)
+    if stage == "KTO":
+        store = MismatchedStore(store, seed=0, max_len=data.max_seq_len)
+        told += f"\n{store.summary}"
     return EvalData(
         store,
         data=data,
@@ -222,7 +261,7 @@ def build_eval_data(
         stage=stage,
         pad_id=tokenizer.pad_id,
         ledger=ledger,
-        summary=f"evaluation data: {summary(store, ledger)}",
+        summary=f"evaluation data: {told}",
     )
 
 

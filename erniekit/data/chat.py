@@ -30,7 +30,8 @@ __all__ = [
 ]
 
 UNTRAINED = -100
-_TURN_END = "<|im_end|>"  # of the thinking models; the base format ends a turn with the tokenizer's sep_token
+NO_ROOM = "nothing to train is left, with "  # begins the reason why a row that is too long was dropped
+TURN_END = "<|im_end|>"  # of the thinking models; the base format ends a turn with the tokenizer's sep_token
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ class Encoded:
     input_ids: list[int]
     labels: list[int]
     shortened: str = ""  # what was left out to fit
+    closing: int | None = None  # the token behind the last one, which ends the last answer; None if that was cut
 
     @property
     def num_trained(self) -> int:
@@ -155,7 +157,8 @@ def _encode_base(
         targets += [*answer, tokenizer.eos_id] if counts else [UNTRAINED] * (len(answer) + 1)
     fitting = len(ids) if max_len is None else max_len + 1
     lost = _lost(first, len(turns), max(len(ids) - fitting, 0), max_len)
-    return Encoded(ids[:fitting][:-1], targets[:fitting][1:], lost)
+    closing = ids[-1] if len(ids) <= fitting else None
+    return Encoded(ids[:fitting][:-1], targets[:fitting][1:], lost, closing)
 
 
 def _plain_turns(dialogue: Dialogue) -> tuple[str, list[tuple[str, str]]] | None:
@@ -198,7 +201,7 @@ class _Talk:
             )
         self._messages, self._tools = messages, tools or None
         self._variables = {**tokenizer.role_names, **(variables or {})}
-        self._ends = (tokenizer.role_names["sep_token"], tokenizer.role_names["eos_token"], _TURN_END)
+        self._ends = (tokenizer.role_names["sep_token"], tokenizer.role_names["eos_token"], TURN_END)
 
     def prompt(self, count: int) -> str:
         """The text in which the answer after the first `count` messages is asked for."""
@@ -279,7 +282,7 @@ def _encode_view(talk: _Talk, text: str, answers: Sequence[_Answer], *, eos_id: 
     if unended:
         ids.append(eos_id)
         targets.append(eos_id)
-    return Encoded(ids[:-1], targets[1:])
+    return Encoded(ids[:-1], targets[1:], closing=ids[-1])
 
 
 def _shortened(
@@ -303,8 +306,10 @@ def _shortened(
     first = bisect.bisect_left(numbers, True, key=lambda number: len(without(number).input_ids) <= max_len) + 1
     first = min(first, len(starts) - 1)
     encoded = without(first) if first else whole
-    lost = _lost(first, len(starts), max(len(encoded.input_ids) - max_len, 0), max_len)
-    return Encoded(encoded.input_ids[:max_len], encoded.labels[:max_len], lost)
+    num_cut = max(len(encoded.input_ids) - max_len, 0)
+    lost = _lost(first, len(starts), num_cut, max_len)
+    closing = None if num_cut else encoded.closing
+    return Encoded(encoded.input_ids[:max_len], encoded.labels[:max_len], lost, closing)
 
 
 def _lost(first: int, num_turns: int, num_cut: int, max_len: int | None) -> str:

@@ -12,12 +12,15 @@ from pathlib import Path
 import numpy as np
 
 from erniekit.base.errors import DataError, listed
+from erniekit.config.align import AlignConfig
 from erniekit.config.data import DataConfig
+from erniekit.config.model import PREFERENCE_STAGES
 from erniekit.data.cache import Progress, default_folder, open_sources
-from erniekit.data.chat import choose_template
+from erniekit.data.chat import NO_ROOM, choose_template
+from erniekit.data.preferences import TreeRules
 from erniekit.data.sources import Source
 from erniekit.data.store import LedgerEntry, SampleStore, SourceStore
-from erniekit.data.tokenising import NO_ROOM, Rules
+from erniekit.data.tokenising import Rules
 from erniekit.data.tokenizer import Tokenizer
 
 _NUM_SUMMARISED = 5  # lines of a summary about each kind of loss
@@ -26,14 +29,19 @@ _NUM_ALSO = 3  # further samples that a line names
 
 
 def read_sources(
-    sources: Sequence[Source], data: DataConfig, tokenizer: Tokenizer, *, stage: str, progress: Progress | None
-) -> SampleStore:
-    """Tokenise all rows, or take them from where they are kept. Raises DataError if too few of them can be used."""
+    sources: Sequence[Source], data: DataConfig, tokenizer: Tokenizer, *, stage: str, align: AlignConfig | None = None,
+    progress: Progress | None = None,
+) -> SampleStore:  # fmt: skip
+    """Tokenise all rows, or take them from where they are kept. Raises DataError if too few of them can be used.
+
+    `align` has the keys of the stages that compare answers; None: as they are by default.
+    """
     rules = Rules(
         stage=stage,
         max_seq_len=data.max_seq_len,
         allow_special=data.allow_special_tokens_in_text,
-        template=choose_template(tokenizer, data.chat_template) if stage == "SFT" else None,
+        template=None if stage == "PT" else choose_template(tokenizer, data.chat_template),
+        trees=TreeRules.of(align or AlignConfig(), stage) if stage in PREFERENCE_STAGES else None,
     )
     keep_in = Path(data.data_cache_dir) if data.data_cache_dir else default_folder()
     stores = open_sources(
@@ -106,12 +114,12 @@ def summary(store: SampleStore, ledger: Sequence[LedgerEntry]) -> str:
 def set_aside(store: SampleStore, share: float, *, seed: int) -> tuple[SampleStore, SampleStore]:
     """(the samples to train on, the samples to evaluate on): of every source a share of its rows, by lot.
 
-    The lot hangs on the content and the seed: rows that say the same lie on the same side, and rows that are added to
-    a file move few others.
+    The lot hangs on the content and the seed: rows that say the same lie on the same side, as do answers to the same
+    prompt, and rows that are added to a file move few others.
     """
     drawn = []
     for source in store.sources:
-        rows = np.unique(source.index["hash"])
+        rows = np.unique(source.groups)
         count = min(max(round(share * len(rows)), 1), len(rows) - 1)
         drawn.append(rows[np.argsort(_mixed(rows, seed), kind="stable")[:count]])
     if not any(map(len, drawn)):
@@ -119,7 +127,7 @@ def set_aside(store: SampleStore, share: float, *, seed: int) -> tuple[SampleSto
             f"validation_split: {share:g} sets nothing aside: every file has only one row, or all its rows say the "
             "same. Give eval_dataset_path instead."
         )
-    both = [np.isin(source.index["hash"], np.concatenate(drawn)) for source in store.sources]
+    both = [np.isin(source.groups, np.concatenate(drawn)) for source in store.sources]
     for source, is_drawn in zip(store.sources, both, strict=True):
         if is_drawn.all():
             raise DataError(

@@ -1,4 +1,4 @@
-"""From what a config names to samples: dialogues for SFT, documents for pre-training.
+"""From what a config names to samples: dialogues for SFT, answers to prompts for preferences, texts for pre-training.
 
 A source is one file with the format of its rows and its share in the mixture; a glob stands for several, the name of a
 data set for the files that `datasets` keeps of it. Every sample has a name, `file:line`. Rows that cannot be used go to
@@ -17,12 +17,18 @@ from erniekit.base.console import notice
 from erniekit.base.errors import ConfigError, DataError, did_you_mean
 from erniekit.config.data import is_data_set
 from erniekit.data.chat import Dialogue
+from erniekit.data.fields import Format, MissingColumn, guess_kind, kind_of_value
 from erniekit.data.hub import data_set_files, is_data_set_folder
 from erniekit.data.lines import BadRow, Part
+from erniekit.data.preference_rows import JUDGED_FORMATS, PAIR_FORMATS
+from erniekit.data.preferences import Answers
 from erniekit.data.readers import TABLES, columns_of, parts_of, read_rows
-from erniekit.data.rows import FORMATS, Format, guess_kind, kind_of_value
+from erniekit.data.rows import FORMATS
 
-_KINDS = {"SFT": ("chatml", "erniekit", "alpaca"), "PT": ("text", "erniekit")}
+_KINDS = {
+    "SFT": ("chatml", "erniekit", "alpaca"), "PT": ("text", "erniekit"),
+    "DPO": tuple(PAIR_FORMATS), "RM": tuple(PAIR_FORMATS), "KTO": tuple(JUDGED_FORMATS),
+}  # fmt: skip
 _PACKED = (".gz", ".zip", ".bz2", ".xz", ".zst", ".tar", ".xlsx")
 _NUM_SHOWN = 20
 
@@ -48,10 +54,10 @@ class Source:
 
 @dataclass(frozen=True)
 class Sample:
-    """A dialogue or a document, and the line where it stands."""
+    """What a row says, and the line where it stands."""
 
     line: int
-    content: Dialogue | str
+    content: Dialogue | Answers | str
     num_bytes: int
 
 
@@ -138,6 +144,8 @@ def read_samples(source: Source, report: RowReport, *, stage: str, part: Part | 
             if theirs:
                 row = _renamed(row, theirs)
             yield Sample(raw.number, found.parse(row, report.unused_keys), raw.num_bytes)
+        except MissingColumn as error:
+            report.add(f"{source}:{raw.number}", f"{error}{_other_kind(source, row, stage)}")
         except BadRow as error:
             report.add(f"{source}:{raw.number}", str(error))
 
@@ -196,16 +204,31 @@ def _kind(path: str, kind: str | None, stage: str, columns: Mapping[str, str]) -
         return kind or "text"
     present = columns_of(path, num_rows=1)
     for name in _KINDS[stage]:
-        found = FORMATS[name]
+        found = _formats(stage)[name]
         renamed = {found.synonyms.get(ours, ours) for ours, theirs in columns.items() if theirs in present}
         if columns and renamed <= found.columns and found.is_met_by({*present, *renamed}):
             return name
-    return guess_kind(present) or "erniekit"
+    return guess_kind(_formats(stage), present) or "erniekit"
+
+
+def _formats(stage: str) -> Mapping[str, Format]:
+    return {"DPO": PAIR_FORMATS, "RM": PAIR_FORMATS, "KTO": JUDGED_FORMATS}.get(stage, FORMATS)
 
 
 def _format(source: Source, stage: str) -> Format:
-    """How a source is read. Rows of pre-training text are called `erniekit` in ERNIEKit's files too."""
-    return FORMATS["text" if stage == "PT" else source.kind or "erniekit"]
+    """How a source is read."""
+    return _formats(stage)[_kind_read(source, stage)]
+
+
+def _kind_read(source: Source, stage: str) -> str:
+    """The format of a source. Rows of pre-training text are called `erniekit` in ERNIEKit's files too."""
+    return "text" if stage == "PT" else source.kind or "erniekit"
+
+
+def _other_kind(source: Source, row: Mapping[str, object], stage: str) -> str:
+    """What a row looks like that lacks a column of its format."""
+    kind, other = _kind_read(source, stage), guess_kind(_formats(stage), row)
+    return f"; it looks like {other}, and the file is read as {kind}" if other not in (None, kind) else ""
 
 
 def _with_columns(sources: list[Source], columns: Mapping[str, str], *, stage: str, key: str) -> list[Source]:

@@ -21,10 +21,10 @@ import orjson
 
 from erniekit.base.errors import DataError
 from erniekit.base.files import atomic_write
-from erniekit.data.batch import Document, Row
-from erniekit.data.tokenising import INDEX, Chunk
+from erniekit.data.batch import CHOSEN, REJECTED, Document, Preference, Row
+from erniekit.data.tokenising import INDEX, TREES, Chunk
 
-TOKENS, LABELS, ENTRIES, LEDGER = "tokens.bin", "labels.bin", "index.bin", "ledger.jsonl"
+TOKENS, LABELS, ENTRIES, BRANCHES, LEDGER = "tokens.bin", "labels.bin", "index.bin", "trees.bin", "ledger.jsonl"
 FACTS = "facts.json"
 _BLOCK_TOKENS = 1 << 20
 
@@ -52,12 +52,12 @@ def write_source(folder: Path, chunks: Iterable[Chunk]) -> None:
     """Write the samples of one source into an empty folder, chunk by chunk."""
     num_rows = 0
     unused: set[str] = set()
-    hashes = {name: sha256() for name in (TOKENS, LABELS, ENTRIES, LEDGER)}
+    hashes = {name: sha256() for name in (TOKENS, LABELS, ENTRIES, BRANCHES, LEDGER)}
     with contextlib.ExitStack() as stack:
         files = {name: stack.enter_context(open(folder / name, "wb")) for name in hashes}
         for chunk in chunks:
             notes = b"".join(orjson.dumps(entry, option=orjson.OPT_APPEND_NEWLINE) for entry in chunk.ledger)
-            contents = (chunk.tokens, chunk.labels, chunk.index.tobytes(), notes)
+            contents = (chunk.tokens, chunk.labels, chunk.index.tobytes(), chunk.trees.tobytes(), notes)
             for name, content in zip(hashes, contents, strict=True):
                 files[name].write(content)
                 hashes[name].update(content)
@@ -83,7 +83,10 @@ class SourceStore:
         self.num_rows: int = facts["num_rows"]
         self.unused_keys: list[str] = facts["unused_keys"]
         self.index = np.fromfile(folder / ENTRIES, INDEX)
+        self.trees = np.fromfile(folder / BRANCHES, TREES)  # empty: no sample is a tree
         content = [facts["sha256"][TOKENS], facts["sha256"][LABELS], sha256(self.index["length"].tobytes()).hexdigest()]
+        if len(self.trees):
+            content.append(facts["sha256"][BRANCHES])
         self.digest = " ".join(content)  # of tokens, targets and borders; where they stood doesn't count
         self._ends = np.concatenate([[0], np.cumsum(self.index["length"], dtype=np.int64)])
         self._ledger = [orjson.loads(line) for line in (folder / LEDGER).read_bytes().splitlines()]
@@ -96,11 +99,29 @@ class SourceStore:
         """What did not get in whole."""
         return [LedgerEntry(f"{self.name}:{line}", action, reason) for line, action, reason in self._ledger]
 
-    def document(self, sample: int) -> Document:
-        """One sample."""
+    @property
+    def groups(self) -> np.ndarray:
+        """A number for each sample; those that say the same, or answer the same prompt, share it."""
+        return self.trees["prompt_hash"] if len(self.trees) else self.index["hash"]
+
+    @property
+    def told(self) -> np.ndarray:
+        """How many tokens of each sample tell it from others: of a tree the prompt and the first answer."""
+        return self.trees["root"] + self.trees["first"] if len(self.trees) else self.index["length"]
+
+    def document(self, sample: int, *, number: int) -> Document:
+        """One sample; `number` is its place among those of all files."""
         first, last = int(self._ends[sample]), int(self._ends[sample + 1])
         name = f"{self.name}:{self.index['line'][sample]}"
-        return Document(name, _read(self._tokens, first, last), _read(self._labels, first, last))
+        tokens, labels = _read(self._tokens, first, last), _read(self._labels, first, last)
+        if not len(self.trees):
+            return Document(name, tokens, labels)
+        tree = self.trees[sample]
+        parts = (int(tree["root"]), int(tree["first"]))
+        if rest := last - first - sum(parts):
+            pair = Preference(number, (CHOSEN, REJECTED), float(tree["score_delta"]))
+            return Document(name, tokens, labels, (*parts, rest), pair)
+        return Document(name, tokens, labels, parts, Preference(number, (CHOSEN if tree["desirable"] else REJECTED,)))
 
     def blocks(self) -> Iterator[tuple[slice, np.ndarray]]:
         """The tokens of all samples, as many samples at a time as make a block."""
@@ -136,6 +157,13 @@ class SampleStore:
         )
 
     @property
+    def trees(self) -> np.ndarray:
+        """A record for each sample, if they are trees."""
+        return np.concatenate(
+            [source.trees[chosen] for source, chosen in zip(self.sources, self.chosen, strict=True)]
+        )
+
+    @property
     def num_samples(self) -> int:
         """Samples of all sources."""
         return int(self._ends[-1])
@@ -167,7 +195,7 @@ class SampleStore:
     def document(self, sample: int) -> Document:
         """One sample."""
         source = int(np.searchsorted(self._ends, sample, side="right")) - 1
-        return self.sources[source].document(int(self.chosen[source][sample - self._ends[source]]))
+        return self.sources[source].document(int(self.chosen[source][sample - self._ends[source]]), number=sample)
 
     def name(self, sample: int) -> str:
         """Where a sample stands: file:line."""
@@ -184,13 +212,15 @@ class SampleStore:
         return Row(tuple(self.document(int(sample)) for sample in samples))
 
     def blocks(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """All tokens, a block of samples at a time: the length of each sample, and their tokens one after another."""
+        """What samples say, a block of them at a time: how long each is, and their tokens one after another. Of a tree
+        that is the prompt and the first answer."""
         for source, chosen in zip(self.sources, self.chosen, strict=True):
             is_chosen = np.zeros(len(source.index), bool)
             is_chosen[chosen] = True
             for span, tokens in source.blocks():
-                lengths = source.index["length"][span]
-                yield lengths[is_chosen[span]], tokens[np.repeat(is_chosen[span], lengths)]
+                lengths, told = source.index["length"][span], source.told[span] * is_chosen[span]
+                place = np.arange(len(tokens)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+                yield told[is_chosen[span]], tokens[place < np.repeat(told, lengths)]
 
     def digest(self) -> str:
         """A hash over all tokens, targets, and borders of samples and sources."""

@@ -8,21 +8,27 @@ from __future__ import annotations
 import struct
 from array import array
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from hashlib import blake2b
 
 import numpy as np
 
 from erniekit.base.errors import DataError
-from erniekit.data.chat import Dialogue, Encoded, encode_samples
+from erniekit.data.chat import NO_ROOM, UNTRAINED, Dialogue, Encoded, encode_samples
 from erniekit.data.lines import Part
+from erniekit.data.preferences import Answers, TreeRules, encode_trees
 from erniekit.data.sources import RowReport, Sample, Source, read_samples
 from erniekit.data.tokenizer import Tokenizer
 
 INDEX = np.dtype([("length", "<i4"), ("trained", "<i4"), ("line", "<i8"), ("hash", "<u8")])
+TREES = np.dtype(
+    [
+        ("root", "<i4"), ("first", "<i4"), ("prompt_length", "<i4"), ("score_delta", "<f4"), ("desirable", "?"),
+        ("prompt_hash", "<u8"),
+    ]
+)  # fmt: skip
 
 _CHUNK_TOKENS = 1 << 20
-NO_ROOM = "nothing to train is left, with "  # begins the reason why a row that is too long was dropped
 
 
 @dataclass(frozen=True)
@@ -33,13 +39,15 @@ class Rules:
     max_seq_len: int
     allow_special: bool
     template: str | None
+    trees: TreeRules | None = None  # of stages that compare answers
 
 
 @dataclass(frozen=True)
 class Chunk:
     """Samples of a source, in its order, and what became of its other rows.
 
-    `index` has a record for each sample; its `hash` is that of the whole row, the same for all pieces of a document.
+    `index` has a record for each sample; its `hash` is that of the whole row, the same for all pieces of a document; of
+    a tree it is that of the prompt and the first answer. `trees` has a record for each tree.
     """
 
     tokens: bytes
@@ -49,6 +57,7 @@ class Chunk:
     num_rows: int
     num_bytes: int
     unused_keys: set[str]
+    trees: np.ndarray = field(default_factory=lambda: np.zeros(0, TREES))
 
 
 def tokenise(source: Source, part: Part | None, *, tokenizer: Tokenizer, rules: Rules) -> Iterator[Chunk]:
@@ -69,6 +78,7 @@ class _Draft:
     def __init__(self) -> None:
         self.tokens, self._labels = array("i"), array("i")
         self._index: list[tuple[int, int, int, int]] = []
+        self._trees: list[tuple[int, int, int, float, bool, int]] = []
         self._ledger: list[tuple[int, str, str]] = []
         self._num_rows = self._num_bytes = 0
 
@@ -76,6 +86,9 @@ class _Draft:
         """Encode a row."""
         self._num_rows += 1
         self._num_bytes += sample.num_bytes
+        if isinstance(sample.content, Answers):
+            self._add_trees(sample.content, sample.line, tokenizer, rules)
+            return
         pieces, action, reason = _encode(sample.content, tokenizer=tokenizer, rules=rules)
         if action:
             self._ledger.append((sample.line, action, reason))
@@ -83,10 +96,26 @@ class _Draft:
         for piece in pieces:
             self.tokens.frombytes(_packed(piece.input_ids))
             self._labels.frombytes(_packed(piece.labels))
-        whole = blake2b(memoryview(self.tokens)[start:], digest_size=8).digest()
+        whole = _hash(memoryview(self.tokens)[start:])
         for piece in pieces:
-            record = (len(piece.input_ids), piece.num_trained, sample.line, int.from_bytes(whole, "little"))
-            self._index.append(record)
+            self._index.append((len(piece.input_ids), piece.num_trained, sample.line, whole))
+
+    def _add_trees(self, content: Answers, line: int, tokenizer: Tokenizer, rules: Rules) -> None:
+        assert rules.trees is not None, f"stage {rules.stage} compares no answers"
+        trees, action, reason = encode_trees(
+            content, tokenizer, rules.trees, template=rules.template, max_len=rules.max_seq_len,
+            allow_special=rules.allow_special,
+        )  # fmt: skip
+        if action:
+            self._ledger.append((line, action, reason))
+        for tree in trees:
+            tokens = _packed(tree.input_ids)
+            self.tokens.frombytes(tokens)
+            self._labels.frombytes(_packed(tree.labels))
+            num_trained = len(tree.labels) - tree.labels.count(UNTRAINED)
+            first_path = _hash(tokens[: 4 * (tree.root + tree.first)])
+            self._index.append((len(tree.input_ids), num_trained, line, first_path))
+            self._trees.append((*tree[2:], _hash(tokens[: 4 * tree.prompt_length])))
 
     def chunk(self, report: RowReport) -> Chunk:
         """What was gathered, with the bad rows that were met meanwhile."""
@@ -94,8 +123,12 @@ class _Draft:
         report.bad.clear()
         return Chunk(
             self.tokens.tobytes(), self._labels.tobytes(), np.array(self._index, INDEX), sorted(self._ledger + bad),
-            self._num_rows + len(bad), self._num_bytes, report.unused_keys,
+            self._num_rows + len(bad), self._num_bytes, report.unused_keys, np.array(self._trees, TREES),
         )  # fmt: skip
+
+
+def _hash(tokens: bytes | memoryview) -> int:
+    return int.from_bytes(blake2b(tokens, digest_size=8).digest(), "little")
 
 
 def _packed(numbers: list[int]) -> bytes:

@@ -9,6 +9,7 @@ from erniekit.base.errors import ConfigError, listed
 from erniekit.base.files import atomic_write
 from erniekit.base.progress import ByteProgress
 from erniekit.checkpoint.download import locate_model
+from erniekit.config.model import PREFERENCE_STAGES
 from erniekit.config.readiness import require_ready
 from erniekit.config.run import KEYS, RunConfig
 from erniekit.data.build import TrainData, build_eval_data, build_train_data, leaks
@@ -25,8 +26,8 @@ def preview(
 ) -> None:
     """Show `rows` rows from `step` on, and name the samples of that step if it is given; write a page to `html`."""
     require_ready(cfg, "preview")
-    if KEYS["stage"].lacks(cfg.model.stage):
-        raise ConfigError(f"stage: {cfg.model.stage} is not built in this version; preview shows rows of SFT and PT.")
+    if KEYS["stage"].lacks(cfg.model.stage) and cfg.model.stage not in PREFERENCE_STAGES:
+        raise ConfigError(f"stage: {cfg.model.stage} is not built in this version; preview shows rows of text.")
     if (step or 0) < 0 or rows < 1:
         raise ConfigError("--step counts from 0, and --rows must be at least 1.")
     for text in cfg.notices:
@@ -60,12 +61,12 @@ def _read(cfg: RunConfig) -> tuple[TrainData, list[str], Tokenizer]:
     num_rows = cfg.train.batch_size * cfg.train.gradient_accumulation_steps
     with ByteProgress("reading data") as progress:
         data = build_train_data(
-            cfg.data, tokenizer, stage=stage, seed=seed, rows_per_step=num_rows, progress=progress
+            cfg.data, tokenizer, stage=stage, seed=seed, rows_per_step=num_rows, align=cfg.align, progress=progress
         )
     print(data.summary)
     warnings = []
     if cfg.data.has_eval_data and cfg.data.check_leaks:
-        warnings = leaks(data, build_eval_data(cfg.data, tokenizer, stage=stage, seed=seed))
+        warnings = leaks(data, build_eval_data(cfg.data, tokenizer, stage=stage, seed=seed, align=cfg.align))
     for text in warnings:
         warn(text)
     return data, warnings, tokenizer

@@ -22,6 +22,7 @@ OWN = {  # ours, or of ERNIEKit versions after 1.3
     "early_stopping_patience", "early_stopping_threshold", "moe_health_steps", "spike_factor", "report_samples",
     "canary_dataset_path", "canary_dataset_type", "canary_max_increase",
     "validation_split", "max_dropped_fraction", "check_leaks", "cache_data", "data_cache_dir",
+    "share_prompt",
     "lora_dropout", "lora_target_modules", "modules_to_save", "dora", "lora_init", "group_size",
     "kto_desirable_weight", "kto_undesirable_weight",
 }  # fmt: skip

@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 
 from erniekit.data.chat import Dialogue, encode_samples
+from erniekit.data.fields import guess_kind
 from erniekit.data.lines import BadRow
 from erniekit.data.rendering import named_template
-from erniekit.data.rows import FORMATS, guess_kind
+from erniekit.data.rows import FORMATS
 from erniekit.data.tokenizer import Tokenizer
 from tests.unit.data.talks import talk
 
@@ -146,7 +147,7 @@ def test_labels(row: dict[str, Any], trained: tuple[bool, ...]) -> None:
     [
         (chat(), '"messages" must be a list of messages, not []'),
         ({"messages": "{"}, "not JSON ("),
-        ({"text": "a"}, '"messages" (a list of messages) is missing; the row has "text"; it looks like text, and the'),
+        ({"text": "a"}, '"messages" (a list of messages) is missing; the row has "text"'),
         (chat(USER, "a"), "message 2: must be an object, not a string"),
         (chat(USER, {**ANSWER, "role": "bot"}), "message 2: unknown role 'bot'; known are system, user, assist"),
         (chat(USER, {"content": "a"}), "message 2: unknown role None"),
@@ -210,11 +211,11 @@ def test_what_is_not_used_is_noted() -> None:
 
 
 def test_a_row_tells_its_format() -> None:
-    assert guess_kind(["src", "tgt"]) == "erniekit"
-    assert guess_kind(["instruction", "output", "text"]) == "alpaca"
-    assert guess_kind(["messages"]) == guess_kind(["conversations"]) == "chatml"
-    assert guess_kind({"text": ""}) == "text"
-    assert guess_kind(["a"]) is None
+    assert guess_kind(FORMATS, ["src", "tgt"]) == "erniekit"
+    assert guess_kind(FORMATS, ["instruction", "output", "text"]) == "alpaca"
+    assert guess_kind(FORMATS, ["messages"]) == guess_kind(FORMATS, ["conversations"]) == "chatml"
+    assert guess_kind(FORMATS, {"text": ""}) == "text"
+    assert guess_kind(FORMATS, ["a"]) is None
 
 
 _ODD = (
