@@ -41,11 +41,6 @@ _SPLIT = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "up_gate_proj": ("gate_pro
 _SAMPLE = 64
 
 
-def is_adapter(path: str | Path) -> bool:
-    """Whether a folder holds an adapter and not a model."""
-    return any((Path(path) / name).is_file() for name in CONFIG_FILES.values())
-
-
 def mark_of(base: Folder) -> str:
     """A short mark of a model's weights, the same in either layout: sha256 over the ends of every atom."""
     digest = hashlib.sha256()
@@ -134,6 +129,12 @@ class AdapterFolder:
         return Adapter(self.config, str(self.path), low_rank, whole)
 
     # ------------------------------------------------------------------ judging
+    def require_finite(self) -> None:
+        """Raise CheckpointError naming every tensor that holds NaN or infinity."""
+        wrong = [name for name in self._tensors if not np.isfinite(self._read(name)).all()]
+        if wrong:
+            raise CheckpointError(listed(f"{self._where(name)} holds NaN or infinite numbers." for name in wrong))
+
     def _require_sense(self) -> None:
         """Raise CheckpointError for tensors that are not understood, missing halves and ranks that contradict."""
         problems = [

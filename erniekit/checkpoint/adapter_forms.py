@@ -8,7 +8,7 @@ tensors.
     erniekit  lora_config.json, lora_model_state.pdparams or peft_model*.safetensors: `ernie.<module>.lora_A`
               [in, rank], `.lora_B` [rank, out], q|k|v and gate|up fused
 
-A setting that we cannot follow is refused by name. Works on names and settings; opens no file.
+A setting that we cannot follow is refused by name. Works on names and settings; reads no file.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import math
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from erniekit.base.errors import CheckpointError, listed
@@ -49,6 +50,11 @@ _ERNIEKIT_IDLE = {
 }  # fmt: skip
 # Starts that change the base beside the adapter: without that base the adapter means something else.
 _CHANGED_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga", "lora-ga")
+
+
+def is_adapter(path: str | Path) -> bool:
+    """Whether a folder holds an adapter and not a model."""
+    return any((Path(path) / name).is_file() for name in CONFIG_FILES.values())
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from erniekit.base.files import write_json
 from erniekit.checkpoint.ernie45 import DISK_LAYOUTS, Form, Table, layout_table
 from erniekit.checkpoint.folder import WEIGHT_FORMATS, Folder
 from erniekit.checkpoint.hf_files import Entry, is_weight_file
+from erniekit.checkpoint.manifest import write_manifest
 from erniekit.checkpoint.save import (
     BF16_TAG,
     MAX_SHARD_BYTES,
@@ -31,6 +33,7 @@ from erniekit.checkpoint.save import (
     staged,
     write_weights,
 )
+from erniekit.checkpoint.source import Source
 
 _WORKERS = 2
 
@@ -114,14 +117,26 @@ def convert(src: str | Path, dst: str | Path, *, to: str, max_shard_bytes: int |
     origin = Origin.beside(folder) if crossing else Origin.of(folder)
     if origin is not None and (origin.layout != to or not origin.form.holds_as(folder.form)):
         origin = None
+    write_converted(dst, folder, to=to, source=folder, origin=origin, max_shard_bytes=max_shard_bytes)
+
+
+def write_converted(
+    dst: str | Path, folder: Folder, *, to: str, source: Source, origin: Origin | None = None,
+    max_shard_bytes: int | None = None, last: Callable[[Path], None] | None = None,
+) -> None:  # fmt: skip
+    """Write the atoms of `source` as a folder in layout `to`; all else as `folder` has it. `last` sees the folder when
+    it is whole and has not appeared yet: it may add files, or raise, and then nothing appears."""
     plan = _plan(folder, to=to, origin=origin, max_shard_bytes=max_shard_bytes)
     with staged(dst) as stage:
-        digests = write_weights(stage, plan, folder, workers=_WORKERS)
+        digests = write_weights(stage, plan, source, workers=_WORKERS)
         copy_companions(folder.path, stage)
         config = _config(folder, to=to, origin=origin)
-        if crossing:
+        if folder.layout != to:
             Origin.of(folder).write(stage / ORIGIN_FILE, converted_config=config)
         finish(stage, config=config, digests=digests)
+        if last is not None:
+            last(stage)
+            write_manifest(stage, known=digests)
 
 
 def _config(folder: Folder, *, to: str, origin: Origin | None) -> bytes:

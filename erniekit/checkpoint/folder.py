@@ -15,6 +15,7 @@ import numpy as np
 
 from erniekit.base.errors import CheckpointError, listed
 from erniekit.base.files import nearest_sibling
+from erniekit.checkpoint.adapter_forms import is_adapter
 from erniekit.checkpoint.ernie45 import (
     CORRECTION_BIAS,
     EMBEDDING,
@@ -28,7 +29,7 @@ from erniekit.checkpoint.ernie45 import (
     layout_table,
     memory_table,
 )
-from erniekit.checkpoint.hf_files import BFLOAT16, INDEX_FILE, SINGLE_FILE, SafetensorsFile, open_shards
+from erniekit.checkpoint.hf_files import BFLOAT16, INDEX_FILE, SINGLE_FILE, SafetensorsFile, open_shards, weight_files
 from erniekit.checkpoint.pdparams import read_pdparams
 from erniekit.config.architecture import ErnieConfig
 from erniekit.config.hubs import download_command, is_repository
@@ -57,6 +58,11 @@ class Folder:
         folder = Path(path)
         if not folder.is_dir():
             raise CheckpointError(_absent(str(path)))
+        if is_adapter(folder) and not weight_files(folder):
+            raise CheckpointError(
+                f"{path}: holds an adapter, not a model. Name its base as model_name_or_path and this folder as "
+                "lora_path (with fine_tuning: LoRA), or merge the two with `erniekit export`."
+            )
         config_path = folder / "config.json"
         ErnieConfig.from_folder(folder)  # its errors come before those of the weights
         files: dict[str, Any] = dict(open_shards(folder))

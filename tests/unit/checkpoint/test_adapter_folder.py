@@ -11,13 +11,16 @@ import pytest
 
 from erniekit.base.errors import CheckpointError
 from erniekit.checkpoint.adapter import Adapter, memory_adapter
-from erniekit.checkpoint.adapter_folder import AdapterFolder, is_adapter, mark_of
+from erniekit.checkpoint.adapter_folder import AdapterFolder, mark_of
+from erniekit.checkpoint.adapter_forms import is_adapter
 from erniekit.checkpoint.adapter_save import write_adapter
 from erniekit.checkpoint.convert import convert
 from erniekit.checkpoint.ernie45 import memory_table
 from erniekit.checkpoint.folder import Folder
 from erniekit.checkpoint.manifest import check_manifest
 from erniekit.checkpoint.pdparams import read_pdparams
+from erniekit.checkpoint.split import split
+from erniekit.checkpoint.verify import verify
 
 
 @pytest.fixture(scope="session")
@@ -241,6 +244,23 @@ def test_numbers_that_are_none_are_found(damaged, golden):
     base = Folder.open(golden / "moe" / "shared_tied" / "pt")
     with pytest.raises(CheckpointError, match="holds NaN"):
         deltas(AdapterFolder.open(folder).on(base.disk_config), base)
+    assert [problem.partition("tensor ")[2] for problem in verify(folder)] == [
+        f"'{Q}.lora_B.weight' holds NaN or infinite numbers."
+    ]
+
+
+def test_an_adapter_folder_is_verified_and_is_no_model(opened, golden, tmp_path, damaged):
+    assert verify(golden / "peft" / "dora") == [] and verify(golden / "paddle_real" / "lora_moe_shared") == []
+    folder, base = opened("moe")
+    write_adapter(tmp_path / "again", folder.on(base.disk_config), form="peft", base=base, dtype="bfloat16")
+    assert verify(tmp_path / "again") == []
+    config = tmp_path / "again" / "adapter_config.json"
+    config.write_text(config.read_text().replace("moe/shared_tied", "dense/untied_bias"))
+    found = verify(tmp_path / "again")
+    assert "manifest.json says" in found[0] and "it does not fit" in found[1]
+    for use in (convert, split):
+        with pytest.raises(CheckpointError, match="holds an adapter, not a model"):
+            use(tmp_path / "again", tmp_path / "out", **({"to": "pt"} if use is convert else {"max_shard_bytes": 9}))
 
 
 def test_folders_that_hold_no_adapter(golden, tmp_path, damaged):

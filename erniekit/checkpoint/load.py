@@ -1,0 +1,54 @@
+"""A model to answer with: a folder, with an adapter beside it or none, in full or in few bits.
+
+Used by whoever asks a model and does not train it. Which adapter a run means is decided here, too.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import paddle
+
+from erniekit.adapters.lora import add_adapters
+from erniekit.base.errors import ConfigError
+from erniekit.checkpoint.adapter_folder import AdapterFolder
+from erniekit.checkpoint.adapter_forms import is_adapter
+from erniekit.checkpoint.adapter_io import check_base, load_adapter
+from erniekit.checkpoint.folder import Folder
+from erniekit.checkpoint.model_io import build_model
+from erniekit.config.packing import Packing
+from erniekit.config.run import RunConfig
+from erniekit.models.decoder import ErnieForCausalLM
+
+
+def load_for_answers(
+    path: str | Path, *, adapter: Path | None = None, pack: Packing | None = None, dtype: str | None = None
+) -> ErnieForCausalLM:
+    """The model in `path` in evaluation mode, with the adapter folder `adapter`; what `pack` names is quantised.
+
+    `dtype` is "float32" or "bfloat16"; None: fp32 on a CPU (which computes in nothing else), the folder's on a GPU.
+    """
+    folder = Folder.open(path)
+    if dtype is None:
+        dtype = folder.config.dtype if paddle.device.is_compiled_with_cuda() else "float32"
+    opened = AdapterFolder.open(adapter) if adapter else None
+    if opened:
+        check_base(opened, folder)
+    model = build_model(folder, folder.config, dtype=dtype, pack=pack)
+    if opened:
+        add_adapters(model, opened.config, seed=0, draw=False)
+        load_adapter(model, opened)
+    model.eval()
+    return model
+
+
+def adapter_of(cfg: RunConfig) -> Path | None:
+    """The adapter that a config stands for: what its run left in output_dir, else its lora_path (where a run started
+    from, if the config trains). None: it has none."""
+    run, asked = cfg.train.output_dir, cfg.lora.lora_path
+    left = Path(run) if run and is_adapter(run) else None
+    if asked and not cfg.given("fine_tuning"):
+        raise ConfigError("lora_path acts with fine_tuning: LoRA only; add it to the file or to the command.")
+    if not asked or cfg.model.fine_tuning != "LoRA" or (left and cfg.data.train_dataset_path):
+        return left
+    return Path(asked)
