@@ -153,12 +153,13 @@ def _read_data(cfg: RunConfig, tokenizer: Tokenizer) -> tuple[TrainData, EvalDat
     rows, stage = cfg.train.batch_size * cfg.train.gradient_accumulation_steps, cfg.model.stage
     with ByteProgress("reading data") as progress:
         data = build_train_data(
-            cfg.data, tokenizer, stage=stage, seed=cfg.train.seed, rows_per_step=rows, progress=progress
-        )
+            cfg.data, tokenizer, stage=stage, seed=cfg.train.seed, rows_per_step=rows, align=cfg.align,
+            progress=progress,
+        )  # fmt: skip
     print(data.summary, flush=True)
     eval_data = canary = None
     if cfg.data.has_eval_data:
-        eval_data = build_eval_data(cfg.data, tokenizer, stage=stage, seed=cfg.train.seed)
+        eval_data = build_eval_data(cfg.data, tokenizer, stage=stage, seed=cfg.train.seed, align=cfg.align)
         print(eval_data.summary, flush=True)
         for text in leaks(data, eval_data) if cfg.data.check_leaks else ():
             warn(text)
