@@ -35,6 +35,7 @@ from erniekit.config.architecture import ErnieConfig
 from erniekit.config.hubs import download_command, is_repository
 
 WEIGHT_FORMATS = {"BF16": "bfloat16", "U16": "bfloat16", "F32": "float32"}  # U16: Paddle's name for bfloat16 bits
+_CODES = ("U8", "I8")
 _COMPARED_ROWS = 4096
 _Opened = SafetensorsFile | dict[str, np.ndarray]
 
@@ -45,6 +46,9 @@ class Folder:
     def __init__(self, path: Path, config_json: bytes, files: Mapping[str, _Opened]) -> None:
         self.path, self.config_json, self._files = path, config_json, files
         self.file_of = {name: file for file, opened in files.items() for name in _names(opened)}
+        coded = [name for name in self.file_of if self.tag(name) in _CODES]
+        if coded:
+            raise CheckpointError(_quantised(path, f"'{coded[0]}' has format {self.tag(coded[0])}"))
         self.layout = layout_of(self.file_of, str(path))
         self.shapes = {name: self._shape(name) for name in self.file_of}
         self.disk_config = self._disk_config()
@@ -65,6 +69,9 @@ class Folder:
             )
         config_path = folder / "config.json"
         ErnieConfig.from_folder(folder)  # its errors come before those of the weights
+        method = json.loads(config_path.read_bytes()).get("quantization_config")
+        if method:
+            raise CheckpointError(_quantised(folder, f"config.json has quantization_config: {json.dumps(method)[:80]}"))
         files: dict[str, Any] = dict(open_shards(folder))
         if not files:
             pickled = _pdparams_file(folder)
@@ -221,6 +228,14 @@ def _pdparams_file(folder: Path) -> Path:
             f"{folder}: holds no weights ({SINGLE_FILE}, {INDEX_FILE} with its shards, or a .pdparams file)."
         )
     return found[0]
+
+
+def _quantised(path: Path, because: str) -> str:
+    return (
+        f"{path}: is a quantised model ({because}), made for inference: its weights can neither be trained nor "
+        "converted. Take the folder that it was made from; compute_type: wint8, wint4/8, wint4 or nf4 quantises that "
+        "while it is loaded, to train adapters on it (fine_tuning: LoRA), to evaluate it or to chat."
+    )
 
 
 def _absent(path: str) -> str:

@@ -4,12 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from erniekit.config.dialects.rules import TRAINER, Dialect, all_lost, kept_back, model, negated, same, to, words
+from erniekit.config.dialects.rules import (
+    TRAINER,
+    Dialect,
+    all_lost,
+    kept_back,
+    model,
+    negated,
+    preference_defaults,
+    same,
+    targets,
+    to,
+    words,
+)
 from erniekit.config.values import Raw
 
 _NAMES = "names stand in LLaMA-Factory's dataset_info.json: write the files and their type (alpaca, chatml)"
 _CACHE = "the hub's own client says where downloads lie (HF_HOME)"
-_EVERY_LAYER = "every linear layer gets an adapter here"
 
 
 def _defaults(found: Mapping[str, Raw]) -> dict[str, tuple[Raw, str]]:
@@ -22,9 +33,7 @@ def _defaults(found: Mapping[str, Raw]) -> dict[str, tuple[Raw, str]]:
         "num_train_epochs": ("3.0", "there the default"),
         "logging_steps": ("500", "there the default"),
     }
-    if found.get("stage") == "DPO":
-        defaults["normalize_logps"] = ("false", "there log-probabilities are summed as they are")
-    return defaults
+    return defaults | preference_defaults(found)
 
 
 LLAMA_FACTORY = Dialect(
@@ -35,7 +44,7 @@ LLAMA_FACTORY = Dialect(
         "train_on_prompt interleave_probs tokenized_path infer_backend upcast_layernorm use_swanlab",
     rules={
         **TRAINER,
-        **same("lora_rank lora_alpha mix_strategy simpo_gamma enable_thinking"),
+        **same("lora_rank lora_alpha lora_dropout mix_strategy simpo_gamma enable_thinking"),
         "model_name_or_path": model,
         "stage": words("stage", {name: name.upper() for name in ("pt", "sft", "rm", "ppo", "dpo", "kto")}),
         "finetuning_type": words("fine_tuning", {"lora": "LoRA", "full": "Full"}),
@@ -46,14 +55,20 @@ LLAMA_FACTORY = Dialect(
         "neat_packing": to("packing"),
         "disable_shuffling": negated("random_shuffle"),
         "disable_gradient_checkpointing": negated("recompute"),
+        "lora_target": targets,
+        "additional_target": to("modules_to_save"),
         "loraplus_lr_ratio": to("lora_plus_scale"),
         "use_rslora": to("rslora"),
+        "use_dora": to("dora"),
+        "pissa_init": words("lora_init", {"true": "pissa", "false": "default"}),
         "pref_beta": to("beta"),
         "pref_ftx": to("sft_loss_ratio"),
         "pref_loss": words(
-            "loss_type", {name: name for name in ("sigmoid", "hinge", "ipo", "kto_pair", "simpo")} | {"orpo": "or"}
+            "loss_type", {name: name for name in ("sigmoid", "hinge", "ipo", "kto_pair", "simpo", "orpo")}
         ),
         "dpo_label_smoothing": to("label_smoothing"),
+        "kto_chosen_weight": to("kto_desirable_weight"),
+        "kto_rejected_weight": to("kto_undesirable_weight"),
         "moe_aux_loss_coef": to("moe_aux_loss_lambda", "there over all layers together, here layer by layer"),
         "quantization_bit": words("compute_type", {"4": "nf4", "8": "wint8"}, "quantised by another method"),
         "export_size": to("max_shard_size"),
@@ -78,18 +93,17 @@ LLAMA_FACTORY = Dialect(
             "evaluation is reported by file anyway": "eval_on_each_dataset",
             "answers are greedy or sampled": "eval_num_beams",
             "the tokenised data is cached by its content": "tokenized_path",
-            _EVERY_LAYER: "lora_target",
-            "adapters have no dropout": "lora_dropout",
-            "adapters are plain LoRA": "use_dora pissa_init pissa_iter pissa_convert oft_rank oft_block_size "
-                "oft_target",
-            "only adapters are trained with LoRA": "additional_target create_new_adapter adapter_folder",
+            "PiSSA is computed exactly": "pissa_iter",
+            "a PiSSA adapter is always saved as plain LoRA": "pissa_convert",
+            "adapters are low-rank ones": "oft_rank oft_block_size oft_target",
+            "an adapter that is given is trained on": "create_new_adapter adapter_folder",
             "LoRA+ of embeddings is not known here": "loraplus_lr_embedding",
             "write patterns of names into `freeze`":
                 "freeze_trainable_layers freeze_trainable_modules freeze_extra_modules use_llama_pro",
             "the reference is the model that training starts from": "ref_model ref_model_adapters "
                 "ref_model_quantization_bit",
-            "that loss is not known here": "pref_bco_weight kto_chosen_weight kto_rejected_weight ld_alpha",
-            "reward models and PPO are not built": "reward_model reward_model_adapters reward_model_quantization_bit "
+            "that loss is not known here": "pref_bco_weight ld_alpha",
+            "PPO is not built": "reward_model reward_model_adapters reward_model_quantization_bit "
                 "reward_model_type ppo_buffer_size ppo_epochs ppo_score_norm ppo_target ppo_whiten_rewards",
             "that optimizer is not known here": "use_galore galore_target galore_rank galore_update_interval "
                 "galore_scale galore_proj_type galore_layerwise use_apollo apollo_target apollo_rank "

@@ -54,6 +54,7 @@ PADDLEFORMERS = Dialect(
         "tokenizer_name_or_path": to("tokenizer_name"),
         "moe_router_bias_update_rate": to("moe_use_aux_free_update_coef"),
         "ignore_eos_token": to("mask_out_eos_token"),
+        "pissa": words("lora_init", {"true": "pissa", "false": "default", "1": "pissa", "0": "default"}),
         "template": words("chat_template", {"ernie_vl": "ernie_vl", "ernie_vl_thinking": "ernie_vl_thinking"}),
         **all_lost({
             "attention is chosen by the device": "attn_impl _attn_implementation",
@@ -66,7 +67,6 @@ PADDLEFORMERS = Dialect(
             "recompute_granularity says what is computed again":
                 "recompute_method recompute_num_layers recompute_modules",
             "noise on the embeddings is not known here": "neftune neftune_noise_alpha",
-            "adapters start from zeros": "pissa",
             "adapters are plain LoRA": "use_quick_lora lora_use_mixer use_mora",
             "the program arranges how devices talk":
                 "moe_token_dispatcher_type overlap_p2p_comm batch_p2p_comm best_unbalanced_scheduler offload_queue",

@@ -5,6 +5,7 @@ A rule takes the value as it was written and tells the settings that say the sam
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 from erniekit.config.values import Mismatch, Raw, parse, text_of
 
 KEPT, CHANGED, LOST = "kept", "changed", "lost"
+_MODULE = "(q|k|v|o|gate|up|down)_proj"
 
 
 @dataclass(frozen=True)
@@ -118,6 +120,30 @@ def scheduler_options(value: Raw) -> Outcome:
         return Outcome(reason="options of a schedule; min_lr, power, lr_end and decay_steps are keys here")
     note = "" if len(options) == 1 else "only min_lr is taken"
     return Outcome({"min_lr": text_of(options["min_lr"])}, note)
+
+
+def targets(value: Raw) -> Outcome:
+    """The modules that get an adapter: a word for all linear layers, or names."""
+    given = [str(name) for name in value] if isinstance(value, list) else text_of(value).strip('"').split(",")
+    names = [name.strip() for name in given]
+    if set(names) & {"all", "all-linear"}:
+        return Outcome({"lora_target_modules": "all-linear"}, "routed experts among them")
+    if unknown := [name for name in names if not re.fullmatch(_MODULE, name)]:
+        return Outcome(reason=f"no module of ERNIE 4.5: {', '.join(unknown)}")
+    return Outcome({"lora_target_modules": list(names)})
+
+
+def preference_defaults(found: Mapping[str, Raw]) -> dict[str, tuple[Raw, str]]:
+    """What LLaMA-Factory and ms-swift leave unsaid in training on preferences, both as TRL has it."""
+    if found.get("stage") not in ("DPO", "KTO"):
+        return {}
+    defaults: dict[str, tuple[Raw, str]] = {
+        "normalize_logps": ("false", "there log-probabilities are summed as they are"),
+        "mask_out_eos_token": ("false", "there the end of an answer counts"),
+    }
+    if found.get("loss_type") == "orpo":
+        defaults["pref_loss_ratio"] = (found.get("beta", "0.1"), "there beta weighs the odds ratio")
+    return defaults
 
 
 def kept_back(value: Raw) -> Outcome:

@@ -5,11 +5,29 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from erniekit.config.dialects.rules import TRAINER, Dialect, Outcome, Rule, all_lost, kept_back, model, same, to, words
+from erniekit.config.dialects.rules import (
+    TRAINER,
+    Dialect,
+    Outcome,
+    Rule,
+    all_lost,
+    kept_back,
+    model,
+    preference_defaults,
+    same,
+    targets,
+    to,
+    words,
+)
 from erniekit.config.values import Mismatch, Raw, parse, text_of
 
 _FILE = re.compile(r".+\.(jsonl?|csv|parquet|txt)")
 _STAGES = {name: name.upper() for name in ("dpo", "kto", "rm", "ppo", "grpo")}
+_LOSSES = {
+    **{name: name for name in ("sigmoid", "hinge", "ipo", "robust", "nca_pair", "sppo_hard", "apo_zero", "apo_down",
+                               "simpo", "orpo")},
+    "exo_pair": "exo", "bco_pair": "bco", "aot_pair": "aot",
+}  # fmt: skip
 
 
 def _files(name: str) -> Rule:
@@ -68,7 +86,12 @@ def _defaults(found: Mapping[str, Raw]) -> dict[str, tuple[Raw, str]]:
     defaults["mix_strategy"] = (mixed, "there the default")
     if lora:
         defaults["lora_alpha"] = ("32", "there the default, here twice the rank")
-    return defaults
+        defaults["lora_dropout"] = ("0.05", "there the default")
+    if found.get("loss_type") == "simpo":
+        defaults["beta"] = ("2.0", "there the default of simpo")
+        defaults["simpo_gamma"] = ("1.0", "there the default")
+        defaults["sft_loss_ratio"] = ("1.0", "there the default of cpo_alpha")
+    return defaults | preference_defaults(found)
 
 
 SWIFT = Dialect(
@@ -79,7 +102,11 @@ SWIFT = Dialect(
         "lora_target_modules dataset_shuffle interleave_prob sequence_parallel_size model_author",
     rules={
         **TRAINER,
-        **same("lora_rank lora_alpha packing beta label_smoothing simpo_gamma loss_type enable_thinking"),
+        **same("lora_rank lora_alpha lora_dropout modules_to_save packing beta label_smoothing simpo_gamma "
+               "enable_thinking"),
+        "desirable_weight": to("kto_desirable_weight"),
+        "undesirable_weight": to("kto_undesirable_weight"),
+        "loss_type": words("loss_type", _LOSSES),
         "model": model,
         "model_id_or_path": model,
         "use_hf": words("download_hub", {"true": "huggingface", "false": "modelscope", "1": "huggingface",
@@ -99,7 +126,13 @@ SWIFT = Dialect(
         "rlhf_type": _alignment,
         "freeze_parameters_regex": to("freeze", "looked for in the names of the parameters as they are here"),
         "rpo_alpha": to("sft_loss_ratio"),
+        "cpo_alpha": to("sft_loss_ratio"),
+        **dict.fromkeys(("target_modules", "lora_target_modules"), targets),
+        "target_regex": to("lora_target_modules", "looked for in the names of the modules as they are here"),
+        "lora_dropout_p": to("lora_dropout"),
+        "init_weights": words("lora_init", {"true": "default", "pissa": "pissa"}),
         "use_rslora": to("rslora"),
+        "use_dora": to("dora"),
         "lorap_lr_ratio": to("lora_plus_scale"),
         "adapters": to("lora_path", "one adapter can be given here"),
         "dataset_shuffle": to("random_shuffle"),
@@ -124,10 +157,9 @@ SWIFT = Dialect(
             "templates of thinking models decide": "preserve_thinking add_non_thinking_prefix",
             "too long rows keep their system text and last turns": "truncation_strategy",
             "every answer of a dialogue is trained with weight 1": "loss_scale",
-            "every linear layer gets an adapter here": "target_modules target_regex target_parameters "
-                "lora_target_modules",
-            "adapters have no dropout": "lora_dropout lora_dropout_p",
-            "adapters are plain LoRA": "use_dora init_weights lora_bias lora_dtype modules_to_save",
+            "write `experts` into lora_target_modules": "target_parameters",
+            "biases are not trained with adapters": "lora_bias",
+            "adapters have the number format of the run": "lora_dtype",
             "write patterns of names into `freeze`": "freeze_parameters "
                 "freeze_parameters_ratio trainable_parameters trainable_parameters_regex",
             "pictures and video are not trained yet": "freeze_llm freeze_vit freeze_aligner vit_lr aligner_lr "
@@ -142,7 +174,7 @@ SWIFT = Dialect(
             "the same command resumes": "load_args resume_only_model",
             "quantised by one method": "quant_method bnb_4bit_compute_dtype bnb_4bit_quant_type",
             "the reference is the model that training starts from": "ref_model ref_adapters ref_model_type",
-            "that loss is not known here": "ld_alpha loss_weights cpo_alpha desirable_weight undesirable_weight",
+            "that loss is not known here": "ld_alpha loss_weights",
             "the hub's own client says where downloads lie": "model_revision local_repo_path",
             "tokens are added once, by `erniekit resize-vocab`": "new_special_tokens",
             "one device trains here so far": "device_map max_memory zero_hpz_partition_size deepspeed_autotp_size",

@@ -158,6 +158,18 @@ def test_missing_extra_misshapen_and_unreadable_tensors_are_listed_together(mode
     assert f"{where}'model.norm.weight' has format F16; BF16, U16, F32 are read." in problems
 
 
+@pytest.mark.parametrize("marked", [True, False])
+def test_a_quantised_folder_is_refused_with_a_way_out(model, change, marked):
+    folder = model()
+    if marked:
+        change(folder, quantization_config={"quant_method": "w4a8", "bits": 4})
+    else:
+        change(folder, lambda tensors: tensors.update({DOWN: ("I8", np.zeros([64, 32], np.int8))}))
+    because = "quantization_config: {.*w4a8" if marked else f"'{DOWN}' has format I8"
+    with pytest.raises(CheckpointError, match=rf"is a quantised model \(.*{because}.*compute_type: wint8, wint4/8"):
+        Folder.open(folder)
+
+
 def test_long_lists_are_cut_with_a_count(model, change):
     folder = model()
     change(folder, num_hidden_layers=2)

@@ -77,6 +77,96 @@ def test_swift():
     assert "split_dataset_ratio" in {**reasons(done, LOST), **reasons(done, CHANGED)}
 
 
+ADAPTERS = {
+    "llamafactory": """
+stage: sft
+finetuning_type: lora
+lora_rank: 16
+lora_dropout: 0.1
+lora_target: q_proj,v_proj
+additional_target: lm_head
+use_dora: true
+pissa_init: true
+pissa_iter: 16
+loraplus_lr_ratio: 16
+quantization_bit: 4
+""",
+    "swift": """
+train_type: lora
+lora_rank: 16
+lora_dropout: 0.1
+lora_alpha: -1
+target_modules: [q_proj, v_proj]
+modules_to_save: [lm_head]
+use_dora: true
+init_weights: pissa
+target_parameters: experts
+lorap_lr_ratio: 16
+quant_bits: 4
+""",
+    "paddleformers": """
+template_backend: custom
+fine_tuning: LoRA
+lora_rank: 16
+lora_dropout: 0.1
+lora_target_modules: [q_proj, v_proj]
+modules_to_save: lm_head
+dora: true
+pissa: true
+use_mora: true
+lora_plus_scale: 16
+compute_type: nf4
+""",
+}
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_adapters_on_a_quantised_base(name, tmp_path):
+    done = migrate(write(tmp_path, ADAPTERS[name]))
+    assert done.dialect.name == name
+    config = load_config(done.settings)
+    lora = config.lora
+    assert (config.model.fine_tuning, lora.lora_rank, lora.lora_dropout, lora.lora_alpha) == ("LoRA", 16, 0.1, -1)
+    assert (lora.lora_target_modules, lora.modules_to_save) == (["q_proj", "v_proj"], ["lm_head"])
+    assert (lora.dora, lora.lora_init, lora.lora_plus_scale) == (True, "pissa", 16)
+    assert config.model.compute_type == "nf4"
+    assert reasons(done, LOST).keys() <= {"pissa_iter", "target_parameters", "use_mora", "template_backend"}
+
+
+def test_words_for_the_places_of_adapters(tmp_path):
+    done = migrate(write(tmp_path, "finetuning_type: lora\nlora_target: all\n"))
+    assert done.settings["lora_target_modules"] == "all-linear"
+    lost = reasons(migrate(write(tmp_path, "finetuning_type: lora\nlora_target: q_proj,c_attn\n")), LOST)
+    assert lost["lora_target"] == "no module of ERNIE 4.5: c_attn"
+
+
+def test_preferences_of_llama_factory(tmp_path):
+    done = migrate(write(tmp_path, "stage: dpo\nfinetuning_type: lora\npref_loss: orpo\npref_beta: 0.2\n"))
+    config = load_config(done.settings)
+    assert (config.model.stage, config.align.loss_type) == ("DPO", "orpo")
+    assert (config.align.pref_loss_ratio, config.align.sft_loss_ratio) == (0.2, 1.0)
+    assert not config.align.normalize_logps and not config.align.mask_out_eos_token
+    done = migrate(write(tmp_path, "stage: kto\nfinetuning_type: lora\npref_beta: 0.2\nkto_chosen_weight: 2\n"))
+    config = load_config(done.settings)
+    assert (config.model.stage, config.align.beta, config.align.kto_desirable_weight) == ("KTO", 0.2, 2.0)
+    assert load_config(migrate(write(tmp_path, "stage: rm\nfinetuning_type: lora\n")).settings).model.stage == "RM"
+
+
+def test_preferences_of_swift(tmp_path):
+    def align(text):
+        return load_config(migrate(write(tmp_path, f"train_type: lora\n{text}")).settings).align
+
+    simpo = align("rlhf_type: simpo\n")
+    assert (simpo.loss_type, simpo.beta, simpo.simpo_gamma, simpo.sft_loss_ratio) == ("simpo", 2.0, 1.0, 1.0)
+    assert align("rlhf_type: simpo\ncpo_alpha: 0\nbeta: 2.5\n").sft_loss_ratio == 0
+    orpo = align("rlhf_type: orpo\nbeta: 0.3\n")
+    assert (orpo.loss_type, orpo.pref_loss_ratio, orpo.sft_loss_ratio) == ("orpo", 0.3, 1.0)
+    assert align("rlhf_type: dpo\nloss_type: exo_pair\nlabel_smoothing: 0.001\n").loss_type == "exo"
+    assert not align("rlhf_type: dpo\n").mask_out_eos_token
+    done = migrate(write(tmp_path, "train_type: lora\nrlhf_type: dpo\nloss_type: discopop\n"))
+    assert reasons(done, LOST) == {"loss_type": "discopop has no counterpart here"}
+
+
 def test_paddleformers():
     done = migrate(FILES / "paddleformers.yaml")
     config = load_config(done.settings)
