@@ -10,8 +10,8 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from erniekit.base.console import notice
 from erniekit.adapters.lora import adapter_config_of
+from erniekit.base.console import notice
 from erniekit.base.errors import ConfigError
 from erniekit.base.files import atomic_write, write_json, writing
 from erniekit.base.progress import ByteProgress

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
-from erniekit.data.batch import PreferenceBatch
+from erniekit.data.batch import Batch, PreferenceBatch
 from erniekit.data.build import EvalData
 from erniekit.models.decoder import ErnieForCausalLM
 from erniekit.training.evaluate import short_names
@@ -31,14 +31,14 @@ def preference_figures(stage: str, sources: Sequence[str]) -> list[str]:
 
 def held_out(data: EvalData, *, batch_size: int, max_batches: int = -1) -> list[Iterator[PreferenceBatch]]:
     """The batches of each source that are measured: the first `max_batches` if that is positive."""
-    return [
-        _preferences(data, source, batch_size=batch_size, most=max_batches if max_batches > 0 else None)
-        for source in range(len(data.source_names))
-    ]
+    most = max_batches if max_batches > 0 else None
+    sources = range(len(data.source_names))
+    return [preferences(itertools.islice(data.batches(batch_size, source=i), most)) for i in sources]
 
 
-def _preferences(data: EvalData, source: int, *, batch_size: int, most: int | None) -> Iterator[PreferenceBatch]:
-    for batch in itertools.islice(data.batches(batch_size, source=source), most):
+def preferences(batches: Iterable[Batch]) -> Iterator[PreferenceBatch]:
+    """The same batches, known to be made of preferences."""
+    for batch in batches:
         assert isinstance(batch, PreferenceBatch), "data of this stage is made of preferences"
         yield batch
 
