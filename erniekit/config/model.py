@@ -29,8 +29,9 @@ class ModelConfig:
         choices=("PT", "SFT", *PREFERENCE_STAGES), later=(*VISION_STAGES, *REINFORCEMENT_STAGES),
     )
     fine_tuning: str = key(
-        "Full", "Which parameters are trained. ERNIEKit trains LoRA when the key is absent; a notice says so.",
-        choices=("Full",), later=("LoRA",), there="LoRA",
+        "Full", "What is trained: all parameters, or low-rank adapters beside a frozen base. ERNIEKit trains LoRA when "
+        "the key is absent; a notice says so.",
+        choices=("Full", "LoRA"), there="LoRA",
         aliases=(Alias("lora", bool, {True: ("LoRA",), False: ("Full",)}),),
     )
     compute_type: str = key(

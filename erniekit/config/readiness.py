@@ -35,7 +35,7 @@ _NEEDS = {
 }
 _FILES = {
     "train": ("model_name_or_path", "train_dataset_path", "eval_dataset_path", "canary_dataset_path",
-              "resume_from_checkpoint"),
+              "resume_from_checkpoint", "lora_path"),
     "eval": ("model_name_or_path", "eval_dataset_path"),
     "preview": ("model_name_or_path", "train_dataset_path", "eval_dataset_path"),
     "chat": ("model_name_or_path",),
@@ -46,7 +46,6 @@ _FEATURES = {
         **dict.fromkeys(VISION_STAGES, "training on pictures and video"),
         **dict.fromkeys(REINFORCEMENT_STAGES, "reinforcement learning"),
     },
-    "fine_tuning": {"LoRA": "LoRA adapters"},
     "compute_type": {"fp16": "a loss scale", "fp8": "FP8 training"},
 }  # fmt: skip
 

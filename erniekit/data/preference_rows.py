@@ -72,13 +72,13 @@ def _ranked_one_by_one(row: Row, unused: set[str]) -> Answers:
 
 def _responses(row: Row) -> tuple[tuple[Message, ...], list[list[str]], list[float]]:
     """The prompt, the responses as turns, and the rank of each."""
-    queries, past = strings(row, "src"), _list_of(row.get("tgt"))
+    queries, found = strings(row, "src"), _list_of(required(row, "response", "a list of answers"))
+    past = _list_of(row.get("tgt"))
     answers = string_list(past, '"tgt"') if past else []
     if len(answers) != len(queries) - 1:
         raise BadRow(
             f'"src" has {len(queries)} turns and "tgt" has {len(answers)}; every query but the last needs its answer'
         )
-    found = _list_of(required(row, "response", "a list of answers"))
     if not isinstance(found, list) or not found:
         raise BadRow(f'"response" must be a list of answers, not {excerpt(found)}')
     responses = [string_list(texts, f'"response"[{position}]') for position, texts in enumerate(found)]
@@ -188,8 +188,10 @@ def _apart(pair: Answers) -> Answers:
 
 def _chatml_pair(row: Row, unused: set[str]) -> Answers:
     found = {name: _as_messages(required(row, name, "an answer"), name) for name in ("chosen", "rejected")}
-    read = _conversations if any(speaker(raw[0]) in ("user", "system") for raw in found.values()) else _continuations
-    talks, cut = read(row, found, unused)
+    are_whole = [speaker(raw[0]) in ("user", "system") for raw in found.values()]
+    if any(are_whole) and not all(are_whole):
+        raise BadRow("of chosen and rejected one is a whole conversation and the other is an answer alone")
+    talks, cut = (_conversations if all(are_whole) else _continuations)(row, found, unused)
     prompt, answers = _split(talks, cut, _scores(row))
     note_unused(row, PAIR_FORMATS["chatml"].columns, unused)
     return _compared(prompt, answers, read_tools(row))

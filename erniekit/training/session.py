@@ -26,7 +26,7 @@ from erniekit.data.tokenizer import Tokenizer
 from erniekit.models.decoder import ErnieForCausalLM
 from erniekit.training import assemble
 from erniekit.training.best import BestModel
-from erniekit.training.budget import run_budget
+from erniekit.training.budget import memory_text, run_budget
 from erniekit.training.evaluate import measure
 from erniekit.training.lock import LOCK_NAME, finish_lock, lock_of, write_lock
 from erniekit.training.loggers import open_loggers, wanted_services
@@ -224,15 +224,15 @@ class _Session:
         if run.optimizer.averages():
             with run.optimizer.averaged():
                 job.weights.save(model, folder.path / "ema", final=True)
-        measured = needed.beside(tensors=watch.tensors, process=watch.process)
-        story.tell(memory=measured)
+        memory = {"budget": needed.peak, "tensors": watch.tensors, "process": watch.process}
+        story.tell(memory=memory)
         best = run.best.state() if run.best.keep else None
         story.tell(answers_after=self.stage.answers(job, model), ended_at=done, best=best)
         history = run.reporter.history
         self._tell(story, history, expert_layers=list(sparse_layers(model)))
         folder.mark(self.record, finished_at=job.rhythm.total_steps)
         print(Volume.of(history).text)
-        print(measured)
+        print(memory_text(**memory))
         print(f"the trained model is in {folder.path} ({job.weights.form})", flush=True)
         if problem := canary_problem(story, cfg.watch.canary_max_increase):
             raise TrainingStopped(f"{problem} The trained model is saved all the same, in {folder.path}.")

@@ -15,6 +15,7 @@ from erniekit.config.run import KEYS, RunConfig
 from erniekit.config.values import text_of
 from erniekit.data.build import Prompt
 from erniekit.data.store import LedgerEntry
+from erniekit.training.budget import memory_text
 from erniekit.training.charts import Chart, Points, Series, number_text, smoothed
 from erniekit.training.lock import LOCK_NAME
 from erniekit.training.metrics import Volume, clock
@@ -96,7 +97,7 @@ def _notes(story: Story, total_steps: int) -> list[str]:
         steps = ", ".join(str(life["step"]) for life in story.get("lives")[1:])
         notes.append(f"The run was interrupted and resumed after step {steps}.")
     if memory := story.get("memory"):
-        notes.append(f"M{memory[1:]}.")
+        notes.append(f"{memory_text(**memory)}.".replace("m", "M", 1))
     return notes
 
 

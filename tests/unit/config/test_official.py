@@ -196,10 +196,10 @@ UNBUILT = {
     "sft": (SFT, set()),
     "fp8": (FP8, {"compute_type"}),
     "dpo": (DPO, set()),
-    "vision": (VISION, {"stage", "fine_tuning"}),
+    "vision": (VISION, {"stage"}),
     "chat": (CHAT, set()),
-    "export": (EXPORT, {"fine_tuning"}),
-    "eval": (EVAL, {"fine_tuning"}),
+    "export": (EXPORT, set()),
+    "eval": (EVAL, set()),
 }
 
 

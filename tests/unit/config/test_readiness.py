@@ -22,7 +22,7 @@ def refused(judge, config, *arguments):
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("stage", "PPO"), ("stage", "vl-sft"), ("stage", "GRPO"), ("fine_tuning", "LoRA"), ("compute_type", "fp8"),
+        ("stage", "PPO"), ("stage", "vl-sft"), ("stage", "GRPO"), ("compute_type", "fp8"),
         ("optim", "sgd"), ("optim", "adafactor"),
         ("ignore_load_lr_and_optim", True), ("use_cls", False),
         ("ignore_data_skip", True), ("expert_max_capacity", 128),
@@ -70,10 +70,10 @@ def test_a_degree_is_not_checked_here_and_refused_by_train():
 
 def test_details_of_what_is_not_built_are_not_listed_apart():
     keys = {
-        "stage": "GRPO", "fine_tuning": "LoRA", "lora_rank": 32, "compute_type": "fp8",
+        "stage": "GRPO", "compute_type": "fp8",
         "apply_hadamard": False,
     }  # fmt: skip
-    assert [line.split(": ")[1] for line in not_built(load_config(keys))] == ["stage", "fine_tuning", "compute_type"]
+    assert [line.split(": ")[1] for line in not_built(load_config(keys))] == ["stage", "compute_type"]
 
 
 def test_everything_at_once():
