@@ -24,8 +24,9 @@ class ModelConfig:
         choices=("huggingface", "modelscope", "aistudio"), resume="free",
     )
     stage: str = key(
-        "SFT", "What kind of training: PT is pre-training on text, SFT is supervised fine-tuning on dialogues.",
-        choices=("PT", "SFT"), later=(*PREFERENCE_STAGES, *VISION_STAGES, *REINFORCEMENT_STAGES),
+        "SFT", "What kind of training: PT is pre-training on text, SFT is supervised fine-tuning on dialogues, DPO is "
+        "training on pairs of answers (`loss_type` says how), KTO on answers judged one by one, RM of a reward model.",
+        choices=("PT", "SFT", *PREFERENCE_STAGES), later=(*VISION_STAGES, *REINFORCEMENT_STAGES),
     )
     fine_tuning: str = key(
         "Full", "What is trained: all parameters, or low-rank adapters beside a frozen base. ERNIEKit trains LoRA when "

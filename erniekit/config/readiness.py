@@ -13,7 +13,7 @@ from erniekit.base.files import nearest_sibling
 from erniekit.config.data import is_data_set
 from erniekit.config.hubs import DEFAULT_HUB, download_command, is_repository
 from erniekit.config.keys import RESULTS
-from erniekit.config.model import PREFERENCE_STAGES, REINFORCEMENT_STAGES, VISION_STAGES
+from erniekit.config.model import REINFORCEMENT_STAGES, VISION_STAGES
 from erniekit.config.parallel import DEVICE_DEGREES
 from erniekit.config.run import KEYS, RunConfig
 from erniekit.config.values import text_of
@@ -43,7 +43,6 @@ _FILES = {
 }
 _FEATURES = {
     "stage": {
-        **dict.fromkeys(PREFERENCE_STAGES, "training on preferences"),
         **dict.fromkeys(VISION_STAGES, "training on pictures and video"),
         **dict.fromkeys(REINFORCEMENT_STAGES, "reinforcement learning"),
     },

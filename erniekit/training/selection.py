@@ -9,12 +9,15 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from erniekit.adapters.lora import adapter_config_of
 from erniekit.base.console import notice
 from erniekit.base.errors import ConfigError
 from erniekit.config.optimizer import OptimizerConfig
-from erniekit.models.decoder import ErnieForCausalLM
+
+if TYPE_CHECKING:
+    from erniekit.models.decoder import ErnieForCausalLM
 
 EMBEDDING = r"^model\.embed_tokens\."
 HEAD = r"^lm_head\."

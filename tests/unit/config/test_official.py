@@ -195,7 +195,7 @@ recompute: True
 UNBUILT = {
     "sft": (SFT, set()),
     "fp8": (FP8, {"compute_type"}),
-    "dpo": (DPO, {"stage"}),
+    "dpo": (DPO, set()),
     "vision": (VISION, {"stage"}),
     "chat": (CHAT, set()),
     "export": (EXPORT, set()),
