@@ -214,22 +214,37 @@ def damage(draw: random.Random, content: bytes) -> bytes:
 FORMATS = {
     "sft-train.jsonl": ("SFT", "erniekit"), "sft_think-train.jsonl": ("SFT", "messages"),
     "pt-train.jsonl": ("PT", "text"),
-    "function-call-train.jsonl": ("SFT", "chatml"), "dpo-train.jsonl": ("SFT", "erniekit"), "alpaca": ("SFT", "alpaca"),
+    "function-call-train.jsonl": ("SFT", "chatml"), "dpo-train.jsonl": ("DPO", "erniekit"), "alpaca": ("SFT", "alpaca"),
+    "pairs": ("DPO", "alpaca"), "message pairs": ("RM", "chatml"), "judged": ("KTO", "chatml"),
 }  # fmt: skip
 STRANGE: list[Any] = [
     None, True, 0, -1, 1e308, "", " ", "\0", "\ud800", "<|end_of_sentence|>", "</s>", "x" * 100_000, [], [[]], {},
     {"a": {}}, [None], ["", ""], "user", "tool", "[]", "{", '{"a": 1}', "<think>", "</think>", [{"role": "user"}],
     "🤖" * 50,
 ]  # fmt: skip
-ALPACA = [{"instruction": f"Say {n}", "input": "", "output": f"{n} it is", "history": [["a", "b"]]} for n in range(12)]
+MADE: dict[str, list[Any]] = {
+    "alpaca": [
+        {"instruction": f"Say {n}", "input": "", "output": f"{n} it is", "history": [["a", "b"]]} for n in range(12)
+    ],
+    "pairs": [
+        {"question": f"Say {n}", "chosen": f"{n} it is", "rejected": "No.", "score_chosen": n, "score_rejected": 0}
+        for n in range(12)
+    ],
+    "message pairs": [
+        {"messages": [{"role": "user", "content": f"Say {n}"}], "chosen": [{"role": "assistant", "content": f"{n}"}],
+         "rejected": {"from": "gpt", "value": "No."}}
+        for n in range(12)
+    ],
+    "judged": [{"prompt": f"Say {n}", "completion": f"{n} it is", "label": n % 2 == 0} for n in range(12)],
+}  # fmt: skip
 
 
 def data_case(draw: random.Random, number: int) -> Case:
     """A damaged data file, read by `preview`."""
     name = draw.choice(list(FORMATS))
     stage, kind = FORMATS[name]
-    rows = copy.deepcopy(ALPACA)
-    if kind != "alpaca":
+    rows = copy.deepcopy(MADE.get(name, []))
+    if not rows:
         lines = (ROOT / "examples" / "data" / name).read_text(encoding="utf-8").splitlines()
         rows = [json.loads(line) for line in draw.sample(lines, 12)]
     for _ in range(draw.randint(0, 4)):
@@ -242,6 +257,7 @@ def data_case(draw: random.Random, number: int) -> Case:
         "model_name_or_path": "model", "output_dir": "output", "stage": stage, "train_dataset_type": kind,
         "train_dataset_path": f"fuzz{suffix}", "max_seq_len": draw.choice((2, 64, 512, 512)),
         "data_cache_dir": "output/cache", "packing": draw.choice((True, False)),
+        "max_prompt_len": draw.choice((8, 2048, 2048)), "share_prompt": draw.choice((True, False)),
         "max_dropped_fraction": draw.choice((0.01, 0.5, 1, 1)),
         "columns": draw.choice(("null",) * 8 + ("{prompt: question}", "{messages: rows}")),
         "chat_template": "ernie_thinking" if "function" in name and draw.random() < 0.8 else "null",

@@ -2,10 +2,14 @@
 
 Trains a small mixture of experts once without interruption; then once more, killed with SIGKILL at random moments
 (start-up, steps and saves) and started again with the same command each time. Compared: the final weights, the
-optimizer's state in the last checkpoint, and every row of train_log.jsonl that either run ever wrote, rows of lives
-that were killed before a save included (a row's loss depends on the step's samples: equal losses mean equal order).
+optimizer's state and the reference's copy in the last checkpoint, and every row of train_log.jsonl that either run ever
+wrote, rows of lives that were killed before a save included (a row's loss depends on the step's samples: equal losses
+mean equal order).
 
-    python scripts/prove_resume.py [--kills 20] [--steps 300] [--seed 1] [--json FILE]
+    python scripts/prove_resume.py [--stage DPO] [--lora] [--kills 20] [--steps 300] [--seed 1] [--json FILE]
+
+`--stage` is SFT (the default), DPO, KTO or RM; `--lora` trains adapters. With DPO the reference follows the policy
+every 7 steps.
 """
 
 from __future__ import annotations
@@ -21,6 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +37,8 @@ SAVE_EVERY = 2
 CONFIG = """\
 model_name_or_path: ../base
 output_dir: run
-stage: SFT
-fine_tuning: Full
+stage: {stage}
+fine_tuning: {fine_tuning}
 compute_type: fp32
 train_dataset_path: ../train.jsonl
 eval_dataset_path: ../train.jsonl
@@ -56,7 +61,15 @@ load_best_model_at_end: true
 ema_decay: 0.99
 save_steps: {save_every}
 save_total_limit: 3
+data_cache_dir: cache
 """
+OF_STAGE = {
+    "SFT": "",
+    "DPO": "ref_model_update_steps: 7\nattention_probs_dropout_prob: 0.1\ndropout_warmup_steps: 10\n",
+    "KTO": "",
+    "RM": "",
+}
+LORA = "lora_rank: 4\n"
 
 
 def erniekit(*arguments: str) -> list[str]:
@@ -69,7 +82,17 @@ def environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(ROOT)}
 
 
-def prepare(folder: Path, *, steps: int, seed: int) -> None:
+def training_rows(stage: str, sentences: Callable[[int], list[str]], rng: random.Random) -> Iterator[dict[str, Any]]:
+    """What a stage trains on: dialogues, or a prompt with a better and a worse answer."""
+    for turns in rng.choices((1, 2, 3), k=400):
+        if stage == "SFT":
+            yield {"src": sentences(turns), "tgt": sentences(turns)}
+        else:
+            question, chosen, rejected = sentences(3)
+            yield {"question": question, "chosen": chosen, "rejected": rejected}
+
+
+def prepare(folder: Path, *, stage: str, lora: bool, steps: int, seed: int) -> None:
     """Data, tokenizer, model, and the two places to train in; the config is the same, so both write the same files."""
     rng = random.Random(seed)
     words = ["".join(rng.choices("abcdefghiklmnoprstuvw", k=rng.randint(2, 7))) for _ in range(300)]
@@ -77,13 +100,16 @@ def prepare(folder: Path, *, steps: int, seed: int) -> None:
     def sentences(count: int) -> list[str]:
         return [" ".join(rng.choices(words, k=rng.randint(2, 12))) for _ in range(count)]
 
-    rows = [{"src": sentences(turns), "tgt": sentences(turns)} for turns in rng.choices((1, 2, 3), k=400)]
+    rows = training_rows(stage, sentences, rng)
     (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     command = erniekit("init", "--family", "micro-moe", "--train-tokenizer", "train.jsonl", "--out", "base")
     subprocess.run(command, cwd=folder, env=environment(), check=True, stdout=subprocess.DEVNULL)
     for name in ("untouched", "killed"):
         (folder / name).mkdir()
-        config = CONFIG.format(steps=steps, save_every=SAVE_EVERY)
+        config = CONFIG.format(
+            steps=steps, save_every=SAVE_EVERY, stage=stage, fine_tuning="LoRA" if lora else "Full"
+        )  # fmt: skip
+        config += OF_STAGE[stage] + (LORA if lora else "")
         (folder / name / "run.yaml").write_text(config, encoding="utf-8")
 
 
@@ -173,9 +199,9 @@ def killed_run(folder: Path, *, kills: int, steps: int, timing: dict[str, float]
     return {"points": points, "rows": rows + log_rows(folder), "last_output": last.output}
 
 
-def prove(folder: Path, *, kills: int, steps: int, seed: int) -> dict[str, Any]:
+def prove(folder: Path, *, stage: str, lora: bool, kills: int, steps: int, seed: int) -> dict[str, Any]:
     """Run both and compare; returns the figures."""
-    prepare(folder, steps=steps, seed=seed)
+    prepare(folder, stage=stage, lora=lora, steps=steps, seed=seed)
     begun = time.perf_counter()
     untouched = Life(folder / "untouched", number=0)
     untouched.wait_for(1)
@@ -190,6 +216,8 @@ def prove(folder: Path, *, kills: int, steps: int, seed: int) -> dict[str, Any]:
     by_step = {(row["step"], "eval_loss" in row): row for row in expected}
     different = [row for row in killed["rows"] if by_step[row["step"], "eval_loss" in row] != row]
     return {
+        "stage": stage,
+        "lora": lora,
         "kills": kills,
         "kills_before_the_first_step": sum(point["step"] == 0 for point in killed["points"]),
         "kills_in_a_save": sum(point["in_a_save"] for point in killed["points"]),
@@ -210,13 +238,18 @@ def prove(folder: Path, *, kills: int, steps: int, seed: int) -> dict[str, Any]:
 def main() -> None:
     """Prove, print the figures as JSON, exit with 1 if anything differs."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--stage", choices=tuple(OF_STAGE), default="SFT")
+    parser.add_argument("--lora", action="store_true")
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        figures = prove(Path(folder), kills=options.kills, steps=options.steps, seed=options.seed)
+        figures = prove(
+            Path(folder), stage=options.stage, lora=options.lora, kills=options.kills, steps=options.steps,
+            seed=options.seed,
+        )  # fmt: skip
     figures["equal"] = (
         figures["log_equal"] and figures["optimizer_compared"]
         and not figures["rows_different"] and not figures["files_different"]

@@ -73,7 +73,7 @@ def adapter_parameters(model: ErnieForCausalLM) -> dict[str, paddle.Tensor]:
 
 
 def plain_factors(model: ErnieForCausalLM) -> dict[str, tuple[paddle.Tensor, paddle.Tensor]]:
-    """For each target the factors A and B of a plain adapter with `plain_config`'s rank and the same scaling."""
+    """For each target A and B of what is added to the base, before scaling: with PiSSA, of twice the rank."""
     config, modules = adapter_config_of(model), dict(model.named_sublayers())
     assert config, "the model has no adapters"
     with paddle.no_grad():

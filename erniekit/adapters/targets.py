@@ -5,8 +5,9 @@ Works on names alone, so that a wrong pattern is told before anything is read or
 
 from __future__ import annotations
 
+import dataclasses
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from erniekit.base.errors import ConfigError, did_you_mean
 from erniekit.config.adapter import AdapterConfig
@@ -21,6 +22,7 @@ _GROUPS = {
     "mlp": _BLOCK + r"mlp\.(shared_experts\.)?(gate|up|down)_proj$",
     "experts": _EXPERTS.pattern,
 }
+FACTS = ("lora_rank", "lora_alpha", "rslora", "dora", "lora_target_modules", "modules_to_save")  # keys that shape one
 _NEVER = r"^model\.layers\.\d+\.mlp\.moe_statics$|^model\.mtp_block\.\d+\.mlp\.moe_statics$"
 
 
@@ -58,7 +60,7 @@ def adapter_config(keys: LoraConfig, names: Sequence[str]) -> AdapterConfig:
             f"modules_to_save and lora_target_modules both name {', '.join(twice[:3])}: a module is trained whole or "
             "gets an adapter; name it in one of them"
         )
-    stacked = [target for target in targets if target.endswith(("experts.gate_up_proj", "experts.down_proj"))]
+    stacked = [target for target in targets if _EXPERTS.search(target)]
     if keys.dora and stacked:
         problems.append(
             f"dora: true cannot adapt routed experts ({stacked[0]}): their weights are stacked, and no adapter format "
@@ -71,6 +73,38 @@ def adapter_config(keys: LoraConfig, names: Sequence[str]) -> AdapterConfig:
         dora=keys.dora, init="pissa" if keys.lora_init == "pissa" else "default", targets=targets,
         modules_to_save=saved,
     )  # fmt: skip
+
+
+def started_config(
+    there: AdapterConfig, given: Mapping[str, object], names: Sequence[str], *, keys: LoraConfig
+) -> AdapterConfig:
+    """The adapter of a run that starts from one with the config `there`; `given` holds those of FACTS that the user
+    set. Raises ConfigError where they contradict it."""
+    asked: dict[str, object] = {
+        "lora_rank": keys.lora_rank, "lora_alpha": _alpha(keys), "rslora": _rank_stabilised(keys), "dora": keys.dora,
+    }  # fmt: skip
+    found: dict[str, object] = {
+        "lora_rank": there.rank, "lora_alpha": there.alpha, "rslora": there.rslora, "dora": there.dora,
+    }  # fmt: skip
+    if "lora_target_modules" in given:
+        asked["lora_target_modules"] = sorted(resolve_targets(names, keys.lora_target_modules))
+        found["lora_target_modules"] = sorted(there.targets)
+    if "modules_to_save" in given:
+        asked["modules_to_save"] = sorted(resolve_saved(names, keys.modules_to_save))
+        found["modules_to_save"] = sorted(there.modules_to_save)
+    problems = [
+        f"{name}: {given[name]} contradicts the adapter in lora_path, which has {_short(found[name])}; leave {name} "
+        "out to go on with that adapter, or leave lora_path out to start a new one"
+        for name in FACTS
+        if name in given and given[name] != -1 and asked[name] != found[name]
+    ]
+    if problems:
+        raise ConfigError(problems)
+    return dataclasses.replace(there, dropout=keys.lora_dropout)
+
+
+def _short(value: object) -> str:
+    return f"{len(value)} modules ({', '.join(value[:3])} ...)" if isinstance(value, list) and value else str(value)
 
 
 def b_rate(keys: LoraConfig) -> float:
@@ -97,8 +131,7 @@ def adapter_names(config: AdapterConfig, names: Sequence[str]) -> list[str]:
 
 def slot(target: str) -> str:
     """The path of the adapter of a module; the stacked weights of experts share one module (models/moe.py)."""
-    owner, _, weight = target.rpartition(".")
-    return f"{owner}.{weight.removesuffix('_proj')}_adapter" if owner.endswith(".experts") else f"{target}.adapter"
+    return f"{target.removesuffix('_proj')}_adapter" if _EXPERTS.search(target) else f"{target}.adapter"
 
 
 def _inside(name: str, path: str) -> bool:

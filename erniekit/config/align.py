@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from erniekit.config.keys import key, later
+from erniekit.config.keys import inert, key
 from erniekit.config.model import PREFERENCE_STAGES
 
 _PREFERENCE = ("stage", PREFERENCE_STAGES)
@@ -58,7 +58,10 @@ class AlignConfig:
         False, "Train without a reference model. simpo, or and orpo do so anyway; the other losses refuse it.",
         only=_WITH_REFERENCE,
     )
-    ref_model_update_steps: int = later(-1, "Steps between updates of the reference; -1: never.", only=_PREFERENCE)
+    ref_model_update_steps: int = key(
+        -1, "After every so many steps the reference becomes the policy as it is then: a copy of what is trained is "
+        "kept in host memory and in checkpoints. -1: never.", only=_WITH_REFERENCE,
+    )
     max_prompt_len: int = key(
         2048, "Longest prompt in tokens: a longer one loses its oldest turns; a row whose last turn alone is longer is "
         "dropped.", only=_PREFERENCE, least=1,
@@ -75,8 +78,8 @@ class AlignConfig:
         True, "Compute the prompt once for all its answers; False computes it again for each of them.",
         only=_PREFERENCE,
     )
-    num_of_gpus: int = later(-1, "Devices of the benchmark.", only=_PREFERENCE)
-    dpo_benchmark: bool = later(False, "Measure speed only.", only=_PREFERENCE)
+    num_of_gpus: int = inert(-1, "Devices of ERNIEKit's benchmark; train_log.jsonl has the speed of every step.")
+    dpo_benchmark: bool = inert(False, "ERNIEKit's measurement of speed; train_log.jsonl has that of every step.")
 
     @property
     def needs_reference(self) -> bool:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from erniekit.config.keys import key, later
+from erniekit.config.keys import key
 
 _LORA = ("fine_tuning", ("LoRA",))
 RSLORA_ALPHA = PLUS_SCALE = 4  # of ERNIEKit: alpha where rslora is on and none is set; lora_plus_scale of rslora_plus
@@ -20,7 +20,7 @@ class LoraConfig:
     lora_dropout: float = key(
         0.0, "Dropout on what enters the adapters, in training.", only=_LORA, least=0, most=0.999
     )
-    lora_path: str | None = later(
+    lora_path: str | None = key(
         None, "An adapter folder to start from; it says rank, alpha and targets.", only=_LORA
     )
     lora_target_modules: list[str] | None = key(

@@ -24,12 +24,14 @@ class ModelConfig:
         choices=("huggingface", "modelscope", "aistudio"), resume="free",
     )
     stage: str = key(
-        "SFT", "What kind of training: PT is pre-training on text, SFT is supervised fine-tuning on dialogues.",
-        choices=("PT", "SFT"), later=(*PREFERENCE_STAGES, *VISION_STAGES, *REINFORCEMENT_STAGES),
+        "SFT", "What kind of training: PT is pre-training on text, SFT is supervised fine-tuning on dialogues, DPO is "
+        "training on pairs of answers (`loss_type` says how), KTO on answers judged one by one, RM of a reward model.",
+        choices=("PT", "SFT", *PREFERENCE_STAGES), later=(*VISION_STAGES, *REINFORCEMENT_STAGES),
     )
     fine_tuning: str = key(
-        "Full", "Which parameters are trained. ERNIEKit trains LoRA when the key is absent; a notice says so.",
-        choices=("Full",), later=("LoRA",), there="LoRA",
+        "Full", "What is trained: all parameters, or low-rank adapters beside a frozen base. ERNIEKit trains LoRA when "
+        "the key is absent; a notice says so.",
+        choices=("Full", "LoRA"), there="LoRA",
         aliases=(Alias("lora", bool, {True: ("LoRA",), False: ("Full",)}),),
     )
     compute_type: str = key(

@@ -13,7 +13,7 @@ from erniekit.base.files import nearest_sibling
 from erniekit.config.data import is_data_set
 from erniekit.config.hubs import DEFAULT_HUB, download_command, is_repository
 from erniekit.config.keys import RESULTS
-from erniekit.config.model import PREFERENCE_STAGES, REINFORCEMENT_STAGES, VISION_STAGES
+from erniekit.config.model import REINFORCEMENT_STAGES, VISION_STAGES
 from erniekit.config.parallel import DEVICE_DEGREES
 from erniekit.config.run import KEYS, RunConfig
 from erniekit.config.values import text_of
@@ -35,7 +35,7 @@ _NEEDS = {
 }
 _FILES = {
     "train": ("model_name_or_path", "train_dataset_path", "eval_dataset_path", "canary_dataset_path",
-              "resume_from_checkpoint"),
+              "resume_from_checkpoint", "lora_path"),
     "eval": ("model_name_or_path", "eval_dataset_path"),
     "preview": ("model_name_or_path", "train_dataset_path", "eval_dataset_path"),
     "chat": ("model_name_or_path",),
@@ -43,11 +43,9 @@ _FILES = {
 }
 _FEATURES = {
     "stage": {
-        **dict.fromkeys(PREFERENCE_STAGES, "training on preferences"),
         **dict.fromkeys(VISION_STAGES, "training on pictures and video"),
         **dict.fromkeys(REINFORCEMENT_STAGES, "reinforcement learning"),
     },
-    "fine_tuning": {"LoRA": "LoRA adapters"},
     "compute_type": {"fp16": "a loss scale", "fp8": "FP8 training"},
 }  # fmt: skip
 

@@ -72,13 +72,13 @@ def _ranked_one_by_one(row: Row, unused: set[str]) -> Answers:
 
 def _responses(row: Row) -> tuple[tuple[Message, ...], list[list[str]], list[float]]:
     """The prompt, the responses as turns, and the rank of each."""
-    queries, past = strings(row, "src"), _list_of(row.get("tgt"))
+    queries, found = strings(row, "src"), _list_of(required(row, "response", "a list of answers"))
+    past = _list_of(row.get("tgt"))
     answers = string_list(past, '"tgt"') if past else []
     if len(answers) != len(queries) - 1:
         raise BadRow(
             f'"src" has {len(queries)} turns and "tgt" has {len(answers)}; every query but the last needs its answer'
         )
-    found = _list_of(required(row, "response", "a list of answers"))
     if not isinstance(found, list) or not found:
         raise BadRow(f'"response" must be a list of answers, not {excerpt(found)}')
     responses = [string_list(texts, f'"response"[{position}]') for position, texts in enumerate(found)]
@@ -188,8 +188,10 @@ def _apart(pair: Answers) -> Answers:
 
 def _chatml_pair(row: Row, unused: set[str]) -> Answers:
     found = {name: _as_messages(required(row, name, "an answer"), name) for name in ("chosen", "rejected")}
-    read = _conversations if any(speaker(raw[0]) in ("user", "system") for raw in found.values()) else _continuations
-    talks, cut = read(row, found, unused)
+    are_whole = [speaker(raw[0]) in ("user", "system") for raw in found.values()]
+    if any(are_whole) and not all(are_whole):
+        raise BadRow("of chosen and rejected one is a whole conversation and the other is an answer alone")
+    talks, cut = (_conversations if all(are_whole) else _continuations)(row, found, unused)
     prompt, answers = _split(talks, cut, _scores(row))
     note_unused(row, PAIR_FORMATS["chatml"].columns, unused)
     return _compared(prompt, answers, read_tools(row))
@@ -203,7 +205,7 @@ def _chatml_judged(row: Row, unused: set[str]) -> Answers:
     if key == "completion" and speaker(raw[0]) not in ("user", "system"):
         talks, cut = _continuations(row, {key: raw}, unused)
     else:
-        talks = [_with_system(row, _read(raw, key, unused, calls=[]))]
+        talks = [_with_system(row, _read(raw, key, unused))]
         cut = len(talks[0]) - 1
     prompt, answers = _split(talks, cut, (_label(row),))
     note_unused(row, JUDGED_FORMATS["chatml"].columns, unused)
@@ -228,9 +230,9 @@ def _as_messages(value: Any, key: str) -> list[Any]:
     return value
 
 
-def _read(raw: list[Any], key: str, unused: set[str], *, calls: list[str | None], is_start: bool = True) -> _Talk:
+def _read(raw: list[Any], key: str, unused: set[str], *, is_start: bool = True) -> _Talk:
     try:
-        messages, labels = read_messages(raw, key, unused, calls=calls, is_start=is_start)
+        messages, labels = read_messages(raw, key, unused, is_start=is_start)
     except BadRow as error:
         raise BadRow(f'"{key}": {error}') from error
     return list(zip(messages, labels, strict=True))
@@ -247,22 +249,22 @@ def _with_system(row: Row, talk: _Talk) -> _Talk:
 
 def _continuations(row: Row, found: Mapping[str, list[Any]], unused: set[str]) -> tuple[list[_Talk], int]:
     """The prompt with each of the answers, and how long it is."""
-    key, calls = _prompt_column(row), list[str | None]()
-    prompt = _with_system(row, _read(_as_messages(row[key], key), key, unused, calls=calls))
-    answers = [_read(raw, name, unused, calls=list(calls), is_start=False) for name, raw in found.items()]
+    key = _prompt_column(row)
+    prompt = _with_system(row, _read(_as_messages(row[key], key), key, unused))
+    answers = [_read(raw, name, unused, is_start=False) for name, raw in found.items()]
     return [prompt + answer for answer in answers], len(prompt)
 
 
 def _conversations(row: Row, found: Mapping[str, list[Any]], unused: set[str]) -> tuple[list[_Talk], int]:
     """Whole conversations, and how far the prompt goes that they share."""
-    talks = [_with_system(row, _read(raw, name, unused, calls=[])) for name, raw in found.items()]
+    talks = [_with_system(row, _read(raw, name, unused)) for name, raw in found.items()]
     messages = [[message for message, _ in talk] for talk in talks]
     cut = shared_length(messages)
     while cut and any(cut == len(said) or said[cut]["role"] != "assistant" for said in messages):
         cut -= 1
     if any(row.get(name) is not None for name in _PROMPTS):
         key = _prompt_column(row)
-        given = [message for message, _ in _read(_as_messages(row[key], key), key, unused, calls=[])]
+        given = [message for message, _ in _read(_as_messages(row[key], key), key, unused)]
         shared = [message for message in messages[0][:cut] if message["role"] != "system"]
         given = [message for message in given if message["role"] != "system"]
         if given[: len(shared)] != shared[: len(given)]:

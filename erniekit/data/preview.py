@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from erniekit.data.batch import Document
+from erniekit.data.batch import CHOSEN, MISMATCHED, REJECTED, Document
 from erniekit.data.build import TrainData
 from erniekit.data.chat import UNTRAINED
 from erniekit.data.tokenizer import Tokenizer
@@ -23,6 +23,7 @@ from erniekit.data.tokenizer import Tokenizer
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 _CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]")  # a terminal would obey them
 _LINE_END = "↵\n"
+_MOST_BYTES = 4  # of a character in UTF-8
 _RESET, _DIM, _TRAINED, _TARGET = "\x1b[0m", "\x1b[2m", "\x1b[1;32m", "\x1b[1;35m"
 
 
@@ -39,11 +40,24 @@ class TokenView:
 
 
 @dataclass(frozen=True)
+class PartView:
+    """A sample, or a part of a tree: its prompt, or one of its branches, which see the prompt and not each other."""
+
+    title: str  # empty where there is only one
+    tokens: tuple[TokenView, ...]
+
+
+@dataclass(frozen=True)
 class DocumentView:
     """One sample of a row."""
 
     name: str
-    tokens: tuple[TokenView, ...]
+    parts: tuple[PartView, ...]
+
+    @property
+    def tokens(self) -> tuple[TokenView, ...]:
+        """Those of all parts."""
+        return tuple(token for part in self.parts for token in part.tokens)
 
     @property
     def num_tokens(self) -> int:
@@ -95,14 +109,38 @@ def sample_views(train_data: TrainData, tokenizer: Tokenizer, *, step: int = 0, 
 
 
 def _document_view(document: Document, tokenizer: Tokenizer) -> DocumentView:
-    ids, labels = document.input_ids.tolist(), document.labels.tolist()
+    ids, labels, spans = document.input_ids.tolist(), document.labels.tolist(), document.spans()
+    shared = ids[: spans[0][1]]
+    parts = [
+        PartView(title, _token_views(ids[start:end], labels[start:end], tokenizer, before=shared if start else []))
+        for title, (start, end) in zip(_titles(document), spans, strict=True)
+        if end > start
+    ]
+    return DocumentView(document.name, tuple(parts))
+
+
+def _titles(document: Document) -> list[str]:
+    """What the parts of a document are."""
+    if document.preference is None:
+        return [""]
+    better = f"chosen, better by {document.preference.score_delta:g}"
+    alone = {CHOSEN: "desirable", REJECTED: "undesirable", MISMATCHED: "another sample's answer"}
+    is_pair = document.preference.branches == (CHOSEN, REJECTED)
+    return ["prompt", *([better, REJECTED] if is_pair else [alone[kind] for kind in document.preference.branches])]
+
+
+def _token_views(
+    ids: list[int], labels: list[int], tokenizer: Tokenizer, *, before: list[int]
+) -> tuple[TokenView, ...]:
+    """The tokens of a part; what comes `before` it may spell the beginning of its first character."""
     tokens = []
-    for index, text, asked in zip(ids, _texts(ids, tokenizer), [UNTRAINED, *labels[:-1]], strict=True):
+    texts = _texts([*before[-_MOST_BYTES:], *ids], tokenizer)[-len(ids) :]
+    for index, text, asked in zip(ids, texts, [UNTRAINED, *labels[:-1]], strict=True):
         target = None if asked in (UNTRAINED, index) else (asked, _texts([asked], tokenizer)[0])
         tokens.append(TokenView(index, text, asked != UNTRAINED, target))
     if labels[-1] != UNTRAINED:
         tokens.append(TokenView(labels[-1], _texts(labels[-1:], tokenizer)[0], True, is_input=False))
-    return DocumentView(document.name, tuple(tokens))
+    return tuple(tokens)
 
 
 def _texts(ids: Sequence[int], tokenizer: Tokenizer) -> list[str]:
@@ -128,7 +166,9 @@ def text_samples(views: Sequence[RowView], *, color: bool) -> str:
         lines += ["", row.title]
         for document in row.documents:
             lines.append(_paint(f"── {document.name} · {_counts(document)} ──", _DIM, color=color))
-            lines.append("".join(_runs(document, color=color)))
+            for part in document.parts:
+                title = _paint(f"[{part.title}] ", _DIM, color=color) if part.title else ""
+                lines.append(title + "".join(_runs(part, color=color)))
     return "\n".join(lines)
 
 
@@ -140,9 +180,9 @@ def _legend_line(*, color: bool) -> str:
     return f"{trained}: counts in the loss; {read}: does not; {target}: here the model is taught another token"
 
 
-def _runs(document: DocumentView, *, color: bool) -> Iterator[str]:
-    """The text of a document, painted run by run."""
-    for style, run in itertools.groupby(document.tokens, key=_style):
+def _runs(part: PartView, *, color: bool) -> Iterator[str]:
+    """The text of a part, painted run by run."""
+    for style, run in itertools.groupby(part.tokens, key=_style):
         tokens = list(run)
         if style == _TARGET:
             text = "".join(f"{token.text}→{token.target[1]}" if token.target else f"→{token.text}" for token in tokens)
@@ -188,13 +228,18 @@ def _html_row(row: RowView, *, is_open: bool) -> str:
     where, _, figures = row.title.partition(": ")
     documents = "".join(
         f'<section class="ek-doc"><header><span>{html.escape(document.name)}</span><span>{_counts(document)}</span>'
-        f'</header><div class="ek-text">{"".join(map(_html_token, document.tokens))}</div></section>'
+        f"</header>{''.join(map(_html_part, document.parts))}</section>"
         for document in row.documents
     )
     return (
         f'<details class="ek-row"{" open" * is_open}><summary><strong>{where}</strong><span>{figures}</span>'
         f'<span class="ek-fill">{fill}</span></summary>{documents}</details>'
     )
+
+
+def _html_part(part: PartView) -> str:
+    title = f'<p class="ek-part">{html.escape(part.title)}</p>' if part.title else ""
+    return f'{title}<div class="ek-text">{"".join(map(_html_token, part.tokens))}</div>'
 
 
 def _html_token(token: TokenView) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from erniekit.config.load import load_config
+from erniekit.config.model import PREFERENCE_STAGES
 from erniekit.config.readiness import require_ready
 from erniekit.config.run import RunConfig
 
@@ -22,6 +23,10 @@ def train(config: RunConfig | Mapping[str, Any] | str | Path, **overrides: Any) 
     if not isinstance(config, RunConfig):
         config = load_config(config, overrides)
     require_ready(config, "train")
-    from erniekit.recipes.sft import train_language_model  # paddle loads here, after the config was judged
+    if config.model.stage in PREFERENCE_STAGES:
+        from erniekit.recipes.preference import train_on_preferences  # paddle loads here, after the config was judged
+
+        return train_on_preferences(config)
+    from erniekit.recipes.sft import train_language_model
 
     return train_language_model(config)

@@ -8,16 +8,22 @@ from pathlib import Path
 
 import paddle
 
+from erniekit.checkpoint.download import locate_model
 from erniekit.checkpoint.folder import Folder
+from erniekit.config.architecture import ErnieConfig
 from erniekit.config.load import load_config
+from erniekit.config.model import PREFERENCE_STAGES
+from erniekit.config.run import RunConfig
 from erniekit.data.batch import Batch
 from erniekit.data.tokenizer import Tokenizer
 from erniekit.models.decoder import ErnieForCausalLM
-from erniekit.training.assemble import architecture, assemble_model, loss_weights, step_hooks
+from erniekit.training.assemble import architecture, loss_weights, step_hooks
 from erniekit.training.objective import LanguageModelObjective
+from erniekit.training.preference import preference_objective
 from erniekit.training.probe import Probe, Seen, Size, broken_weights
 from erniekit.training.replay import CONFIG_FILE, Kept, read_kept
 from erniekit.training.step import Objective, Totals
+from erniekit.training.weights import weights_of
 
 _BEFORE, _AFTER = 24, 12  # tokens of a sample that are shown around a place
 
@@ -39,10 +45,10 @@ def replay(folder: str | Path) -> Finding | None:
     folder = Path(folder)
     kept = read_kept(folder)
     cfg = load_config(folder / CONFIG_FILE, ["recompute=false"])  # recomputing would run every layer twice
-    weights = Folder.open(folder)
-    tokenizer = Tokenizer.from_folder(folder)
-    arch = architecture(weights, cfg)
-    model = assemble_model(weights, arch, cfg)
+    base = Folder.open(folder if cfg.model.fine_tuning == "Full" else _base_of(cfg))
+    tokenizer = Tokenizer.from_folder(base.path)
+    arch = architecture(base, cfg)
+    model = weights_of(cfg, base, arch).build(folder)
     model.train()
     paddle.seed(kept.seed * 1_000_003 + kept.step)
     for prepare in step_hooks(model, cfg):
@@ -50,7 +56,7 @@ def replay(folder: str | Path) -> Finding | None:
     print(f"step {kept.step + 1} was kept: {kept.reason}")
     for line in broken_weights(model) or ["all weights are finite"]:
         print(f"  {line}")
-    objective = LanguageModelObjective(loss_weights(arch, cfg))
+    objective = _objective(cfg, arch, kept)
     totals = Totals.of(kept.batches, row_length=cfg.data.max_seq_len)
     objective.begin(model, kept.batches)
     passes = [_pass(model, batch, objective, totals) for batch in kept.batches]
@@ -62,6 +68,19 @@ def replay(folder: str | Path) -> Finding | None:
         _print_layers(probes[found.micro_batch].seen, number=found.micro_batch)
         _print_finding(found, kept, tokenizer)
     return found
+
+
+def _base_of(cfg: RunConfig) -> str | Path:
+    """Where the model is that adapters stand on: a step is kept without it."""
+    return locate_model(cfg.model.model_name_or_path or "", cfg.model.download_hub)
+
+
+def _objective(cfg: RunConfig, arch: ErnieConfig, kept: Kept) -> Objective:
+    if cfg.model.stage not in PREFERENCE_STAGES:
+        return LanguageModelObjective(loss_weights(arch, cfg))
+    known = {id(batch): logps for batch, logps in zip(kept.batches, kept.reference, strict=False)}
+    reference = (lambda _, batch: paddle.to_tensor(known[id(batch)])) if known else None
+    return preference_objective(cfg.model.stage, cfg.align, loss_weights(arch, cfg), reference=reference)
 
 
 def _pass(model: ErnieForCausalLM, batch: Batch, objective: Objective, totals: Totals) -> tuple[float, Probe]:

@@ -1,21 +1,23 @@
 """The operators of a training step of an ERNIE model, as training/tape.py walks through them.
 
-Each line says what one operator of `models/`, `ops/` and `parallel/recompute.py` reads, makes and keeps on a CPU; where
-one of them changes, its line here does (tests/unit/training/test_budget.py measures both). Sizes count numbers of
-`Sizes.number` bytes, written M for tokens, D hidden size, X and Y query and key width, N heads, E experts, K chosen, I
-width, V vocabulary.
+Each line says what one operator of `models/`, `ops/`, `adapters/` and `parallel/recompute.py` reads, makes and keeps on
+a CPU; where one of them changes, its line here does, and tests/unit/training/test_budget.py measures both. A linear
+layer keeps its input only for the gradient of its weight: under an adapter the low-rank product keeps it instead.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Literal
 
+from erniekit.adapters.targets import slot
+from erniekit.config.adapter import AdapterConfig
 from erniekit.config.architecture import ErnieConfig
 from erniekit.config.sizes import expert_groups
 from erniekit.training.tape import Tape, Value
 
-CHUNK_TOKENS = 512
+_INDEX = 8  # bytes of an int64
 
 
 @dataclass(frozen=True)
@@ -32,49 +34,82 @@ class Load:
         return self.rows * self.length
 
 
+@dataclass(frozen=True)
+class Terms:
+    """What a step computes beside the layers: the routers' balance loss, what the head is there for, and, before the
+    backward pass, log-probabilities of the base without adapters (`reference`)."""
+
+    balance: bool = True
+    head: Literal["tokens", "answers", "none"] = "tokens"
+    reference: bool = False
+
+
 @dataclass
 class Writer:
-    """Writes the operators of one model and one micro-batch to a tape."""
+    """Writes the operators of one model and one micro-batch to a tape. `gradients` are the bytes of the gradient of
+    every parameter that is trained, `number` those of an activation."""
 
     arch: ErnieConfig
     load: Load
-    gradients: Mapping[str, int]  # bytes of the gradient of every parameter that is trained
+    gradients: Mapping[str, int]
     recompute: str | None = None
-    balance: bool = True  # whether a router's balance loss is made
+    adapter: AdapterConfig | None = None
+    packed: Callable[[str], bool] = lambda _module: False
+    terms: Terms = Terms()
     number: int = 4
+    tape: Tape = field(default_factory=Tape, init=False)
 
     def __post_init__(self) -> None:
-        self.tape = Tape()
-        self.vectors = self.load.tokens * self.number  # bytes of one number for every token
+        self._vectors = self.load.tokens * self.number  # bytes of one number for every token
+        self._slots = {slot(target) for target in self.adapter.targets} if self.adapter else set[str]()
 
-    def _trained(self, *names: str) -> dict[str, int]:
-        """The gradients of those of the parameters that are trained."""
-        return {name: self.gradients[name] for name in names if name in self.gradients}
+    def step(self) -> Tape:
+        """The whole pass, with the losses of the head and of multi-token prediction."""
+        cfg = self.arch
+        x = self._embedding()
+        for i in range(cfg.num_hidden_layers):
+            x = self._layer(f"model.layers.{i}", x, sparse=cfg.is_sparse(i))
+        ahead = self._predict_ahead(x) if self.terms.head != "none" else []
+        hidden = self._norm("model.norm", x)
+        if self.terms.head == "tokens":
+            self._cross_entropy(hidden)
+        elif self.terms.head == "answers":
+            self._log_probs(hidden)
+        for hidden in ahead:
+            self._cross_entropy(hidden)
+        return self.tape
 
-    def _again(self, kind: str, write: Callable[..., Value], *reads: Value) -> Value:
-        """What `write` writes, recomputed in the backward pass if that is the kind of thing that is."""
-        if self.recompute != kind:
-            return write(*reads)
-        outer, self.tape = self.tape, Tape()
-        write(*reads)
-        inner, self.tape = self.tape, outer
-        return self.tape.add_recomputed(*reads, inner=inner)
-
-    # ------------------------------------------------------------------ pieces
+    # ------------------------------------------------------------------ inside a layer
     def _linear(self, name: str, x: Value, width: int) -> Value:
         trains = self._trained(f"{name}.weight", f"{name}.bias")
-        return self.tape.add(x, makes=width * self.vectors, keeps=[x], trains=trains)
+        needs_input = f"{name}.weight" in trains
+        y = self.tape.add(x, makes=width * self._vectors, keeps=[x] if needs_input else [], trains=trains)
+        return self._adapted(f"{name}.adapter", x, y, rows=self.load.tokens)
+
+    def _adapted(self, path: str, x: Value, y: Value, *, rows: int) -> Value:
+        """The product y of a base with the adapter's added, for so many rows of x."""
+        if path not in self._slots or self.adapter is None:
+            return y
+        factors = self._trained(f"{path}.lora_A", f"{path}.lora_B")
+        inside, doubled = rows * self.adapter.rank * self.number, 0
+        if self.adapter.dropout:
+            x = self.tape.add(x, makes=x.num_bytes, beside=x.num_bytes // self.number)  # the mask
+        if self.adapter.init == "pissa":
+            inside, doubled = 2 * inside, 2 * sum(factors.values())
+        y = self.tape.add(y, x, makes=y.num_bytes, keeps=[x], beside=inside + doubled, trains=factors, passes=True)
+        if self.adapter.dora:
+            y = self.tape.add(y, makes=y.num_bytes, keeps=[y], trains=self._trained(f"{path}.magnitude"))
+        return y
 
     def _norm(self, name: str, x: Value) -> Value:
-        return self.tape.add(
-            x, makes=x.num_bytes, keeps=[x], beside=self.vectors, trains=self._trained(f"{name}.weight")
-        )  # fmt: skip
+        trains = self._trained(f"{name}.weight")
+        return self.tape.add(x, makes=x.num_bytes, keeps=[x], beside=self._vectors, trains=trains)
 
     def _attention(self, name: str, x: Value) -> Value:
         cfg = self.arch
         q = self._linear(f"{name}.q_proj", x, cfg.q_dim)
         k, v = (self._linear(f"{name}.{part}", x, cfg.kv_dim) for part in ("k_proj", "v_proj"))
-        sums = cfg.num_attention_heads * self.vectors
+        sums = cfg.num_attention_heads * self._vectors
         out = self._again("core_attn", lambda *qkv: self.tape.add(
             *qkv, makes=q.num_bytes, keeps=qkv, product=True, beside=sums
         ), q, k, v)  # fmt: skip
@@ -86,29 +121,44 @@ class Writer:
         return self._linear(f"{name}.down_proj", act, self.arch.hidden_size)
 
     def _moe(self, name: str, x: Value) -> Value:
-        cfg, tape, d = self.arch, self.tape, self.arch.hidden_size
-        (experts, width), chosen = expert_groups(cfg)[0], cfg.moe_k
-        routed = chosen * self.vectors
-        logits = tape.add(x, makes=experts * self.vectors, keeps=[x], trains=self._trained(f"{name}.gate.weight"))
+        cfg, tape = self.arch, self.tape
+        (experts, _), chosen = expert_groups(cfg)[0], cfg.moe_k
+        routed, indices = chosen * self._vectors, chosen * self.load.tokens * _INDEX
+        logits = tape.add(x, makes=experts * self._vectors, keeps=[x], trains=self._trained(f"{name}.gate.weight"))
         probs = tape.add(logits, makes=logits.num_bytes, product=True)
-        # Indices are int64; the weights are kept by the division and by what combines, their sums by clip and division.
-        weights = tape.add(probs, makes=routed, keeps=[probs], product=True, beside=3 * routed + 2 * self.vectors)
-        tape.held += logits.num_bytes
-        rows = tape.add(x, makes=routed * d, beside=2 * routed)
-        parameters = self._trained(f"{name}.experts.gate_up_proj", f"{name}.experts.down_proj")
-        made = tape.add(rows, makes=routed * d, keeps=[rows], beside=2 * width * routed, trains=parameters)
+        # Beside are kept the chosen, by what picks them, and by clip and division what they were before, and their sum.
+        beside = indices + routed + 2 * self._vectors
+        weights = tape.add(probs, makes=routed, keeps=[probs], product=True, beside=beside)
+        # The router losses read the logits when all layers are done; the balance loss keeps a softmax of its own.
+        tape.held += logits.num_bytes * (2 if self.terms.balance else 1)
+        rows = tape.add(x, makes=chosen * x.num_bytes, beside=indices)
+        made = self._experts(f"{name}.experts", rows)
         y = tape.add(made, weights, makes=x.num_bytes, keeps=[made, weights])
-        if self.balance:  # its softmax and the product with the mask are kept
-            tape.held += logits.num_bytes
         if cfg.moe_num_shared_experts:
             y = self._added(y, self._mlp(f"{name}.shared_experts", x, cfg.shared_intermediate_size))
         return y
+
+    def _experts(self, name: str, rows: Value) -> Value:
+        width, routed = expert_groups(self.arch)[0][1], self.load.tokens * self.arch.moe_k
+        gate_up, down = f"{name}.gate_up_proj", f"{name}.down_proj"
+        trains, inside = self._trained(gate_up, down), 2 * width * routed * self.number
+        in_slots = self._slots & {f"{name}.gate_up_adapter", f"{name}.down_adapter"}
+        if not in_slots and not self.packed(gate_up):
+            return self.tape.add(rows, makes=rows.num_bytes, keeps=[rows], beside=inside, trains=trains)
+        hidden = self.tape.add(rows, makes=inside, keeps=[rows] if trains else [], trains=self._trained(gate_up))
+        hidden = self._adapted(f"{name}.gate_up_adapter", rows, hidden, rows=routed)
+        act = self.tape.add(hidden, makes=inside // 2, keeps=[hidden])
+        made = self.tape.add(act, makes=rows.num_bytes, keeps=[act] if trains else [], trains=self._trained(down))
+        return self._adapted(f"{name}.down_adapter", act, made, rows=routed)
 
     def _added(self, x: Value, y: Value) -> Value:
         return self.tape.add(x, y, makes=x.num_bytes, passes=True)
 
     # ------------------------------------------------------------------ the model
     def _layer(self, name: str, x: Value, *, sparse: bool) -> Value:
+        return self._again("full", lambda x: self._block(name, x, sparse=sparse), x)
+
+    def _block(self, name: str, x: Value, *, sparse: bool) -> Value:
         normed = self._norm(f"{name}.input_layernorm", x)
         x = self._added(x, self._again("full_attn", lambda x: self._attention(f"{name}.self_attn", x), normed))
         normed = self._norm(f"{name}.post_attention_layernorm", x)
@@ -116,16 +166,14 @@ class Writer:
             return self._added(x, self._moe(f"{name}.mlp", normed))
         return self._added(x, self._mlp(f"{name}.mlp", normed, self.arch.intermediate_size))
 
-    def step(self) -> Tape:
-        """The whole pass, with the losses of the head and of multi-token prediction."""
-        cfg, tape = self.arch, self.tape
-        x = self._embedding()
-        for i in range(cfg.num_hidden_layers):
-            x = self._again("full", lambda x, i=i: self._layer(f"model.layers.{i}", x, sparse=cfg.is_sparse(i)), x)
-        ahead = self._predict_ahead(x)
-        for hidden in (self._norm("model.norm", x), *ahead):
-            self._head(hidden)
-        return tape
+    def _again(self, kind: str, write: Callable[..., Value], *reads: Value) -> Value:
+        """What `write` writes, recomputed in the backward pass if that is the kind of thing that is."""
+        if self.recompute != kind:
+            return write(*reads)
+        outer, self.tape = self.tape, Tape()
+        write(*reads)
+        inner, self.tape = self.tape, outer
+        return self.tape.add_recomputed(*reads, inner=inner)
 
     def _predict_ahead(self, x: Value) -> list[Value]:
         cfg, out = self.arch, []
@@ -134,19 +182,33 @@ class Writer:
             hidden = self._norm(f"model.mtp_hidden_norm.{i}", x)
             joined = self.tape.add(token, hidden, makes=2 * x.num_bytes)
             x = self._linear(f"model.mtp_linear_proj.{i}", joined, cfg.hidden_size)
-            x = self._again(
-                "full", lambda x, i=i: self._layer(f"model.mtp_block.{i}", x, sparse=cfg.is_sparse(i)), x
-            )  # fmt: skip
+            x = self._layer(f"model.mtp_block.{i}", x, sparse=cfg.is_sparse(i))
             out.append(self._norm("model.norm", x))
         return out
 
     def _embedding(self) -> Value:
-        return self.tape.add(
-            makes=self.arch.hidden_size * self.vectors, trains=self._trained("model.embed_tokens.weight")
-        )  # fmt: skip
+        table = self._trained("model.embed_tokens.weight")
+        return self.tape.add(makes=self.arch.hidden_size * self._vectors, trains=table)
 
-    def _head(self, hidden: Value) -> None:
-        """The loss: its gradients are made in the forward pass and scaled in the backward pass."""
-        tied = self.arch.tie_word_embeddings
-        trains = self._trained("model.embed_tokens.weight" if tied else "lm_head.weight", "lm_head.bias")
+    # ------------------------------------------------------------------ losses
+    def _cross_entropy(self, hidden: Value) -> None:
+        """Its gradients are made in the forward pass and scaled in the backward pass."""
+        trains = self._trained(*self._head)
         self.tape.add(hidden, makes=4, beside=hidden.num_bytes + sum(trains.values()), trains=trains)
+
+    def _log_probs(self, hidden: Value) -> None:
+        """Those of the labelled rows; the reference runs while the policy's activations are there."""
+        count, trains = self.load.labelled, self._trained(*self._head)
+        rows = self.tape.add(
+            hidden, makes=hidden.num_bytes // self.load.tokens * count, beside=2 * count * _INDEX
+        )  # fmt: skip
+        logps = self.tape.add(rows, makes=4 * count, keeps=[rows], trains=trains)
+        reference = self.tape.forward_only() if self.terms.reference else 0
+        self.tape.add(logps, makes=4, forward=reference)
+
+    @property
+    def _head(self) -> tuple[str, ...]:
+        return "model.embed_tokens.weight" if self.arch.tie_word_embeddings else "lm_head.weight", "lm_head.bias"
+
+    def _trained(self, *names: str) -> dict[str, int]:
+        return {name: self.gradients[name] for name in names if name in self.gradients}

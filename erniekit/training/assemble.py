@@ -1,7 +1,7 @@
 """THE order in which a model for training comes together; the only file that knows all the parts.
 
-    build -> weights -> (adapters) -> freezing -> number formats -> (tensor and expert shards) -> recomputation ->
-    (pipeline) -> optimizer -> (optimizer shards)
+    build -> weights, quantised while they are read -> adapters -> freezing -> number formats of products ->
+    (tensor and expert shards) -> recomputation -> (pipeline) -> optimizer -> (optimizer shards)
 
 Steps in parentheses are later rooms; each takes its place here.
 """
@@ -9,18 +9,27 @@ Steps in parentheses are later rooms; each takes its place here.
 from __future__ import annotations
 
 import functools
+import math
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import paddle
 
+from erniekit.adapters.lora import adapter_config_of, add_adapters
+from erniekit.adapters.targets import FACTS, adapter_config, adapter_names, b_rate, started_config
 from erniekit.base.console import notice
 from erniekit.base.errors import ConfigError
+from erniekit.checkpoint.adapter_folder import AdapterFolder
+from erniekit.checkpoint.adapter_io import load_adapter
 from erniekit.checkpoint.ernie45 import memory_table
 from erniekit.checkpoint.folder import Folder
 from erniekit.checkpoint.model_io import build_model
+from erniekit.config.adapter import AdapterConfig
 from erniekit.config.architecture import ErnieConfig
 from erniekit.config.model import PREFERENCE_STAGES
+from erniekit.config.packing import packing_of
 from erniekit.config.run import RunConfig
 from erniekit.models.decoder import ErnieForCausalLM
 from erniekit.parallel.recompute import apply_recompute
@@ -30,7 +39,7 @@ from erniekit.training.health import RouterHealth
 from erniekit.training.objective import LossWeights
 from erniekit.training.optimizer import AdamWSettings, Optimizer, matrices_inside
 from erniekit.training.router import RouterUpkeep, sparse_layers
-from erniekit.training.selection import freeze, rate_factors, trained_names
+from erniekit.training.selection import ROUTERS, freeze, rate_factors, trained_names
 
 
 def architecture(base: Folder, cfg: RunConfig) -> ErnieConfig:
@@ -52,9 +61,23 @@ def architecture(base: Folder, cfg: RunConfig) -> ErnieConfig:
     return base.config if wanted is None else base.config.replace(num_nextn_predict_layers=wanted)
 
 
+def adapter_of(base: Folder, arch: ErnieConfig, cfg: RunConfig) -> AdapterConfig | None:
+    """The adapter that the run trains; None if it trains the model's own weights. Raises ConfigError."""
+    if cfg.model.fine_tuning != "LoRA":
+        return None
+    names = list(memory_table(arch, head_bias=base.has_head_bias).tensors)
+    if not cfg.lora.lora_path:
+        return adapter_config(cfg.lora, names)
+    given = {name: cfg.value(name) for name in FACTS if cfg.given(name)}
+    return started_config(AdapterFolder.open(cfg.lora.lora_path).config, given, names, keys=cfg.lora)
+
+
 def check_names(base: Folder, arch: ErnieConfig, cfg: RunConfig) -> None:
     """Raise ConfigError for every pattern that picks no parameter, before anything is read, written or built."""
     names = list(memory_table(arch, head_bias=base.has_head_bias).tensors)
+    adapter = adapter_of(base, arch, cfg)
+    if adapter:
+        names = adapter_names(adapter, names)
     problems: list[str] = []
     for judge in (trained_names, functools.partial(rate_factors, num_layers=arch.num_hidden_layers)):
         try:
@@ -65,13 +88,21 @@ def check_names(base: Folder, arch: ErnieConfig, cfg: RunConfig) -> None:
         raise ConfigError(problems)
 
 
-def assemble_model(weights: Folder, arch: ErnieConfig, cfg: RunConfig) -> ErnieForCausalLM:
-    """The model that will be trained, from the base folder or from a checkpoint."""
+def assemble_model(
+    weights: Folder, arch: ErnieConfig, cfg: RunConfig, *, adapter: AdapterConfig | None = None,
+    trained: Path | None = None,
+) -> ErnieForCausalLM:  # fmt: skip
+    """The model that will be trained: `weights` is the base folder or a checkpoint. With `adapter`, always the base,
+    and `trained` is an adapter folder to go on from."""
     on_gpu = paddle.device.is_compiled_with_cuda() and paddle.get_device().startswith("gpu")
-    dtype = "bfloat16" if on_gpu and cfg.model.compute_type == "bf16" else "float32"
+    dtype = "bfloat16" if on_gpu and cfg.model.compute_type != "fp32" else "float32"
     if cfg.model.compute_type == "bf16" and not on_gpu and not cfg.model.cpu_bf16_matmul:
         notice("compute_type bf16: a CPU computes in fp32, with fp32 masters; only the saved model is rounded.")
-    model = build_model(weights, arch, dtype=dtype, mtp_init=cfg.model.mtp_init, seed=cfg.train.seed)
+    model = build_model(
+        weights, arch, dtype=dtype, mtp_init=cfg.model.mtp_init, seed=cfg.train.seed, pack=packing_of(cfg)
+    )  # fmt: skip
+    if adapter:
+        _adapt(model, adapter, trained, seed=cfg.train.seed)
     freeze(model, cfg.optimizer)
     if cfg.model.cpu_bf16_matmul and on_gpu:
         notice("cpu_bf16_matmul is about CPUs; on a GPU compute_type says how products are computed.")
@@ -82,12 +113,26 @@ def assemble_model(weights: Folder, arch: ErnieConfig, cfg: RunConfig) -> ErnieF
     return model
 
 
+def _adapt(model: ErnieForCausalLM, config: AdapterConfig, trained: Path | None, *, seed: int) -> None:
+    table = memory_table(model.config, head_bias=model.lm_head.bias is not None)
+    base = sum(math.prod(tensor.shape) for tensor in table.tensors.values())
+    add_adapters(model, config, seed=seed, draw=trained is None)
+    if trained:
+        load_adapter(model, AdapterFolder.open(trained))
+    numbers = sum(p.size for p in model.parameters() if not p.stop_gradient)
+    whole = f" and {len(config.modules_to_save)} whole modules" if config.modules_to_save else ""
+    notice(
+        f"adapters of rank {config.rank} on {len(config.targets)} modules{whole}: {numbers:,} numbers are trained, "
+        f"{100 * numbers / base:.2f} % of the model's {base:,}"
+    )
+
+
 def assemble_optimizer(model: ErnieForCausalLM, cfg: RunConfig) -> Optimizer:
     """AdamW or Muon as the run sets it."""
-    keys = cfg.optimizer
-    names = [name for name, _ in model.named_parameters()]
-    if keys.moe_gate_lr_ratio is not None and not model.config.is_moe:
-        notice("moe_gate_lr_ratio has no effect: the model has no routers")
+    keys, adapted = cfg.optimizer, adapter_config_of(model) is not None
+    names = [name for name, p in model.named_parameters() if not (adapted and p.stop_gradient)]
+    if keys.moe_gate_lr_ratio is not None and not any(re.search(ROUTERS, name) for name in names):
+        notice(f"moe_gate_lr_ratio has no effect: the {'routers are frozen' if adapted else 'model has no routers'}")
     small = keys.use_lowprecision_moment or keys.optim == "adamw_16bit_moment"
     return Optimizer(
         model.named_parameters(),
@@ -95,7 +140,7 @@ def assemble_optimizer(model: ErnieForCausalLM, cfg: RunConfig) -> Optimizer:
             beta1=keys.adam_beta1, beta2=keys.adam_beta2, epsilon=keys.adam_epsilon,
             weight_decay=keys.weight_decay, max_grad_norm=keys.max_grad_norm,
         ),
-        rates=rate_factors(names, num_layers=model.config.num_hidden_layers, keys=keys),
+        rates=rate_factors(names, num_layers=model.config.num_hidden_layers, keys=keys, b_rate=b_rate(cfg.lora)),
         matrices=matrices_inside(model) if keys.optim == "muon" else None,
         moments="bfloat16" if small else "float32", ema_decay=keys.ema_decay, ema_interval=keys.zcc_ema_interval,
         adaptive_clip=bool(keys.adaptive_norm_clip),
@@ -122,12 +167,16 @@ def loss_weights(arch: ErnieConfig, cfg: RunConfig) -> LossWeights:
 
 
 def router_upkeep(model: ErnieForCausalLM, cfg: RunConfig) -> RouterUpkeep:
-    """The bias controller and the decoupled orthogonal step, as far as the run wants them."""
+    """The bias controller and the decoupled orthogonal step, as far as the run wants them.
+
+    Beside adapters the correction bias stands still, even where the routers are trained whole: it belongs to the base,
+    and no adapter folder has a place for it.
+    """
     aux_free = _first(cfg.model.moe_use_aux_free, model.config.extras.get("moe_use_aux_free"), False)
     decoupled = cfg.model.use_ortho_loss_callback
     return RouterUpkeep(
         model,
-        bias_coefficient=cfg.model.moe_use_aux_free_update_coef if aux_free else 0.0,
+        bias_coefficient=cfg.model.moe_use_aux_free_update_coef if aux_free and not adapter_config_of(model) else 0.0,
         orthogonal_lambda=_orthogonal(model.config, cfg) if decoupled else 0.0,
         health=_router_health(model, cfg),
     )

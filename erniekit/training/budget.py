@@ -12,15 +12,20 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
+from erniekit.adapters.targets import adapter_config, slot
 from erniekit.checkpoint.ernie45 import memory_table
+from erniekit.config.adapter import AdapterConfig
 from erniekit.config.architecture import ErnieConfig
+from erniekit.config.packing import Packing, packing_of
 from erniekit.config.run import RunConfig
 from erniekit.data.batch import ROW_MULTIPLE
-from erniekit.training.activations import CHUNK_TOKENS, Load, Writer
+from erniekit.training.activations import Load, Terms, Writer
 from erniekit.training.selection import trained_names
 
 MB = 1e6
-_ALWAYS_FP32 = (".gate.weight", ".e_score_correction_bias")
+CHUNK_TOKENS = 512  # of the head's kernels (ops/cross_entropy.py)
+_NEVER_TRAINED = ".e_score_correction_bias"
+_ALWAYS_FP32 = (".gate.weight", _NEVER_TRAINED)
 
 
 @dataclass(frozen=True)
@@ -45,12 +50,14 @@ class Budget:
         told = ", ".join(f"{name} {megabytes(size)}" for name, size in parts.items())
         return f"memory: budget {megabytes(self.peak)} MB ({told}), and {megabytes(self.kernels)} MB in kernels"
 
-    def beside(self, *, tensors: int, process: int) -> str:
-        """The same beside what was measured."""
-        return (
-            f"memory: budget {megabytes(self.peak)} MB, peak {megabytes(tensors)} MB in tensors; the process held "
-            f"{megabytes(process)} MB above the program"
-        )
+
+
+def memory_text(*, budget: int, tensors: int, process: int) -> str:
+    """A line for people: a budget's peak beside what was measured (memory.py)."""
+    return (
+        f"memory: budget {megabytes(budget)} MB, peak {megabytes(tensors)} MB in tensors; the process held "
+        f"{megabytes(process)} MB above the program"
+    )
 
 
 def megabytes(num_bytes: float) -> str:
@@ -60,33 +67,91 @@ def megabytes(num_bytes: float) -> str:
 
 @dataclass(frozen=True)
 class Formats:
-    """Bytes of a number: weights and their gradients, activations, and of each trained one the optimizer's states."""
+    """Bytes of a number of a weight (and its gradient and activations), and of the optimizer's states of a trained one;
+    `packing` keeps frozen weights in few bits."""
 
     weight: int = 4
     states: int = 8
+    packing: Packing | None = None
 
     @classmethod
     def of(cls, cfg: RunConfig, *, on_gpu: bool) -> Formats:
         """As the run sets it: bf16 weights have fp32 masters; on a CPU everything is fp32."""
         keys = cfg.optimizer
-        weight = 2 if on_gpu and cfg.model.compute_type == "bf16" else 4
+        weight = 2 if on_gpu and cfg.model.compute_type != "fp32" else 4
         moments = 4 if keys.use_lowprecision_moment or keys.optim == "adamw_16bit_moment" else 8
-        return cls(weight, moments + (4 if weight == 2 else 0) + (4 if keys.ema_decay is not None else 0))
+        states = moments + (4 if weight == 2 else 0) + (4 if keys.ema_decay is not None else 0)
+        return cls(weight, states, packing_of(cfg))
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """A model's parameters: shapes by name, which are trained, and the adapter on it."""
+
+    shapes: Mapping[str, tuple[int, ...]]
+    trained: Collection[str]
+    adapter: AdapterConfig | None = None
+
+    @classmethod
+    def of(cls, cfg: RunConfig, arch: ErnieConfig, *, head_bias: bool) -> Parameters:
+        """Those that the run has."""
+        table = memory_table(arch, head_bias=head_bias).tensors
+        shapes, names = {name: tensor.shape for name, tensor in table.items()}, list(table)
+        if cfg.model.fine_tuning != "LoRA":
+            return cls(shapes, trained_names(names, keys=cfg.optimizer))
+        return cls.adapted(shapes, adapter_config(cfg.lora, names))
+
+    @classmethod
+    def adapted(cls, shapes: Mapping[str, tuple[int, ...]], adapter: AdapterConfig) -> Parameters:
+        """Those of a frozen model with an adapter."""
+        added, frozen = dict[str, tuple[int, ...]](), dict[str, tuple[int, ...]]()
+        for target in adapter.targets:
+            *experts, num_in, num_out = shapes.get(target) or shapes[f"{target}.weight"]
+            path, rank = slot(target), adapter.rank
+            added |= {f"{path}.lora_A": (*experts, num_in, rank), f"{path}.lora_B": (*experts, rank, num_out)}
+            if adapter.dora:
+                added[f"{path}.magnitude"] = (num_out,)
+            if adapter.init == "pissa":
+                frozen |= {f"{path}.initial_{side}": added[f"{path}.lora_{side}"] for side in "AB"}
+        whole = {name: shape for name, shape in shapes.items() if _inside(name, adapter.modules_to_save)}
+        frozen |= {f"{name}, as the base has it": shape for name, shape in whole.items()}
+        return cls({**shapes, **added, **frozen}, {*added, *whole}, adapter)
+
+    def num_bytes(self, name: str, formats: Formats) -> int:
+        """What a parameter takes."""
+        shape, module = self.shapes[name], name.removesuffix(".weight")
+        if formats.packing and len(shape) > 1 and formats.packing.kind_of(module):
+            return formats.packing.num_bytes(module, shape)
+        return math.prod(shape) * (4 if name.endswith(_ALWAYS_FP32) else formats.weight)
+
+
+def _inside(name: str, modules: Sequence[str]) -> bool:
+    return any(name.startswith(f"{path}.") for path in modules)
 
 
 def run_budget(
     cfg: RunConfig, arch: ErnieConfig, *, head_bias: bool = False, lengths: Sequence[int] = (), on_gpu: bool = False
 ) -> Budget:
     """What the run takes. `lengths` are those of its samples; without them, rows are as long as they may be."""
-    shapes = {name: tensor.shape for name, tensor in memory_table(arch, head_bias=head_bias).tensors.items()}
-    trained = trained_names(list(shapes), keys=cfg.optimizer)
-    length = _row_length(cfg, lengths)
-    load = Load(cfg.train.batch_size, length, labelled=cfg.train.batch_size * length)
+    train, length = cfg.train, _row_length(cfg, lengths)
     return budget(
-        arch, load, shapes=shapes, trained=trained, formats=Formats.of(cfg, on_gpu=on_gpu),
-        micro_batches=cfg.train.gradient_accumulation_steps,
-        recompute=cfg.train.recompute_granularity if cfg.train.recompute else None,
+        arch, Load(train.batch_size, length, labelled=train.batch_size * length),
+        Parameters.of(cfg, arch, head_bias=head_bias), formats=Formats.of(cfg, on_gpu=on_gpu),
+        micro_batches=train.gradient_accumulation_steps, terms=_terms(cfg, arch),
+        recompute=train.recompute_granularity if train.recompute else None,
     )  # fmt: skip
+
+
+def _terms(cfg: RunConfig, arch: ErnieConfig) -> Terms:
+    weight = cfg.model.moe_aux_loss_lambda
+    balance = bool(arch.extras.get("moe_aux_loss_lambda", 1e-5) if weight is None else weight)
+    stage = cfg.model.stage
+    if stage == "RM":
+        return Terms(balance, head="none")
+    if stage in ("DPO", "KTO"):
+        own = cfg.model.fine_tuning == "LoRA" and not cfg.align.reference_free
+        return Terms(balance, head="answers", reference=own)
+    return Terms(balance)
 
 
 def _row_length(cfg: RunConfig, lengths: Sequence[int]) -> int:
@@ -98,16 +163,21 @@ def _row_length(cfg: RunConfig, lengths: Sequence[int]) -> int:
 
 
 def budget(
-    arch: ErnieConfig, load: Load, *, shapes: Mapping[str, tuple[int, ...]], trained: Collection[str],
-    formats: Formats, micro_batches: int = 1, recompute: str | None = None,
+    arch: ErnieConfig, load: Load, parameters: Parameters, *, formats: Formats, terms: Terms, micro_batches: int = 1,
+    recompute: str | None = None,
 ) -> Budget:  # fmt: skip
     """The same from plain values."""
-    numbers = {name: math.prod(shape) for name, shape in shapes.items()}
-    sizes = {name: count * (4 if name.endswith(_ALWAYS_FP32) else formats.weight) for name, count in numbers.items()}
-    gradients = {name: sizes[name] for name in trained if not name.endswith("e_score_correction_bias")}
-    tape = Writer(arch, load, gradients, recompute=recompute, number=formats.weight).step()
-    states = sum(numbers[name] for name in gradients) * formats.states
-    resident = sum(sizes.values()) + states
+    sizes = {name: parameters.num_bytes(name, formats) for name in parameters.shapes}
+    gradients = {name: sizes[name] for name in parameters.trained if not name.endswith(_NEVER_TRAINED)}
+    packing = formats.packing
+    tape = Writer(
+        arch, load, gradients, recompute=recompute, adapter=parameters.adapter, terms=terms, number=formats.weight,
+        packed=lambda module: packing is not None and packing.kind_of(module) is not None,
+    ).step()  # fmt: skip
+    states = sum(math.prod(parameters.shapes[name]) for name in gradients) * formats.states
     working = max(tape.walk(again=micro_batches > 1).total, sum(gradients.values()))
     chunk = min(CHUNK_TOKENS, load.labelled) * (arch.hidden_size + arch.vocab_size) * 4
-    return Budget(sum(sizes.values()), sum(gradients.values()), states, tape.kept(), resident + working, chunk)
+    return Budget(
+        weights=sum(sizes.values()), gradients=sum(gradients.values()), states=states, activations=tape.kept(),
+        peak=sum(sizes.values()) + states + working, kernels=chunk,
+    )  # fmt: skip

@@ -23,6 +23,7 @@ from erniekit.models.decoder import ErnieForCausalLM
 from erniekit.training.best import BestModel
 from erniekit.training.metrics import Reporter
 from erniekit.training.optimizer import Optimizer
+from erniekit.training.preference import Reference
 from erniekit.training.replay import StepKeeper
 from erniekit.training.router import RouterUpkeep
 from erniekit.training.schedule import Schedule
@@ -76,6 +77,7 @@ class Run:
     evaluate: Callable[[], dict[str, float]] | None = None  # None: there is no eval set
     before_step: tuple[Callable[[int], None], ...] = ()  # each is called with the 0-based step that is about to begin
     memory: Memory | None = None  # what the objective carries from step to step
+    reference: Reference | None = None  # what it is compared with, if it is a preference
     best: BestModel = field(default_factory=BestModel)
 
     def progress(self) -> dict[str, Any]:
@@ -134,7 +136,10 @@ def _take(run: Run, step: int) -> StepResult:
     batches = run.data.micro_batches(step, batch_size=run.rhythm.batch_size)
 
     def keep(loss: float, reason: str) -> None:
-        run.keeper.keep(run.model, step=step, reason=reason, loss=loss, batches=batches, rows=run.data.rows(step))
+        run.keeper.keep(
+            run.model, step=step, reason=reason, loss=loss, batches=batches, rows=run.data.rows(step),
+            reference=run.reference,
+        )  # fmt: skip
 
     def before_update(loss: float) -> None:
         if reason := run.keeper.spike(loss):

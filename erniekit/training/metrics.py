@@ -104,6 +104,12 @@ def clock(seconds: float) -> str:
     return f"{seconds / 60:,.1f} min" if seconds >= 90 else f"{seconds:.1f} s"
 
 
+def _preferred(row: dict[str, Any]) -> str:
+    """How well a step of preferences went."""
+    margin = f" margin {row['margin']:+.4f}" if "margin" in row else ""
+    return f" accuracy {row['accuracy']:.3f}{margin}" if "accuracy" in row else ""
+
+
 class Reporter:
     """Collects the rows of a run (`history`) and shows each as it comes.
 
@@ -138,11 +144,12 @@ class Reporter:
             pixels = heat_map(row["moe_tokens"])
             self._each(lambda logger: logger.picture("moe/tokens_per_expert", pixels, row["step"]))
         if self._bar is not None:
-            self._bar.set_postfix_str(f"loss {row['loss']:.4f}, {row['tokens_per_s']:,.0f} tok/s", refresh=False)
+            figures = f"loss {row['loss']:.4f}{_preferred(row)}, {row['tokens_per_s']:,.0f} tok/s"
+            self._bar.set_postfix_str(figures, refresh=False)
             self._bar.update(1)
         elif due:
             self._say(
-                f"step {row['step']}/{self._total} loss {row['loss']:.6f} lr {row['lr']:.3e} "
+                f"step {row['step']}/{self._total} loss {row['loss']:.6f}{_preferred(row)} lr {row['lr']:.3e} "
                 f"grad_norm {row['grad_norm']:.4f} tok/s {row['tokens_per_s']:.0f}"
             )
         if "moe_tokens" in row and self._display.every:
@@ -156,13 +163,17 @@ class Reporter:
         """The eval set was measured."""
         self._record(row)
         self._plot("eval", row)
+        perplexity = f" perplexity {row['eval_perplexity']:.3f}" if "eval_perplexity" in row else ""
+        margin = f" margin {row['eval_margin']:+.4f}" if "eval_margin" in row else ""
         self._say(
-            f"eval at step {row['step']}: loss {row['eval_loss']:.6f} perplexity {row['eval_perplexity']:.3f} "
-            f"accuracy {row['eval_accuracy']:.4f}"
+            f"eval at step {row['step']}: loss {row['eval_loss']:.6f}{perplexity} accuracy {row['eval_accuracy']:.4f}"
+            f"{margin}"
         )
         for name, value in row.items():
             if name.startswith("eval_loss/"):
-                self._say(f"  {name.removeprefix('eval_loss/')}: loss {value:.6f}")
+                source = name.removeprefix("eval_loss/")
+                right = row.get(f"eval_accuracy/{source}")
+                self._say(f"  {source}: loss {value:.6f}{'' if right is None else f' accuracy {right:.4f}'}")
 
     def canary(self, row: dict[str, Any]) -> None:
         """What should not be forgotten was measured; a row that an earlier part of the run wrote is kept."""

@@ -14,6 +14,7 @@ Shapes: N samples, A answers of a batch, M labelled rows, B rows of a batch, S p
 from __future__ import annotations
 
 import dataclasses
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -22,6 +23,7 @@ import numpy as np
 import paddle
 from paddle import Tensor
 
+from erniekit.base.errors import DataError
 from erniekit.config.align import AlignConfig
 from erniekit.data.batch import NO_ANSWER, Batch, PreferenceBatch
 from erniekit.losses.preference import (
@@ -95,6 +97,10 @@ class _Step(NamedTuple):
         tokens = [answer_lengths(batch)[answers].sum() for batch, answers in zip(batches, chosen, strict=True)]
         return cls(sum(len(b.samples) for b in batches), sum(map(len, chosen)), int(sum(tokens)))
 
+    def plus(self, other: _Step) -> _Step:
+        """Both together."""
+        return _Step(*(mine + its for mine, its in zip(self, other, strict=True)))
+
 
 class _Scored(NamedTuple):
     """Of each sample the loss, and figures whose mean over the step is the step's figure: [N] each."""
@@ -154,6 +160,8 @@ class PreferenceObjective(ABC):
 
     def __call__(self, model: ErnieForCausalLM, batch: PreferenceBatch, totals: Totals) -> Losses:
         """The loss of one micro-batch, divided by the samples of the step."""
+        if self.reference is not None and id(batch) not in self._ref_logps:
+            self._ref_logps[id(batch)] = self.reference(model, batch)  # first: it may put other weights in for a moment
         trunk = run_trunk(model, batch)
         seen = self._see(model, batch, trunk.hidden_BSD)
         across = self._across.get(id(batch))
@@ -168,16 +176,30 @@ class PreferenceObjective(ABC):
         return made._replace(parts=figures | made.parts)
 
     # ---- held-out samples
-    def measure(self, model: ErnieForCausalLM, batches: Iterable[PreferenceBatch]) -> dict[str, float]:
-        """eval_loss and the figures of a step, over all samples of `batches` as if they were one step."""
-        seen, counts = [], _Step()
-        for batch in batches:
-            seen.append(self._see_quietly(model, batch))
-            counts = _Step(*map(sum, zip(counts, _Step.of([batch]), strict=True)))
-        whole = _joined(seen)
-        scored = self._score(whole, counts, self._look(whole, learn=False))
+    def measure(
+        self, model: ErnieForCausalLM, sources: Sequence[Iterable[PreferenceBatch]]
+    ) -> list[dict[str, float]]:  # fmt: skip
+        """eval_loss and the figures of a step over the samples of all sources, and then over those of each, as if they
+        were one step. Raises DataError if a source has none."""
+        self._ref_logps = {}
+        seen: list[Seen] = []
+        counts: list[_Step] = []
+        for batches in sources:
+            parts, count = list[Seen](), _Step()
+            for batch in batches:
+                parts.append(self._see_quietly(model, batch))
+                count = count.plus(_Step.of([batch]))
+            if not parts:
+                raise DataError("the evaluation set has a file without a sample.")
+            seen.append(_joined(parts))
+            counts.append(count)
+        whole = (_joined(seen), functools.reduce(_Step.plus, counts))
+        return [self._figures(*part) for part in (whole, *zip(seen, counts, strict=True))]
+
+    def _figures(self, seen: Seen, count: _Step) -> dict[str, float]:
+        scored = self._score(seen, count, self._look(seen, learn=False))
         found = {"loss": scored.loss_N, **scored.figures}
-        return {f"eval_{name}": float(value.mean()) for name, value in found.items()} | {"eval_samples": counts.samples}
+        return {f"eval_{name}": float(value.mean()) for name, value in found.items()} | {"eval_samples": count.samples}
 
     @paddle.no_grad()
     def _see_quietly(self, model: ErnieForCausalLM, batch: PreferenceBatch) -> Seen:
@@ -364,3 +386,14 @@ def answer_rewards(model: ErnieForReward, hidden_BSD: Tensor, batch: PreferenceB
     ids = batch.answer_ids.ravel()
     last_A = len(ids) - 1 - np.unique(ids[::-1], return_index=True)[1][-batch.num_answers :]
     return model.rewards(_rows(hidden_BSD, last_A))
+
+
+# ---------------------------------------------------------------------- the objective of a stage
+_STAGES: dict[str, type[PreferenceObjective]] = {"DPO": PairObjective, "KTO": JudgedObjective, "RM": RewardObjective}
+
+
+def preference_objective(
+    stage: str, keys: AlignConfig, weights: LossWeights, *, reference: Reference | None
+) -> PreferenceObjective:
+    """The objective of stage DPO, KTO or RM."""
+    return _STAGES[stage](keys, weights, reference=reference)

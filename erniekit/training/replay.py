@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 import statistics
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -21,9 +21,11 @@ from erniekit.base.console import warn
 from erniekit.base.errors import CheckpointError
 from erniekit.base.files import fsync_folder, write_json, writing
 from erniekit.checkpoint.manifest import check_manifest, write_manifest
+from erniekit.config.model import PREFERENCE_STAGES
 from erniekit.config.run import RunConfig
-from erniekit.data.batch import Batch, Row
+from erniekit.data.batch import Batch, PreferenceBatch, Row
 from erniekit.models.decoder import ErnieForCausalLM
+from erniekit.training.preference import Reference
 
 FOLDER = "replay"
 CONFIG_FILE = "training/run.yaml"
@@ -31,12 +33,13 @@ _FACTS = "training/replay.json"
 _BATCHES = "training/batches.npz"
 _MOST_SPIKES = 2  # bundles of one run: each is as large as the model in fp32
 _WINDOW, _LEAST = 50, 10  # steps that a loss is compared with, and how many of them there must be
-_ARRAYS = tuple(field.name for field in fields(Batch))
+_REFERENCE = "reference"
 
 
 @dataclass(frozen=True)
 class Kept:
-    """A step as it was kept. `samples` names the documents of each row of each micro-batch, in their order."""
+    """A step as it was kept. `samples` names the documents of each row of each micro-batch, in their order. Of a step
+    with a reference, its log-probabilities of the answers of each micro-batch are kept, whatever they came from."""
 
     step: int  # 0-based
     reason: str
@@ -44,6 +47,7 @@ class Kept:
     seed: int
     samples: list[list[list[str]]]
     batches: list[Batch]
+    reference: list[np.ndarray]
 
 
 class StepKeeper:
@@ -55,10 +59,14 @@ class StepKeeper:
     ) -> None:  # fmt: skip
         """`losses` are those of the steps so far: what a spike is does not depend on where a run was cut."""
         self._folder, self._cfg, self._save_model = output_dir / FOLDER, cfg, save_model
-        self._losses = deque(losses, maxlen=_WINDOW)
+        self._losses, self._first = deque[float](maxlen=_WINDOW), 0.0
+        for loss in losses:
+            self.add(loss)
 
     def add(self, loss: float) -> None:
         """A step was taken."""
+        if not self._losses and self._cfg.model.stage in PREFERENCE_STAGES:
+            self._first = loss  # what later falls towards 0 need not be alike from step to step
         self._losses.append(loss)
 
     def spike(self, loss: float) -> str:
@@ -66,14 +74,14 @@ class StepKeeper:
         factor = self._cfg.watch.spike_factor
         if not factor or len(self._losses) < _LEAST:
             return ""
-        usual = statistics.median(self._losses)
+        usual = max(statistics.median(self._losses), self._first)
         if not loss > factor * usual:
             return ""
         return f"its loss {loss:.4g} is more than {factor:g} times the median {usual:.4g} of the steps before"
 
     def keep(
         self, model: ErnieForCausalLM, *, step: int, reason: str, loss: float, batches: Sequence[Batch],
-        rows: Sequence[Row],
+        rows: Sequence[Row], reference: Reference | None = None,
     ) -> Path | None:  # fmt: skip
         """Write the bundle of the 0-based `step`; None, with a warning, if the disk has no room for it or refuses."""
         final = self._folder / f"step-{step + 1}"
@@ -87,7 +95,8 @@ class StepKeeper:
             part = rows[start : start + len(batch.labels)]
             names.append([[document.name for document in row.documents] for row in part])
             start += len(part)
-        kept = Kept(step, reason, loss, self._cfg.train.seed, names, list(batches))
+        logps = [reference(model, b).numpy() for b in batches if reference and isinstance(b, PreferenceBatch)]
+        kept = Kept(step, reason, loss, self._cfg.train.seed, names, list(batches), logps)
         try:
             _require_room(self._folder.parent, model)
             self._write(final, model, kept)
@@ -104,16 +113,30 @@ class StepKeeper:
             try:
                 (temporary / "training").mkdir(parents=True)
                 self._save_model(model, temporary)
-                facts = {name: value for name, value in asdict(kept).items() if name != "batches"}
+                facts = {name: value for name, value in asdict(kept).items() if name not in ("batches", _REFERENCE)}
                 write_json(temporary / _FACTS, facts)
-                parts = [(i, batch, name) for i, batch in enumerate(kept.batches) for name in _ARRAYS]
-                np.savez(temporary / _BATCHES, **{f"{i}.{name}": getattr(batch, name) for i, batch, name in parts})
+                np.savez(temporary / _BATCHES, **_arrays(kept))
                 self._cfg.write_resolved(temporary / CONFIG_FILE)
                 write_manifest(temporary)
                 temporary.rename(final)
                 fsync_folder(final.parent)
             finally:
                 shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _arrays(kept: Kept) -> dict[str, Any]:
+    """Number of the micro-batch, a dot, and the name of the array."""
+    found = {f"{i}.{_REFERENCE}": logps for i, logps in enumerate(kept.reference)}
+    for i, batch in enumerate(kept.batches):
+        found |= {f"{i}.{field.name}": getattr(batch, field.name) for field in fields(batch)}
+    return found
+
+
+def _batch(arrays: dict[str, np.ndarray]) -> Batch:
+    if "chosen" not in arrays:
+        return Batch(**arrays)
+    names: list[str] = arrays.pop("names").tolist()
+    return PreferenceBatch(names=tuple(names), **arrays)
 
 
 def _require_room(folder: Path, model: ErnieForCausalLM) -> None:
@@ -132,6 +155,10 @@ def read_kept(folder: Path) -> Kept:
         raise CheckpointError(problems)
     facts: dict[str, Any] = json.loads((folder / _FACTS).read_bytes())
     with np.load(folder / _BATCHES) as stored:
-        count = len({name.partition(".")[0] for name in stored.files})
-        batches = [Batch(**{name: stored[f"{i}.{name}"] for name in _ARRAYS}) for i in range(count)]
-    return Kept(**facts, batches=batches)
+        found: dict[int, dict[str, np.ndarray]] = defaultdict(dict)
+        for place in stored.files:
+            number, _, name = place.partition(".")
+            found[int(number)][name] = stored[place]
+    parts = [found[number] for number in sorted(found)]
+    reference = [part.pop(_REFERENCE) for part in parts if _REFERENCE in part]
+    return Kept(**facts, batches=[_batch(part) for part in parts], reference=reference)

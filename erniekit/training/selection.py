@@ -9,11 +9,15 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
+from erniekit.adapters.lora import adapter_config_of
 from erniekit.base.console import notice
 from erniekit.base.errors import ConfigError
 from erniekit.config.optimizer import OptimizerConfig
-from erniekit.models.decoder import ErnieForCausalLM
+
+if TYPE_CHECKING:
+    from erniekit.models.decoder import ErnieForCausalLM
 
 EMBEDDING = r"^model\.embed_tokens\."
 HEAD = r"^lm_head\."
@@ -44,7 +48,8 @@ def freeze(model: ErnieForCausalLM, keys: OptimizerConfig) -> None:
     """Take the gradient flag from every parameter that the run does not train."""
     parameters = dict(model.named_parameters())
     usual = {name for name, p in parameters.items() if not p.stop_gradient}
-    wanted = usual & trained_names(list(parameters), keys)
+    # Beside adapters the base is frozen as it is: a pattern must pick something among what they train.
+    wanted = usual & trained_names(sorted(usual) if adapter_config_of(model) else list(parameters), keys)
     for name, p in parameters.items():
         p.stop_gradient = name not in wanted
     if len(wanted) < len(usual):

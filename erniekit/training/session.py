@@ -26,13 +26,14 @@ from erniekit.data.tokenizer import Tokenizer
 from erniekit.models.decoder import ErnieForCausalLM
 from erniekit.training import assemble
 from erniekit.training.best import BestModel
-from erniekit.training.budget import run_budget
+from erniekit.training.budget import memory_text, run_budget
 from erniekit.training.evaluate import measure
 from erniekit.training.lock import LOCK_NAME, finish_lock, lock_of, write_lock
 from erniekit.training.loggers import open_loggers, wanted_services
 from erniekit.training.loop import Rhythm, Run, train_loop
 from erniekit.training.memory import MemoryWatch
 from erniekit.training.metrics import LOG_NAME, Display, Reporter, Volume, last_figures, read_log, write_figures
+from erniekit.training.preference import Reference
 from erniekit.training.replay import StepKeeper
 from erniekit.training.report import REPORT_NAME, write_report
 from erniekit.training.router import sparse_layers
@@ -66,6 +67,7 @@ class Job:
     data: TrainData
     eval_data: EvalData | None
     canary: EvalData | None
+    rhythm: Rhythm
 
     @property
     def eval_rows(self) -> int:
@@ -86,13 +88,14 @@ class Job:
 
 @dataclass(frozen=True)
 class Course:
-    """What a stage brings to the loop. `measure` finds the figures of the evaluation data; `before_step` and `memory`
-    are as in loop.Run."""
+    """What a stage brings to the loop. `measure` finds the figures of the evaluation data; the rest is as in
+    loop.Run."""
 
     objective: Objective
     measure: Callable[[ErnieForCausalLM], dict[str, float]]
     before_step: tuple[Callable[[int], None], ...] = ()
     memory: Memory | None = None
+    reference: Reference | None = None
 
 
 class Stage(Protocol):
@@ -124,12 +127,13 @@ def run_session(cfg: RunConfig, stage: Stage) -> TrainResult:
     assemble.check_names(base, arch, cfg)
     tokenizer = Tokenizer.from_folder(base.path)
     tokenizer.check_vocab(arch.vocab_size)
-    job = Job(cfg, base, arch, tokenizer, weights_of(cfg, base, arch), *_read_data(cfg, tokenizer))
+    data, eval_data, canary = _read_data(cfg, tokenizer)
+    weights = weights_of(cfg, base, arch)
+    job = Job(cfg, base, arch, tokenizer, weights, data, eval_data, canary, Rhythm.of(cfg, data))
     sources = job.eval_data.source_names if job.eval_data else ()
     best = BestModel.of(cfg, figures=stage.figures(sources), measured=job.eval_data is not None)
-    rhythm = Rhythm.of(cfg, job.data)
     record = identity(cfg, fingerprint=job.data.fingerprint)
-    folder = claim(output_dir, cfg, record=record, total_steps=rhythm.total_steps)
+    folder = claim(output_dir, cfg, record=record, total_steps=job.rhythm.total_steps)
     try:
         if folder.finished:
             return _finished(cfg, folder)
@@ -140,7 +144,7 @@ def run_session(cfg: RunConfig, stage: Stage) -> TrainResult:
             write_ledger(folder.path / "samples.jsonl", ledger)
         if folder.checkpoint is None or cfg.train.resume_anyway or not (folder.path / LOCK_NAME).is_file():
             write_lock(folder.path / LOCK_NAME, lock_of(cfg, fingerprint=job.data.fingerprint, model=base.path))
-        return _Session(job, stage, folder, record, rhythm, best).train()
+        return _Session(job, stage, folder, record, best).train()
     finally:
         folder.release()
 
@@ -149,12 +153,13 @@ def _read_data(cfg: RunConfig, tokenizer: Tokenizer) -> tuple[TrainData, EvalDat
     rows, stage = cfg.train.batch_size * cfg.train.gradient_accumulation_steps, cfg.model.stage
     with ByteProgress("reading data") as progress:
         data = build_train_data(
-            cfg.data, tokenizer, stage=stage, seed=cfg.train.seed, rows_per_step=rows, progress=progress
-        )
+            cfg.data, tokenizer, stage=stage, seed=cfg.train.seed, rows_per_step=rows, align=cfg.align,
+            progress=progress,
+        )  # fmt: skip
     print(data.summary, flush=True)
     eval_data = canary = None
     if cfg.data.has_eval_data:
-        eval_data = build_eval_data(cfg.data, tokenizer, stage=stage, seed=cfg.train.seed)
+        eval_data = build_eval_data(cfg.data, tokenizer, stage=stage, seed=cfg.train.seed, align=cfg.align)
         print(eval_data.summary, flush=True)
         for text in leaks(data, eval_data) if cfg.data.check_leaks else ():
             warn(text)
@@ -187,7 +192,6 @@ class _Session:
     stage: Stage
     folder: RunFolder
     record: dict[str, Any]
-    rhythm: Rhythm
     best: BestModel
 
     def train(self) -> TrainResult:
@@ -220,15 +224,15 @@ class _Session:
         if run.optimizer.averages():
             with run.optimizer.averaged():
                 job.weights.save(model, folder.path / "ema", final=True)
-        measured = needed.beside(tensors=watch.tensors, process=watch.process)
-        story.tell(memory=measured)
+        memory = {"budget": needed.peak, "tensors": watch.tensors, "process": watch.process}
+        story.tell(memory=memory)
         best = run.best.state() if run.best.keep else None
         story.tell(answers_after=self.stage.answers(job, model), ended_at=done, best=best)
         history = run.reporter.history
         self._tell(story, history, expert_layers=list(sparse_layers(model)))
-        folder.mark(self.record, finished_at=self.rhythm.total_steps)
+        folder.mark(self.record, finished_at=job.rhythm.total_steps)
         print(Volume.of(history).text)
-        print(measured)
+        print(memory_text(**memory))
         print(f"the trained model is in {folder.path} ({job.weights.form})", flush=True)
         if problem := canary_problem(story, cfg.watch.canary_max_increase):
             raise TrainingStopped(f"{problem} The trained model is saved all the same, in {folder.path}.")
@@ -238,7 +242,7 @@ class _Session:
         job, folder, cfg = self.job, self.folder, self.job.cfg
         optimizer = assemble.assemble_optimizer(model, cfg)
         reporter = Reporter(
-            folder.path, total_steps=self.rhythm.total_steps, start_step=folder.start_step,
+            folder.path, total_steps=job.rhythm.total_steps, start_step=folder.start_step,
             loggers=open_loggers(cfg, output_dir=folder.path, start_step=folder.start_step),
             display=Display.of(cfg, job.data),
         )  # fmt: skip
@@ -246,13 +250,13 @@ class _Session:
         save_exactly = functools.partial(job.weights.save, final=False)
         losses = [row["loss"] for row in reporter.history if "loss" in row]
         run = Run(
-            model=model, optimizer=optimizer, schedule=make_run_schedule(cfg, self.rhythm.total_steps), data=job.data,
-            objective=course.objective, upkeep=assemble.router_upkeep(model, cfg), reporter=reporter,
-            rhythm=self.rhythm, best=self.best,
+            model=model, optimizer=optimizer, schedule=make_run_schedule(cfg, job.rhythm.total_steps), data=job.data,
+            objective=course.objective, memory=course.memory, reference=course.reference,
+            upkeep=assemble.router_upkeep(model, cfg), reporter=reporter, rhythm=job.rhythm, best=self.best,
             checkpoints=Checkpoints(
                 folder.path, save_model=save_exactly, describe=self.record, keep=cfg.train.save_total_limit or None
             ),
-            before_step=(*assemble.step_hooks(model, cfg), *course.before_step), memory=course.memory,
+            before_step=(*assemble.step_hooks(model, cfg), *course.before_step),
             keeper=StepKeeper(folder.path, cfg, save_model=save_exactly, losses=losses),
             evaluate=(lambda: course.measure(model)) if job.eval_data else None,
         )  # fmt: skip
@@ -266,7 +270,7 @@ class _Session:
     def _end_with_the_best(self, run: Run, done: int) -> None:
         """Leave in the model what the run ends with: the last weights, or the best ones if they are asked for."""
         best = run.best
-        if done < self.rhythm.total_steps:
+        if done < self.job.rhythm.total_steps:
             notice(f"stopped early after step {done}: {best.waited} evaluations in a row had no better {best.metric}.")
         if best.keep and best.step not in (0, done):
             notice(f"ending with the model of step {best.step}, {best.metric} {best.value:.6f}.")
@@ -285,7 +289,7 @@ class _Session:
                 [part.summary for part in (job.data, job.eval_data) if part], job.data.ledger,
             )  # fmt: skip
             write_report(output_dir / REPORT_NAME, compose(
-                cfg, story, history, shown=shown, total_steps=self.rhythm.total_steps, expert_layers=expert_layers
+                cfg, story, history, shown=shown, total_steps=job.rhythm.total_steps, expert_layers=expert_layers
             ))  # fmt: skip
         except Exception as error:  # noqa: BLE001 - what is told of a run must not cost the model
             warn(f"{output_dir}: {LOCK_NAME} or {REPORT_NAME} could not be written: {type(error).__name__}: {error}")

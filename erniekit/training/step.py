@@ -10,7 +10,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import paddle
@@ -57,12 +57,12 @@ class Losses(NamedTuple):
 
 
 class Objective(Protocol):
-    """What is minimised."""
+    """What is minimised. Batches are of the kind that the stage's data is made of."""
 
-    def begin(self, model: ErnieForCausalLM, batches: Sequence[Batch]) -> None:
+    def begin(self, model: ErnieForCausalLM, batches: Sequence[Any]) -> None:
         """Look at all micro-batches of a step before the first of them, for what is a figure of the whole step."""
 
-    def __call__(self, model: ErnieForCausalLM, batch: Batch, totals: Totals) -> Losses:
+    def __call__(self, model: ErnieForCausalLM, batch: Any, totals: Totals) -> Losses:
         """The share of one micro-batch, divided by the step's global totals."""
 
 

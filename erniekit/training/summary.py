@@ -15,6 +15,7 @@ from erniekit.config.run import KEYS, RunConfig
 from erniekit.config.values import text_of
 from erniekit.data.build import Prompt
 from erniekit.data.store import LedgerEntry
+from erniekit.training.budget import memory_text
 from erniekit.training.charts import Chart, Points, Series, number_text, smoothed
 from erniekit.training.lock import LOCK_NAME
 from erniekit.training.metrics import Volume, clock
@@ -24,6 +25,10 @@ from erniekit.version import __version__
 
 _NAMED_PACKAGES = ("paddlepaddle", "paddlepaddle-gpu", "numpy", "safetensors", "sentencepiece", "datasets", "pyarrow")
 _LEDGER_ROWS = 12
+_VERBS = {
+    "PT": "Pre-training", "SFT": "Supervised fine-tuning", "DPO": "Training on pairs (DPO)",
+    "KTO": "Training on judged answers (KTO)", "RM": "Training of a reward model",
+}  # fmt: skip
 _OWN_CHARTS = ("eval_loss", "ema_eval_loss", "canary_loss")
 
 Row = dict[str, Any]
@@ -44,7 +49,7 @@ def compose(
 ) -> Report:
     """The report of a finished run."""
     name = cfg.watch.run_name or Path(cfg.train.output_dir or "").name
-    verb = {"PT": "Pre-training", "SFT": "Supervised fine-tuning"}.get(cfg.model.stage, cfg.model.stage)
+    verb = _VERBS.get(cfg.model.stage, cfg.model.stage)
     return Report(
         title=name, subtitle=f"{verb} of {cfg.model.model_name_or_path}, ended {now()}",
         tiles=_tiles(rows, story), notes=_notes(story, total_steps), charts=_charts(rows),
@@ -70,6 +75,8 @@ def _tiles(rows: Sequence[Row], story: Story) -> list[Tile]:
     tiles = [Tile("training loss", *_change(loss))] if loss else []
     if evaluations := _points(rows, "eval_loss"):
         tiles.append(Tile("eval loss", *_change(evaluations)))
+    if _points(rows, "accuracy") and (judged := _points(rows, "eval_accuracy")):
+        tiles.append(Tile("eval accuracy", *_change(judged)))
     before, after = story.get("canary_before"), story.get("canary_after")
     if before and after:
         tiles.append(Tile("canary loss", f"{after:.3f}", f"{after / before - 1:+.1%} from {before:.3f}"))
@@ -90,7 +97,7 @@ def _notes(story: Story, total_steps: int) -> list[str]:
         steps = ", ".join(str(life["step"]) for life in story.get("lives")[1:])
         notes.append(f"The run was interrupted and resumed after step {steps}.")
     if memory := story.get("memory"):
-        notes.append(f"M{memory[1:]}.")
+        notes.append(f"{memory_text(**memory)}.".replace("m", "M", 1))
     return notes
 
 
@@ -113,6 +120,7 @@ def _charts(rows: Sequence[Row]) -> list[Chart]:
         Chart("Evaluation loss by source", tuple(
             Series(name.removeprefix("eval_loss/"), _points(rows, name), dots=True) for name in sources
         )),
+        *_preference_charts(rows),
         Chart("Learning rate", (Series("last", _points(rows, "lr")),)),
         Chart("Gradient norm", (Series("each step", _points(rows, "grad_norm")),), log=True),
         Chart("Throughput", (
@@ -120,6 +128,25 @@ def _charts(rows: Sequence[Row]) -> list[Chart]:
         )),
         *beside,
     ]  # fmt: skip
+
+
+def _preference_charts(rows: Sequence[Row]) -> list[Chart]:
+    """What only preferences have; charts without a point are not drawn."""
+
+    def course(title: str, **names: str) -> Chart:
+        series = [Series(label, smoothed(_points(rows, name))) for name, label in names.items()]
+        held = [Series(f"{label}, held out", _points(rows, f"eval_{name}"), dots=True) for name, label in names.items()]
+        return Chart(title, (*series, *held))
+
+    if not _points(rows, "accuracy"):
+        return []
+    return [
+        course("Accuracy: the better answer is ahead", accuracy="trained on"),
+        course("Rewards", rewards_chosen="chosen", rewards_rejected="rejected"),
+        course("Margin of the rewards", margin="trained on"),
+        course("Log-probabilities of answers", logps_chosen="chosen", logps_rejected="rejected"),
+        course("KL to the reference", kl="trained on"),
+    ]
 
 
 def _answers(prompts: Sequence[Prompt], story: Story) -> list[Answer]:
@@ -160,16 +187,14 @@ def _sources(rows: Sequence[Row]) -> Table | None:
     names = sorted({name for row in rows for name in row if name.startswith("eval_loss/")})
     if not names:
         return None
-    points = {name: _points(rows, name) for name in names}
-    return Table(
-        ("source", "first", "last", "best"),
-        [
-            (name.removeprefix("eval_loss/"), *(f"{value:.4f}" for value in (
-                found[0][1], found[-1][1], min(y for _, y in found)
-            )))
-            for name, found in points.items()
-        ],
-    )  # fmt: skip
+    table: list[tuple[str, ...]] = []
+    for name in names:
+        source, found = name.removeprefix("eval_loss/"), _points(rows, name)
+        right = _points(rows, f"eval_accuracy/{source}")[-1:]
+        figures = (found[0][1], found[-1][1], min(y for _, y in found), *(y for _, y in right))
+        table.append((source, *(f"{figure:.4f}" for figure in figures)))
+    head = ("source", "first loss", "last", "best", "last accuracy")
+    return Table(head[: max(map(len, table))], table)
 
 
 def _guard(story: Story) -> Table | None:

@@ -98,6 +98,12 @@ class Tape:
         self._pass(peak, self.held, gradients=self.trained() if again else {})
         return peak
 
+    def forward_only(self) -> int:
+        """The most that a forward pass holds that records nothing."""
+        peak = Peak()
+        self._forward(peak, 0, gradients={}, keepers=Counter(), record=False)
+        return peak.total
+
     def _pass(self, peak: Peak, live: int, *, gradients: dict[str, int]) -> None:
         keepers: Counter[int] = Counter()
         live = self._forward(peak, live, gradients=gradients, keepers=keepers)

@@ -6,15 +6,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
+from erniekit.base.errors import CheckpointError
+from erniekit.checkpoint.adapter_folder import AdapterFolder, mark_of
+from erniekit.checkpoint.adapter_io import check_base, load_adapter, save_adapter
 from erniekit.checkpoint.folder import Folder
 from erniekit.checkpoint.model_io import fill_model, save_model
 from erniekit.checkpoint.save import GB
+from erniekit.config.adapter import AdapterConfig
 from erniekit.config.architecture import ErnieConfig
 from erniekit.config.run import RunConfig
 from erniekit.models.decoder import ErnieForCausalLM
-from erniekit.training.assemble import assemble_model
+from erniekit.training.assemble import adapter_of, assemble_model
 
 
 class Weights(Protocol):
@@ -71,6 +75,55 @@ class FullWeights:
         fill_model(model, Folder.open(path))
 
 
+@dataclass(frozen=True)
+class AdapterWeights:
+    """Adapters on a frozen base, as an adapter folder: the base is never written."""
+
+    cfg: RunConfig
+    base: Folder
+    arch: ErnieConfig
+    adapter: AdapterConfig
+
+    @property
+    def _form(self) -> Literal["peft", "erniekit"]:
+        layout = self.cfg.train.save_layout or self.base.layout
+        return "peft" if layout == "pt" or self.adapter.dora else "erniekit"  # which knows no DoRA
+
+    @property
+    def form(self) -> str:
+        """What the result is, for people."""
+        return f"an adapter of rank {self.adapter.rank} in {'PEFT' if self._form == 'peft' else 'ERNIEKit'}'s form"
+
+    def build(self, checkpoint: Path | None) -> ErnieForCausalLM:
+        """See Weights; without a checkpoint, adapters start from lora_path if there is one.
+
+        Raises CheckpointError if the checkpoint's adapters were trained beside other weights.
+        """
+        start = Path(self.cfg.lora.lora_path) if self.cfg.lora.lora_path else None
+        if checkpoint:
+            self._require_same_base(checkpoint)
+        elif start:
+            check_base(AdapterFolder.open(start), self.base)
+        return assemble_model(self.base, self.arch, self.cfg, adapter=self.adapter, trained=checkpoint or start)
+
+    def _require_same_base(self, checkpoint: Path) -> None:
+        if AdapterFolder.open(checkpoint).base_mark != mark_of(self.base) and not self.cfg.train.resume_anyway:
+            raise CheckpointError(
+                f"{checkpoint}: its adapters were trained beside other weights than those of {self.base.path} now. Put "
+                "the old ones back, or set resume_anyway=true to go on beside these."
+            )
+
+    def save(self, model: ErnieForCausalLM, path: Path, *, final: bool) -> None:
+        """See Weights; a checkpoint is in fp32 and in PEFT's form, which fuses nothing and so is exact."""
+        dtype, form = (self.base.config.dtype, self._form) if final else ("float32", "peft")
+        save_adapter(model, path, config=self.adapter, form=form, base=self.base, dtype=dtype)
+
+    def refill(self, model: ErnieForCausalLM, path: Path) -> None:
+        """See Weights."""
+        load_adapter(model, AdapterFolder.open(path))
+
+
 def weights_of(cfg: RunConfig, base: Folder, arch: ErnieConfig) -> Weights:
     """The weights that the run trains."""
-    return FullWeights(cfg, base, arch)
+    adapter = adapter_of(base, arch, cfg)
+    return AdapterWeights(cfg, base, arch, adapter) if adapter else FullWeights(cfg, base, arch)

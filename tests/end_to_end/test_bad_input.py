@@ -119,7 +119,7 @@ def test_all_bad_rows_are_counted_at_once(bench, run, tmp_path):
     [
         ({"batch_size": 0}, ["batch_size", "0", ":9"]),
         ({"stage": "SFTT"}, ["SFTT", "SFT"]),
-        ({"stage": "DPO"}, ["DPO", "not built"]),
+        ({"stage": "PPO"}, ["PPO", "not built"]),
         ({"learning_rat": 1}, ["learning_rat", "learning_rate"]),
         ({"tensor_parallel_degree": 8}, ["tensor_parallel_degree", "8"]),
         ({"output_dir": "/proc/erniekit"}, ["/proc/erniekit"]),

@@ -29,9 +29,9 @@ def config(tmp_path):
 
 
 def test_check_judges_the_file_only(run, config):
-    out = run("check", config, "stage=DPO", "tensor_parallel_degree=8").out
+    out = run("check", config, "stage=PPO", "tensor_parallel_degree=8").out
     assert "note: accepted and not acted on" in out
-    assert "not built yet in this version; `train` refuses it:\n  command line: stage: DPO" in out
+    assert "not built yet in this version; `train` refuses it:\n  command line: stage: PPO" in out
     assert "not checked here:\n  run.yaml:3: model_name_or_path: 'nowhere/ERNIE-4.5-0.3B-PT' is not here;" in out
     assert "hf download nowhere/ERNIE-4.5-0.3B-PT" in out
     assert "command line: tensor_parallel_degree: 8 needs 8 devices" in out
@@ -80,9 +80,9 @@ def test_env(run):
 
 
 def test_train_refuses_all_at_once(run, config):
-    err = run("train", config, "stage=DPO", "compute_type=fp8", code=2).err
+    err = run("train", config, "stage=PPO", "compute_type=fp8", code=2).err
     assert len(err.splitlines()) == 4  # the model would be downloaded
-    for part in ("stage: DPO", "compute_type: fp8", "train_dataset_path", "output_dir"):
+    for part in ("stage: PPO", "compute_type: fp8", "train_dataset_path", "output_dir"):
         assert part in err
 
 

@@ -195,11 +195,11 @@ recompute: True
 UNBUILT = {
     "sft": (SFT, set()),
     "fp8": (FP8, {"compute_type"}),
-    "dpo": (DPO, {"stage"}),
-    "vision": (VISION, {"stage", "fine_tuning"}),
+    "dpo": (DPO, set()),
+    "vision": (VISION, {"stage"}),
     "chat": (CHAT, set()),
-    "export": (EXPORT, {"fine_tuning"}),
-    "eval": (EVAL, {"fine_tuning"}),
+    "export": (EXPORT, set()),
+    "eval": (EVAL, set()),
 }
 
 

@@ -22,7 +22,7 @@ def refused(judge, config, *arguments):
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("stage", "DPO"), ("stage", "vl-sft"), ("stage", "KTO"), ("fine_tuning", "LoRA"), ("compute_type", "fp8"),
+        ("stage", "PPO"), ("stage", "vl-sft"), ("stage", "GRPO"), ("compute_type", "fp8"),
         ("optim", "sgd"), ("optim", "adafactor"),
         ("ignore_load_lr_and_optim", True), ("use_cls", False),
         ("ignore_data_skip", True), ("expert_max_capacity", 128),
@@ -70,14 +70,14 @@ def test_a_degree_is_not_checked_here_and_refused_by_train():
 
 def test_details_of_what_is_not_built_are_not_listed_apart():
     keys = {
-        "stage": "DPO", "loss_type": "simpo", "beta": 2, "fine_tuning": "LoRA", "lora_rank": 32, "compute_type": "fp8",
+        "stage": "GRPO", "compute_type": "fp8",
         "apply_hadamard": False,
     }  # fmt: skip
-    assert [line.split(": ")[1] for line in not_built(load_config(keys))] == ["stage", "fine_tuning", "compute_type"]
+    assert [line.split(": ")[1] for line in not_built(load_config(keys))] == ["stage", "compute_type"]
 
 
 def test_everything_at_once():
-    config = load_config({"stage": "DPO", "model_name_or_path": "nowhere", "pipeline_parallel_degree": 2})
+    config = load_config({"stage": "PPO", "model_name_or_path": "nowhere", "pipeline_parallel_degree": 2})
     lines = refused(require_ready, config)
     assert len(lines) == 5
     for line, part in zip(lines, ("stage", "pipeline", "train_dataset_path", "output_dir", "nowhere"), strict=True):

@@ -105,3 +105,37 @@ def test_html_is_whole_escaped_and_needs_nothing_else(data: TrainData, bytewise:
     assert "http" not in page and "url(" not in page
     assert "prefers-color-scheme: dark" in page
     assert "a&lt;b&gt;.jsonl:1" in page
+
+
+@pytest.fixture
+def pairs(bytewise: Tokenizer, write_jsonl: Callable[..., str]) -> TrainData:
+    rows = [{"question": "1~", "chosen": "2", "rejected": EVIL, "score_chosen": 5, "score_rejected": 2}] * 2
+    config = DataConfig(train_dataset_path=[write_jsonl("pairs.jsonl", rows)], max_seq_len=256)
+    return build_train_data(config, bytewise, stage="DPO", seed=1, rows_per_step=1)
+
+
+def test_the_parts_of_a_tree_are_shown_apart(pairs: TrainData, bytewise: Tokenizer) -> None:
+    (row,) = sample_views(pairs, bytewise, rows=1)
+    shown = row.documents[0]
+    assert [part.title for part in shown.parts] == ["prompt", "chosen, better by 3", "rejected"]
+    (document,) = pairs.rows(0)[0].documents[:1]
+    assert [sum(token.is_input for token in part.tokens) for part in shown.parts] == list(document.parts)
+    text = text_samples([row], color=False)
+    prompt, chosen, rejected = text.partition("──\n[")[2].split("\n[")[:3]
+    assert prompt == "prompt] <|begin_of_sentence|>User:·· 1~↵\nAssistant:··"
+    assert chosen == "chosen, better by 3]  ⟦2⟧" and rejected.startswith("rejected]  ⟦<script>")
+    page = html_samples([row])
+    reader = Reader(page)
+    assert "script" not in reader.tags and page.count('<p class="ek-part">') == 3 * len(row.documents)
+
+
+def test_judged_answers_are_called_by_their_judgement(bytewise: Tokenizer, write_jsonl: Callable[..., str]) -> None:
+    rows = [{"prompt": "1", "completion": text, "label": text == "a"} for text in "ab"]
+    config = DataConfig(
+        train_dataset_path=[write_jsonl("k.jsonl", rows)], max_seq_len=256, random_shuffle=False, greedy_intokens=False
+    )
+    data = build_train_data(config, bytewise, stage="KTO", seed=1, rows_per_step=1)
+    (row,) = sample_views(data, bytewise, rows=1)
+    assert [[part.title for part in document.parts] for document in row.documents] == [
+        ["prompt", "desirable", "another sample's answer"], ["prompt", "undesirable", "another sample's answer"]
+    ]  # fmt: skip

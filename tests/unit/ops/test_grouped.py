@@ -9,6 +9,8 @@ import pytest
 from erniekit.ops.grouped import (
     combine,
     combine_plain,
+    grouped_linear,
+    grouped_linear_plain,
     grouped_mlp,
     grouped_mlp_plain,
     permute,
@@ -16,6 +18,7 @@ from erniekit.ops.grouped import (
     sort_by_expert,
     sort_by_expert_plain,
 )
+from erniekit.ops.mlp import gated
 from tests.unit.ops.twins import assert_twins, drawn
 
 # tokens, choices, experts, hidden size, width
@@ -75,6 +78,26 @@ def test_grouped_mlp(counts, frozen):
         lambda x, gate_up, down: grouped_mlp(x, gate_up, down, counts=counts),
         lambda x, gate_up, down: grouped_mlp_plain(x, gate_up, down, counts=counts), arrays, frozen=frozen,
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("frozen", [(), ("x",), ("weight",)])
+@pytest.mark.parametrize("counts", [[1], [0, 3, 0, 0, 13, 1, 0], [64, 65], [0, 0]])
+def test_grouped_linear(counts, frozen):
+    arrays = {"x": drawn(sum(counts), 12), "weight": drawn(len(counts), 12, 10, seed=1)}
+    assert_twins(
+        lambda x, weight: grouped_linear(x, weight, counts=counts),
+        lambda x, weight: grouped_linear_plain(x, weight, counts=counts), arrays, frozen=frozen,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("counts", [[1], [0, 3, 0, 13], [64, 65]])
+def test_two_grouped_products_make_the_grouped_mlp_bit_for_bit(counts):
+    """So a model with adapters that add nothing computes what it computes without them."""
+    x, gate_up, down = (drawn(sum(counts), 12), drawn(len(counts), 12, 20, seed=1), drawn(len(counts), 10, 12, seed=2))
+    x, gate_up, down = map(paddle.to_tensor, (x, gate_up, down))
+    whole = grouped_mlp(x, gate_up, down, counts=counts)
+    parts = grouped_linear(gated(grouped_linear(x, gate_up, counts=counts)), down, counts=counts)
+    assert whole.numpy().tobytes() == parts.numpy().tobytes()
 
 
 def test_an_expert_without_rows_has_a_zero_gradient():

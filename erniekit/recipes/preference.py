@@ -1,0 +1,145 @@
+"""Training on preferences: pairs (stage DPO), answers judged one by one (KTO), reward models (RM)."""
+
+from __future__ import annotations
+
+import itertools
+import sys
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import paddle
+from tqdm import tqdm
+
+from erniekit.base.console import notice
+from erniekit.config.run import RunConfig
+from erniekit.data.batch import PreferenceBatch
+from erniekit.data.cache import default_folder
+from erniekit.data.chat import choose_template
+from erniekit.models.decoder import ErnieForCausalLM
+from erniekit.rollout.brief import brief_answers
+from erniekit.training.assemble import loss_weights
+from erniekit.training.held_out import held_out, measure_preferences, preference_figures, preferences
+from erniekit.training.lock import LOCK_NAME, read_lock
+from erniekit.training.preference import PreferenceObjective, Reference, preference_objective
+from erniekit.training.reference import Follower, PolicyCopy, Table, base_log_probs, table_name
+from erniekit.training.run_folder import RunFolder
+from erniekit.training.session import Course, Job, TrainResult, run_session
+
+
+@dataclass(frozen=True)
+class _Memories:
+    """The reference's copy and what the objective remembers, as one training.state.Memory."""
+
+    parts: Mapping[str, PolicyCopy | PreferenceObjective]
+
+    def state(self) -> dict[str, paddle.Tensor]:
+        """See Memory."""
+        return {f"{part}.{name}": t for part, owner in self.parts.items() for name, t in owner.state().items()}
+
+    def load_state(self, state: Mapping[str, np.ndarray]) -> None:
+        """See Memory."""
+        for part, owner in self.parts.items():
+            own = {name.removeprefix(f"{part}."): a for name, a in state.items() if name.startswith(f"{part}.")}
+            if own:
+                owner.load_state(own)
+
+
+class PreferenceStage:
+    """See training.session.Stage."""
+
+    def __init__(self, cfg: RunConfig) -> None:
+        self._stage = cfg.model.stage
+
+    def figures(self, sources: Sequence[str]) -> list[str]:
+        """What is measured on held-out preferences; loss, accuracy and margin of each source if there are several."""
+        return preference_figures(self._stage, sources)
+
+    def begin(self, job: Job, model: ErnieForCausalLM, folder: RunFolder) -> Course:
+        """The objective with its reference, which is computed now if it is a table."""
+        keys = job.cfg.align
+        copy = PolicyCopy(model, every=keys.ref_model_update_steps)
+        reference = _reference(job, model, folder, copy) if _needs_reference(job.cfg) else None
+        objective = preference_objective(self._stage, keys, loss_weights(job.arch, job.cfg), reference=reference)
+
+        def measured(trained: ErnieForCausalLM) -> dict[str, float]:
+            assert job.eval_data
+            return measure_preferences(objective, trained, job.eval_data, **_extent(job))
+
+        memory = _Memories({"reference": copy, "objective": objective})
+        return Course(objective, measured, (copy.before_step,), memory, reference)
+
+    def answers(self, job: Job, model: ErnieForCausalLM) -> list[str]:
+        """What the model says to the first prompts of the evaluation data; a reward model says nothing."""
+        if self._stage == "RM":
+            return []
+        template = choose_template(job.tokenizer, job.cfg.data.chat_template)
+        return brief_answers(model, job.tokenizer, job.prompts(), template=template)
+
+
+def _extent(job: Job) -> dict[str, int]:
+    return {"batch_size": job.eval_rows, "max_batches": job.cfg.train.max_evaluate_steps}
+
+
+def train_on_preferences(cfg: RunConfig) -> TrainResult:
+    """Train as the run says; see `run_session`."""
+    return run_session(cfg, PreferenceStage(cfg))
+
+
+def _needs_reference(cfg: RunConfig) -> bool:
+    stage, keys = cfg.model.stage, cfg.align
+    return not keys.reference_free and (stage == "KTO" or (stage == "DPO" and keys.needs_reference))
+
+
+def _reference(job: Job, model: ErnieForCausalLM, folder: RunFolder, copy: PolicyCopy) -> Reference:
+    """Where the reference's log-probabilities come from in this run; see training/reference.py."""
+    if job.cfg.model.fine_tuning == "LoRA":
+        if job.cfg.lora.lora_path and folder.checkpoint is None:
+            copy.take()  # the run begins with an adapter: so does the reference
+        return Follower(base_log_probs, copy)
+    table = Table(_table_path(job, folder))
+    every = job.cfg.align.ref_model_update_steps
+    if not 0 < every <= folder.start_step:  # later on, the reference is a copy
+        _fill(table, job, model, folder)
+    return Follower(table, copy)
+
+
+def _table_path(job: Job, folder: RunFolder) -> Path | None:
+    """A file in the folder of tokenised data, named by all that log-probabilities depend on beside the samples."""
+    data, model = job.cfg.data, job.cfg.model
+    if not data.cache_data:
+        return None
+    files = read_lock(folder.path / LOCK_NAME)["model"]["files"]
+    name = table_name(files, model.compute_type, str(model.cpu_bf16_matmul), paddle.get_device().partition(":")[0])
+    return (Path(data.data_cache_dir) if data.data_cache_dir else default_folder()) / name
+
+
+def _fill(table: Table, job: Job, model: ErnieForCausalLM, folder: RunFolder) -> None:
+    """Compute what the steps and evaluations of the run will ask for. A resumed run finds it in the file; if that is
+    gone, the base is built once more beside the model, and dropped."""
+    base: list[ErnieForCausalLM] = []
+
+    def began_with() -> ErnieForCausalLM:
+        if not base:
+            notice("the reference: log-probabilities of every answer under the model as it is before training")
+            base.append(job.weights.build(None) if folder.checkpoint else model)
+        return base[0]
+
+    started, steps = time.perf_counter(), range(job.rhythm.total_steps)
+    bar = tqdm(steps, "reference", unit="step", leave=False, disable=not sys.stderr.isatty())
+    trained = (batch for step in bar for batch in job.data.micro_batches(step, batch_size=job.rhythm.batch_size))
+    measured = held_out(job.eval_data, **_extent(job)) if job.eval_data else ()
+    num = table.fill(itertools.chain(_unseen(preferences(trained)), *measured), model=began_with)
+    if num:
+        print(f"the reference: {num:,} samples in {time.perf_counter() - started:.1f} s", flush=True)
+
+
+def _unseen(batches: Iterable[PreferenceBatch]) -> Iterator[PreferenceBatch]:
+    """Those with a sample that no batch before them had."""
+    seen: set[int] = set()
+    for batch in batches:
+        if not seen.issuperset(batch.samples.tolist()):
+            seen.update(batch.samples.tolist())
+            yield batch

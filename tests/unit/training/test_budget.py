@@ -1,0 +1,155 @@
+"""The budget against Paddle's account of tensors: the peak of a step, and what each layer keeps between the passes.
+
+Models are small and steps are real. Nothing in the formula is fitted, so that what it misses shows here.
+"""
+
+from __future__ import annotations
+
+import gc
+
+import numpy as np
+import paddle
+import pytest
+from paddle.base import core
+
+from erniekit.adapters.lora import add_adapters
+from erniekit.adapters.targets import adapter_config
+from erniekit.config.architecture import ErnieConfig
+from erniekit.config.families import family
+from erniekit.config.lora import LoraConfig
+from erniekit.data.batch import Batch
+from erniekit.models.decoder import ErnieForCausalLM
+from erniekit.parallel.recompute import apply_recompute
+from erniekit.training.activations import Load, Terms
+from erniekit.training.budget import Budget, Formats, Parameters, budget
+from erniekit.training.objective import LanguageModelObjective, LossWeights
+from erniekit.training.optimizer import AdamWSettings, Optimizer
+from erniekit.training.router import RouterUpkeep
+from erniekit.training.step import Totals, train_step
+
+DENSE = family("micro-dense").replace(hidden_size=128, intermediate_size=320, head_dim=32, num_hidden_layers=3)
+MOE = family("micro-moe").replace(
+    hidden_size=128, intermediate_size=320, head_dim=32, moe_intermediate_size=96, num_hidden_layers=3
+)
+OBJECTIVE = LanguageModelObjective(LossWeights(balance=1e-5))
+
+
+class Measured:
+    """A model in training, and the bytes that it holds above what was there before."""
+
+    def __init__(
+        self, arch: ErnieConfig, load: Load, *, lora: dict | None = None, recompute: str | None = None
+    ) -> None:
+        gc.collect()
+        self._before = current()
+        self.arch, self.load, self.recompute = arch, load, recompute
+        self.model = ErnieForCausalLM(arch)
+        shapes = {name: tuple(p.shape) for name, p in self.model.named_parameters()}
+        self.parameters = Parameters(shapes, list(shapes))
+        for p in self.model.parameters():
+            p.set_value(paddle.full_like(p, 0.01))
+        if lora is not None:
+            adapter = adapter_config(LoraConfig(**lora), list(shapes))
+            add_adapters(self.model, adapter, seed=0)
+            self.parameters = Parameters.adapted(shapes, adapter)
+        if recompute:
+            apply_recompute(self.model, recompute)
+        self.model.train()
+
+    def batch(self) -> Batch:
+        rows, length = self.load.rows, self.load.length
+        ids = np.random.default_rng(0).integers(3, self.arch.vocab_size, (rows, length + 1))
+        positions = np.arange(length)[None].repeat(rows, 0)
+        return Batch(ids[:, :-1], ids[:, 1:], positions, np.ones_like(positions))
+
+    def between_the_passes(self) -> int:
+        """What the forward pass leaves."""
+        batch = self.batch()
+        before = current()
+        losses = OBJECTIVE(self.model, batch, Totals.of([batch], row_length=self.load.length))
+        found = current() - before
+        losses.total.backward()
+        return found
+
+    def peak(self, *, micro_batches: int) -> int:
+        """The most of a step that is not the first, which makes the optimizer's states."""
+        optimizer = Optimizer(self.model.named_parameters(), AdamWSettings())
+        upkeep = RouterUpkeep(self.model, bias_coefficient=0.0, orthogonal_lambda=0.0)
+        for _ in range(2):
+            core.host_memory_stat_reset_peak_value("Allocated", 0)
+            train_step(
+                self.model, optimizer, batches=[self.batch()] * micro_batches, objective=OBJECTIVE, upkeep=upkeep,
+                learning_rate=1e-3, row_length=self.load.length,
+            )  # fmt: skip
+        return core.host_memory_stat_peak_value("Allocated", 0) - self._before
+
+    def budget(self, *, micro_batches: int = 1) -> Budget:
+        return budget(
+            self.arch, self.load, self.parameters, formats=Formats(), terms=Terms(), micro_batches=micro_batches,
+            recompute=self.recompute,
+        )  # fmt: skip
+
+
+def current() -> int:
+    return core.host_memory_stat_current_value("Allocated", 0)
+
+
+def load(rows: int, length: int) -> Load:
+    return Load(rows, length, labelled=rows * length)
+
+
+@pytest.mark.parametrize("arch", [DENSE, MOE], ids=["dense", "moe"])
+@pytest.mark.parametrize(
+    ("recompute", "micro_batches"), [(None, 1), (None, 2), ("full", 2), ("full_attn", 1), ("core_attn", 1)]
+)
+def test_the_peak_of_a_full_step(arch, recompute, micro_batches):
+    run = Measured(arch, load(2, 256), recompute=recompute)
+    needed = run.budget(micro_batches=micro_batches).peak
+    assert needed == pytest.approx(run.peak(micro_batches=micro_batches), rel=0.05)
+
+
+@pytest.mark.parametrize(("rows", "length"), [(1, 64), (3, 128), (1, 512)])
+@pytest.mark.parametrize("arch", [DENSE, MOE, MOE.replace(num_nextn_predict_layers=1)], ids=["dense", "moe", "mtp"])
+def test_the_peak_follows_the_batch(arch, rows, length):
+    run = Measured(arch, load(rows, length))
+    assert run.budget().peak == pytest.approx(run.peak(micro_batches=1), rel=0.05)
+
+
+@pytest.mark.parametrize("arch", [
+    DENSE.replace(vocab_size=4096), DENSE.replace(vocab_size=4096, tie_word_embeddings=False),
+], ids=["tied", "own"])  # fmt: skip
+def test_the_peak_of_a_large_vocabulary(arch):
+    run = Measured(arch, load(1, 64))
+    assert run.budget().peak == pytest.approx(run.peak(micro_batches=1), rel=0.05)
+
+
+@pytest.mark.parametrize("lora", [
+    {}, {"lora_target_modules": ["attention"]}, {"lora_target_modules": ["experts"]}, {"lora_dropout": 0.1},
+    {"lora_init": "pissa"}, {"lora_target_modules": ["attention", "mlp"], "dora": True},
+    {"modules_to_save": ["embed_tokens"]},
+], ids=lambda lora: "-".join(map(str, lora)) or "all")  # fmt: skip
+def test_the_peak_of_adapters(lora):
+    run = Measured(MOE, load(2, 256), lora=lora)
+    assert run.budget().peak == pytest.approx(run.peak(micro_batches=1), rel=0.05)
+
+
+def test_the_peak_of_adapters_with_recomputation():
+    run = Measured(MOE, load(2, 256), lora={}, recompute="full")
+    assert run.budget().peak == pytest.approx(run.peak(micro_batches=1), rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("rows", "length", "lora"), [(1, 64, None), (2, 96, None), (1, 160, {"lora_rank": 4})], ids=["1x64", "2x96", "lora"]
+)
+@pytest.mark.parametrize("arch", [
+    DENSE, DENSE.replace(intermediate_size=64, num_key_value_heads=4), MOE, MOE.replace(moe_k=3),
+    MOE.replace(moe_num_experts=8, moe_intermediate_size=32), MOE.replace(moe_num_shared_experts=0),
+], ids=["dense", "narrow", "moe", "k3", "e8", "unshared"])  # fmt: skip
+def test_what_a_layer_keeps(arch, lora, rows, length):
+    """The difference of models of three and of four layers."""
+    more = arch.replace(num_hidden_layers=4, **({"moe_layer_end_index": 3} if arch.is_moe else {}))
+    runs = [Measured(shape, load(rows, length), lora=lora) for shape in (arch, more)]
+    kept = [run.budget().activations for run in runs]
+    found = [run.between_the_passes() for run in runs]
+    extra = arch.is_moe * 2 * rows * length * arch.moe_num_experts * 4  # logits, which losses read, and their softmax
+    assert kept[1] - kept[0] + extra == pytest.approx(found[1] - found[0], rel=0.01)
