@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from erniekit.base.console import notice
-from erniekit.base.errors import DataError, ErnieKitError
+from erniekit.base.errors import CheckpointError, DataError, ErnieKitError
 from erniekit.checkpoint.download import locate_model
 from erniekit.checkpoint.folder import Folder
 from erniekit.checkpoint.model_io import load_model
@@ -41,7 +41,12 @@ class _Chat:
     """A model, what it is told, and the lines that come in."""
 
     def __init__(self, cfg: RunConfig, path: Path) -> None:
-        self.tokenizer = Tokenizer.from_folder(Folder.open(path).path)
+        if Folder.open(path).config.is_reward:
+            raise CheckpointError(
+                f"{path}: is a reward model: it gives an answer a number and says nothing. `erniekit eval` with stage: "
+                "RM measures it on pairs."
+            )
+        self.tokenizer = Tokenizer.from_folder(path)
         self.defaults = read_generation_config(path)
         self.stops = eos_ids(self.defaults)
         self.template = choose_template(self.tokenizer, cfg.data.chat_template)

@@ -1,4 +1,7 @@
-"""`eval`: loss, perplexity and token accuracy of a model on the eval set, and how near its answers come to the file."""
+"""`eval`: loss, perplexity and token accuracy of a model on the eval set, and how near its answers come to the file.
+
+With a stage of preferences: how well the model, or a reward model, tells better answers from worse ones.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +10,15 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from erniekit.adapters.lora import adapter_config_of
 from erniekit.base.console import notice
+from erniekit.base.errors import ConfigError
 from erniekit.base.files import atomic_write, write_json, writing
 from erniekit.base.progress import ByteProgress
 from erniekit.checkpoint.download import locate_model
 from erniekit.checkpoint.folder import Folder
 from erniekit.checkpoint.model_io import build_model
+from erniekit.config.model import PREFERENCE_STAGES
 from erniekit.config.readiness import require_ready
 from erniekit.config.run import KEYS, RunConfig
 from erniekit.data.build import EvalData, build_eval_data
@@ -23,12 +29,19 @@ from erniekit.rollout.generate import generate_batch, prompt_text
 from erniekit.rollout.judge import Judged, figures, judge
 from erniekit.rollout.sampling import Sampling, eos_ids, read_generation_config
 from erniekit.training.evaluate import measure, short_names
+from erniekit.training.held_out import measure_preferences
+from erniekit.training.objective import LossWeights
+from erniekit.training.preference import PreferenceObjective, preference_objective
+from erniekit.training.reference import base_log_probs
 
 _READ = {
     "model_name_or_path", "download_hub", "stage", "fine_tuning", "compute_type", "seed", "batch_size",
     "per_device_eval_batch_size", "max_evaluate_steps", "output_dir", "eval_dataset_path", "eval_dataset_type",
     "columns", "max_seq_len", "packing", "chat_template", "allow_special_tokens_in_text", "max_dropped_fraction",
-    "dataloader_num_workers", "cache_data", "data_cache_dir",
+    "dataloader_num_workers", "cache_data", "data_cache_dir", "loss_type", "beta", "label_smoothing", "normalize_logps",
+    "offset_alpha", "simpo_gamma", "dpop_lambda", "pref_loss_ratio", "sft_loss_ratio", "kto_desirable_weight",
+    "kto_undesirable_weight", "reference_free", "max_prompt_len", "num_comparisons", "mask_out_eos_token",
+    "share_prompt",
 }  # fmt: skip
 _NUM_SHOWN = 10  # answers that are printed; all of them are in answers.jsonl
 
@@ -40,11 +53,12 @@ def evaluate(cfg: RunConfig) -> dict[str, float]:
         notice(text)
     assert cfg.model.model_name_or_path  # require_ready saw to it
     folder = Folder.open(locate_model(cfg.model.model_name_or_path, cfg.model.download_hub))
+    _check_kind(cfg, folder)
     tokenizer = Tokenizer.from_folder(folder.path)
     tokenizer.check_vocab(folder.config.vocab_size)
     with ByteProgress("reading data") as progress:
         data = build_eval_data(
-            cfg.data, tokenizer, stage=cfg.model.stage, seed=cfg.train.seed, progress=progress
+            cfg.data, tokenizer, stage=cfg.model.stage, seed=cfg.train.seed, align=cfg.align, progress=progress
         )
     print(data.summary)
     model = build_model(folder, folder.config)
@@ -58,6 +72,17 @@ def evaluate(cfg: RunConfig) -> dict[str, float]:
     if cfg.train.output_dir:
         _write(Path(cfg.train.output_dir) / "eval", metrics, judged)
     return metrics
+
+
+def _check_kind(cfg: RunConfig, folder: Folder) -> None:
+    """Refuse a model that the stage has no measure for."""
+    stage, is_reward = cfg.model.stage, folder.config.is_reward
+    if is_reward and stage != "RM":
+        raise ConfigError(f"{folder.path}: is a reward model; it is measured on pairs: set stage: RM.")
+    if stage == "RM" and not is_reward:
+        raise ConfigError(
+            f"{folder.path}: is a language model; stage RM measures a reward model, as `train` with stage: RM makes it."
+        )
 
 
 def _unread(cfg: RunConfig) -> list[str]:
@@ -74,9 +99,25 @@ def _unread(cfg: RunConfig) -> list[str]:
 def _measured(cfg: RunConfig, model: ErnieForCausalLM, data: EvalData) -> dict[str, float]:
     """Loss, perplexity and accuracy, and the speed of measuring them."""
     started = time.perf_counter()
-    rows = cfg.train.per_device_eval_batch_size or cfg.train.batch_size
-    metrics = measure(model, data, batch_size=rows, max_batches=cfg.train.max_evaluate_steps)
+    rows, most = cfg.train.per_device_eval_batch_size or cfg.train.batch_size, cfg.train.max_evaluate_steps
+    if cfg.model.stage in PREFERENCE_STAGES:
+        return measure_preferences(_preferring(cfg, model), model, data, batch_size=rows, max_batches=most)
+    metrics = measure(model, data, batch_size=rows, max_batches=most)
     return metrics | {"tokens_per_s": metrics["eval_tokens"] / (time.perf_counter() - started)}
+
+
+def _preferring(cfg: RunConfig, model: ErnieForCausalLM) -> PreferenceObjective:
+    """What the stage measures. The reference of a model with adapters is the model without them."""
+    stage, keys = cfg.model.stage, cfg.align
+    needs_reference = stage == "KTO" or (stage == "DPO" and keys.needs_reference)
+    if needs_reference and not adapter_config_of(model):
+        raise ConfigError(
+            f"stage {stage} compares a model with its reference, and {cfg.model.model_name_or_path} comes without one. "
+            "Name an adapter (its base is the reference), or for pairs a loss without a reference (loss_type: simpo); "
+            "a run measures its eval set beside its reference while it trains."
+        )
+    reference = base_log_probs if needs_reference else None
+    return preference_objective(stage, keys, LossWeights(), reference=reference)
 
 
 def _answered(

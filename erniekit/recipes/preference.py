@@ -15,25 +15,18 @@ from tqdm import tqdm
 
 from erniekit.base.console import notice
 from erniekit.config.run import RunConfig
-from erniekit.data.batch import Batch, PreferenceBatch
+from erniekit.data.batch import PreferenceBatch
 from erniekit.data.cache import default_folder
 from erniekit.data.chat import choose_template
 from erniekit.models.decoder import ErnieForCausalLM
 from erniekit.rollout.brief import brief_answers
 from erniekit.training.assemble import loss_weights
-from erniekit.training.evaluate import short_names
+from erniekit.training.held_out import held_out, measure_preferences, preference_figures, preferences
 from erniekit.training.lock import LOCK_NAME, read_lock
 from erniekit.training.preference import PreferenceObjective, Reference, preference_objective
 from erniekit.training.reference import Follower, PolicyCopy, Table, base_log_probs, table_name
 from erniekit.training.run_folder import RunFolder
 from erniekit.training.session import Course, Job, TrainResult, run_session
-
-_FIGURES = {
-    "DPO": ("loss", "accuracy", "margin", "rewards_chosen", "rewards_rejected", "logps_chosen", "logps_rejected"),
-    "KTO": ("loss", "accuracy", "kl"),
-    "RM": ("loss", "accuracy", "margin", "rewards_chosen", "rewards_rejected"),
-}  # fmt: skip
-_BY_SOURCE = ("loss", "accuracy", "margin")
 
 
 @dataclass(frozen=True)
@@ -62,11 +55,7 @@ class PreferenceStage:
 
     def figures(self, sources: Sequence[str]) -> list[str]:
         """What is measured on held-out preferences; loss, accuracy and margin of each source if there are several."""
-        own = short_names(sources) if len(sources) > 1 else []
-        return [
-            *(f"eval_{name}" for name in _FIGURES[self._stage]),
-            *(f"eval_{name}/{source}" for name in _BY_SOURCE if name in _FIGURES[self._stage] for source in own),
-        ]
+        return preference_figures(self._stage, sources)
 
     def begin(self, job: Job, model: ErnieForCausalLM, folder: RunFolder) -> Course:
         """The objective with its reference, which is computed now if it is a table."""
@@ -77,11 +66,7 @@ class PreferenceStage:
 
         def measured(trained: ErnieForCausalLM) -> dict[str, float]:
             assert job.eval_data
-            whole, *each = objective.measure(trained, list(_held_out(job)))
-            named = zip(short_names(job.eval_data.source_names), each, strict=True) if len(each) > 1 else ()
-            own = {f"eval_{name}/{short}": part[f"eval_{name}"] for short, part in named for name in _BY_SOURCE
-                   if f"eval_{name}" in part}  # fmt: skip
-            return whole | own
+            return measure_preferences(objective, trained, job.eval_data, **_extent(job))
 
         memory = _Memories({"reference": copy, "objective": objective})
         return Course(objective, measured, (copy.before_step,), memory, reference)
@@ -92,6 +77,10 @@ class PreferenceStage:
             return []
         template = choose_template(job.tokenizer, job.cfg.data.chat_template)
         return brief_answers(model, job.tokenizer, job.prompts(), template=template)
+
+
+def _extent(job: Job) -> dict[str, int]:
+    return {"batch_size": job.eval_rows, "max_batches": job.cfg.train.max_evaluate_steps}
 
 
 def train_on_preferences(cfg: RunConfig) -> TrainResult:
@@ -141,8 +130,8 @@ def _fill(table: Table, job: Job, model: ErnieForCausalLM, folder: RunFolder) ->
     started, steps = time.perf_counter(), range(job.rhythm.total_steps)
     bar = tqdm(steps, "reference", unit="step", leave=False, disable=not sys.stderr.isatty())
     trained = (batch for step in bar for batch in job.data.micro_batches(step, batch_size=job.rhythm.batch_size))
-    held_out = itertools.chain.from_iterable(_held_out(job)) if job.eval_data else ()
-    num = table.fill(itertools.chain(_unseen(_preferences(trained)), held_out), model=began_with)
+    measured = held_out(job.eval_data, **_extent(job)) if job.eval_data else ()
+    num = table.fill(itertools.chain(_unseen(preferences(trained)), *measured), model=began_with)
     if num:
         print(f"the reference: {num:,} samples in {time.perf_counter() - started:.1f} s", flush=True)
 
@@ -154,18 +143,3 @@ def _unseen(batches: Iterable[PreferenceBatch]) -> Iterator[PreferenceBatch]:
         if not seen.issuperset(batch.samples.tolist()):
             seen.update(batch.samples.tolist())
             yield batch
-
-
-def _held_out(job: Job) -> Iterator[Iterator[PreferenceBatch]]:
-    """The evaluation data: of each source the batches that are measured."""
-    assert job.eval_data
-    most = job.cfg.train.max_evaluate_steps
-    for source in range(len(job.eval_data.source_names)):
-        batches = job.eval_data.batches(job.eval_rows, source=source)
-        yield _preferences(itertools.islice(batches, most if most > 0 else None))
-
-
-def _preferences(batches: Iterable[Batch]) -> Iterator[PreferenceBatch]:
-    for batch in batches:
-        assert isinstance(batch, PreferenceBatch), "data of this stage is made of preferences"
-        yield batch
