@@ -105,9 +105,11 @@ def divergence(model: ErnieForCausalLM, packed: ErnieForCausalLM, data: EvalData
 
 def num_bytes(model: ErnieForCausalLM, packing: Packing | None) -> int:
     """What the weights take in memory."""
-    packed = packed_weights(model) if packing else {}
-    high = sum(p.size * p.element_size() for p in model.parameters())
-    return high + sum(packing.num_bytes(n.removesuffix(".weight"), tuple(w.shape)) for n, w in packed.items())
+    total = sum(int(p.size) * p.element_size() for p in model.parameters())
+    for name, weight in packed_weights(model).items():
+        assert packing
+        total += packing.num_bytes(name.removesuffix(".weight"), tuple(weight.shape))
+    return total
 
 
 class Trained:
@@ -198,14 +200,15 @@ def measured(options: argparse.Namespace) -> dict[str, Any]:
             )  # fmt: skip
             if group == "default":
                 models[name] = packed
-    result = {
+    result: dict[str, Any] = {
         "commit": commit(), "model": folder.path.name, "formats": formats,
         "versions": {"paddle": paddle.__version__, "numpy": np.__version__, "python": platform.python_version()},
         "machine": {"cores": len(os.sched_getaffinity(0)), "load_before": os.getloadavg()[0], "kernels": tier()},
     }  # fmt: skip
     if options.rounds:
-        result["lora_speed"] = speeds(models, rounds=options.rounds, steps=options.steps)
-        for name, speed in result["lora_speed"].items():
+        found_speeds = speeds(models, rounds=options.rounds, steps=options.steps)
+        result["lora_speed"] = found_speeds
+        for name, speed in found_speeds.items():
             print(f"LoRA on {name}: {speed['tokens_per_s']:,} tokens/s, {speed['of_fp32']} of fp32's", flush=True)
     return result
 
