@@ -48,7 +48,6 @@ from erniekit.data.tokenizer import Tokenizer  # noqa: E402
 from erniekit.models.decoder import ErnieForCausalLM  # noqa: E402
 from erniekit.ops.cpu.library import tier  # noqa: E402
 from erniekit.precision.packed import packed_weights  # noqa: E402
-from erniekit.training.evaluate import measure  # noqa: E402
 from erniekit.training.objective import LanguageModelObjective, LossWeights  # noqa: E402
 from erniekit.training.optimizer import AdamWSettings, Optimizer  # noqa: E402
 from erniekit.training.router import RouterUpkeep  # noqa: E402
@@ -81,26 +80,30 @@ def errors(model: ErnieForCausalLM, packed: ErnieForCausalLM) -> dict[str, Any]:
     }
 
 
-def evaluated(model: ErnieForCausalLM, data: EvalData) -> dict[str, float]:
-    """Loss and accuracy on the held-out rows."""
-    found = measure(model, data, batch_size=4)
-    return {name: found[f"eval_{name}"] for name in ("loss", "accuracy")}
-
-
 @paddle.no_grad()
-def divergence(model: ErnieForCausalLM, packed: ErnieForCausalLM, data: EvalData) -> dict[str, float]:
-    """Of the next-token distributions at trained positions: mean KL from fp32 to quantised, and equal best tokens."""
-    total, same, count = 0.0, 0, 0
+def predictions(model: ErnieForCausalLM, data: EvalData) -> list[paddle.Tensor]:
+    """Log-probabilities of the next token at every trained position, batch by batch."""
+    made = []
     for batch in data.batches(4):
-        ids, segments = paddle.to_tensor(batch.input_ids), paddle.to_tensor(batch.segment_ids)
-        rows = paddle.to_tensor(np.flatnonzero(batch.labels >= 0))
-        exact, found = (
-            F.log_softmax(m(ids, segment_ids=segments).flatten(0, 1)[rows], axis=-1) for m in (model, packed)
-        )
-        total += float((exact.exp() * (exact - found)).sum())
-        same += int((exact.argmax(-1) == found.argmax(-1)).sum())
-        count += len(rows)
-    return {"kl": total / count, "same_best_token": same / count, "tokens": count}
+        logits = model(paddle.to_tensor(batch.input_ids), segment_ids=paddle.to_tensor(batch.segment_ids))
+        made.append(F.log_softmax(logits.flatten(0, 1)[paddle.to_tensor(_trained(batch))], axis=-1))
+    return made
+
+
+def _trained(batch: Batch) -> np.ndarray:
+    return np.flatnonzero(batch.labels >= 0)
+
+
+def judged(found: list[paddle.Tensor], exact: list[paddle.Tensor], data: EvalData) -> dict[str, float]:
+    """Loss on the held-out rows, mean KL from fp32's distribution, and how often the best token is the same."""
+    loss, divergence, same, count = 0.0, 0.0, 0, 0
+    for batch, there, here in zip(data.batches(4), exact, found, strict=True):
+        labels = paddle.to_tensor(batch.labels.reshape(-1)[_trained(batch)])
+        loss -= float(paddle.take_along_axis(here, labels.unsqueeze(1), axis=1).sum())
+        divergence += float((there.exp() * (there - here)).sum())
+        same += int((there.argmax(-1) == here.argmax(-1)).sum())
+        count += len(labels)
+    return {"loss": loss / count, "kl": divergence / count, "same_best_token": same / count, "tokens": count}
 
 
 def num_bytes(model: ErnieForCausalLM, packing: Packing | None) -> int:
@@ -174,9 +177,10 @@ def measured(options: argparse.Namespace) -> dict[str, Any]:
     keys = {"eval_dataset_path": str(options.data), "max_seq_len": LENGTH, "cache_data": False}
     data = build_eval_data(load_config(keys).data, tokenizer, stage="SFT", seed=0)
     whole = build_model(folder, folder.config)
-    exact, size = evaluated(whole, data), num_bytes(whole, None)
-    print(f"fp32: eval loss {exact['loss']:.6f}, weights {size / 1e6:.1f} MB", flush=True)
-    formats: dict[str, Any] = {"fp32": {"bytes": size, "eval": exact}}
+    exact, size = predictions(whole, data), num_bytes(whole, None)
+    plain = judged(exact, exact, data)
+    print(f"fp32: eval loss {plain['loss']:.6f}, weights {size / 1e6:.1f} MB", flush=True)
+    formats: dict[str, Any] = {"fp32": {"bytes": size, "eval": plain}}
     models = {"fp32": whole}
     for compute_type in options.formats:
         for group in options.groups:
@@ -188,14 +192,14 @@ def measured(options: argparse.Namespace) -> dict[str, Any]:
                 continue
             packed = build_model(folder, folder.config, pack=packing)
             found = {
-                "bytes": num_bytes(packed, packing), "error": errors(whole, packed), "eval": evaluated(packed, data),
-                "next": divergence(whole, packed, data),
+                "bytes": num_bytes(packed, packing), "error": errors(whole, packed),
+                "eval": judged(predictions(packed, data), exact, data),
             }  # fmt: skip
-            found["loss_change"] = found["eval"]["loss"] - exact["loss"]
+            found["loss_change"] = found["eval"]["loss"] - plain["loss"]
             formats[name] = found
             print(
                 f"{name}: error {found['error']['all']:.4f}, eval loss {found['loss_change']:+.6f}, "
-                f"KL {found['next']['kl']:.2e}, same best token {found['next']['same_best_token']:.4f}, "
+                f"KL {found['eval']['kl']:.2e}, same best token {found['eval']['same_best_token']:.4f}, "
                 f"weights {found['bytes'] / 1e6:.1f} MB", flush=True,
             )  # fmt: skip
             if group == "default":
