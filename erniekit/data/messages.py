@@ -29,18 +29,16 @@ _MESSAGE_KEYS = {
 }
 
 
-def read_messages(
-    found: Any, key: str, unused: set[str], *, calls: list[str | None], is_start: bool = True
-) -> tuple[list[Message], list[Any]]:
+def read_messages(found: Any, key: str, unused: set[str], *, is_start: bool = True) -> tuple[list[Message], list[Any]]:
     """The messages in the column `key`, and the label of each, None where it has none.
 
-    `calls` are the ids of the calls that wait for a result, before and afterwards; a system message may only be the
-    first one of the start of a conversation. An empty system message is left out.
+    A system message may only be the first one of the start of a conversation; an empty one is left out.
     """
     if not isinstance(found, list) or not found:
         raise BadRow(f'"{key}" must be a list of messages, not {excerpt(found)}')
     messages: list[Message] = []
     labels: list[Any] = []
+    calls: list[str | None] = []  # ids of the calls that wait for a result
     for position, raw in enumerate(found, start=1):
         try:
             message = _message(raw, calls, is_first=is_start and not messages)

@@ -205,7 +205,7 @@ def _chatml_judged(row: Row, unused: set[str]) -> Answers:
     if key == "completion" and speaker(raw[0]) not in ("user", "system"):
         talks, cut = _continuations(row, {key: raw}, unused)
     else:
-        talks = [_with_system(row, _read(raw, key, unused, calls=[]))]
+        talks = [_with_system(row, _read(raw, key, unused))]
         cut = len(talks[0]) - 1
     prompt, answers = _split(talks, cut, (_label(row),))
     note_unused(row, JUDGED_FORMATS["chatml"].columns, unused)
@@ -230,9 +230,9 @@ def _as_messages(value: Any, key: str) -> list[Any]:
     return value
 
 
-def _read(raw: list[Any], key: str, unused: set[str], *, calls: list[str | None], is_start: bool = True) -> _Talk:
+def _read(raw: list[Any], key: str, unused: set[str], *, is_start: bool = True) -> _Talk:
     try:
-        messages, labels = read_messages(raw, key, unused, calls=calls, is_start=is_start)
+        messages, labels = read_messages(raw, key, unused, is_start=is_start)
     except BadRow as error:
         raise BadRow(f'"{key}": {error}') from error
     return list(zip(messages, labels, strict=True))
@@ -249,22 +249,22 @@ def _with_system(row: Row, talk: _Talk) -> _Talk:
 
 def _continuations(row: Row, found: Mapping[str, list[Any]], unused: set[str]) -> tuple[list[_Talk], int]:
     """The prompt with each of the answers, and how long it is."""
-    key, calls = _prompt_column(row), list[str | None]()
-    prompt = _with_system(row, _read(_as_messages(row[key], key), key, unused, calls=calls))
-    answers = [_read(raw, name, unused, calls=list(calls), is_start=False) for name, raw in found.items()]
+    key = _prompt_column(row)
+    prompt = _with_system(row, _read(_as_messages(row[key], key), key, unused))
+    answers = [_read(raw, name, unused, is_start=False) for name, raw in found.items()]
     return [prompt + answer for answer in answers], len(prompt)
 
 
 def _conversations(row: Row, found: Mapping[str, list[Any]], unused: set[str]) -> tuple[list[_Talk], int]:
     """Whole conversations, and how far the prompt goes that they share."""
-    talks = [_with_system(row, _read(raw, name, unused, calls=[])) for name, raw in found.items()]
+    talks = [_with_system(row, _read(raw, name, unused)) for name, raw in found.items()]
     messages = [[message for message, _ in talk] for talk in talks]
     cut = shared_length(messages)
     while cut and any(cut == len(said) or said[cut]["role"] != "assistant" for said in messages):
         cut -= 1
     if any(row.get(name) is not None for name in _PROMPTS):
         key = _prompt_column(row)
-        given = [message for message, _ in _read(_as_messages(row[key], key), key, unused, calls=[])]
+        given = [message for message, _ in _read(_as_messages(row[key], key), key, unused)]
         shared = [message for message in messages[0][:cut] if message["role"] != "system"]
         given = [message for message in given if message["role"] != "system"]
         if given[: len(shared)] != shared[: len(given)]:

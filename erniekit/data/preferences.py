@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from erniekit.base.errors import DataError
 from erniekit.config.align import AlignConfig
-from erniekit.data.chat import NO_ROOM, TURN_END, UNTRAINED, Dialogue, encode_dialogue
+from erniekit.data.chat import NO_ROOM, TURN_END, UNTRAINED, Dialogue, encode_samples
 from erniekit.data.rendering import Message
 from erniekit.data.tokenizer import Tokenizer
 
@@ -68,10 +68,11 @@ class Tree(NamedTuple):
 
 
 class _Path(NamedTuple):
-    """A prompt with one answer, as tokens and targets."""
+    """A prompt with one answer, as tokens and targets; the first target is asked for after `prompt_length` tokens."""
 
     input_ids: list[int]
     labels: list[int]
+    prompt_length: int
 
 
 def encode_trees(
@@ -154,18 +155,23 @@ class _Trees:
         head = prompt[:1] if first and prompt[0]["role"] == "system" else ()
         prompt = (*head, *prompt[self._starts[first] :]) if first else prompt
         past = sum(message["role"] == "assistant" for message in prompt)
-        encoded = encode_dialogue(
+        encoded, *more = encode_samples(
             self._tokenizer,
             Dialogue((*prompt, *answer.messages), (False,) * past + answer.trained, self._content.tools),
             template=self._template,
             allow_special=self._allow_special,
         )
+        if more:
+            raise DataError(
+                "the chat template shows past answers otherwise than it asks for them: an answer of several turns is "
+                "no longer one text, and cannot be compared"
+            )
         ids, labels = encoded.input_ids, encoded.labels
         if self._rules.mask_eos:
             labels = self._without_ends(labels)
         if self._rules.stage == "RM" and encoded.closing is not None:  # what is scored has ended
             ids, labels = [*ids, encoded.closing], [*labels, UNTRAINED]
-        return _Path(ids, labels)
+        return _Path(ids, labels, 1 + next(place for place, label in enumerate(labels) if label != UNTRAINED))
 
     def _without_ends(self, labels: list[int]) -> list[int]:
         """The targets without those that end a turn."""
@@ -183,7 +189,9 @@ class _Trees:
         """How many tokens the answers share: all but the last one of the prompt."""
         if not self._rules.share_prompt:
             return 0
-        return min(_prompt_length(paths) - 1, shared_length([path.input_ids for path in paths]))
+        length = _prompt_length(paths) - 1
+        starts = [path.input_ids[:length] for path in paths]
+        return length if starts.count(starts[0]) == len(starts) else shared_length(starts)
 
     def _room(self, paths: Sequence[_Path]) -> int:
         """The places that are left for the answers, behind the first token of each."""
@@ -198,7 +206,7 @@ class _Trees:
             return paths
         limit = max(room // len(paths), room - sum(lengths) + max(lengths))
         stop = _prompt_length(paths) + limit
-        shorter = [_Path(path.input_ids[:stop], path.labels[:stop]) for path in paths]
+        shorter = [_Path(path.input_ids[:stop], path.labels[:stop], path.prompt_length) for path in paths]
         has_all = all(set(path.labels) != {UNTRAINED} for path in shorter)
         return shorter if limit > 0 and has_all else []
 
@@ -222,7 +230,7 @@ def shared_length(sequences: Sequence[Sequence[Any]]) -> int:
 
 def _prompt_length(paths: Sequence[_Path]) -> int:
     """Tokens up to where the first answer is asked for."""
-    return 1 + min(next(place for place, label in enumerate(path.labels) if label != UNTRAINED) for path in paths)
+    return min(path.prompt_length for path in paths)
 
 
 def _answer_lengths(paths: Sequence[_Path]) -> list[int]:

@@ -83,7 +83,7 @@ def alpaca_query(row: Row, instruction: str) -> str:
 def _parse_chatml(row: Row, unused: set[str]) -> Dialogue:
     key = "conversations" if "messages" not in row and "conversations" in row else "messages"
     found = json_value(required(row, key, "a list of messages"))
-    messages, labels = read_messages(found, key, unused, calls=[])
+    messages, labels = read_messages(found, key, unused)
     system = optional(row, "system")
     if system:
         if messages and messages[0]["role"] == "system":

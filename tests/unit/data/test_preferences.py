@@ -39,11 +39,11 @@ def answers(prompt: Sequence[str], *said: Sequence[str], system: str = "", score
 
 def trees_of(
     tokenizer: Tokenizer, content: Answers, *, stage: str = "DPO", template: str | None = None, max_len: int = 10_000,
-    **keys: Any,
+    allow_special: bool = False, **keys: Any,
 ) -> tuple[list[Tree], str, str]:  # fmt: skip
     rules = TreeRules.of(AlignConfig(**keys), stage)
     template = choose_template(tokenizer) if template is None else template
-    return encode_trees(content, tokenizer, rules, template=template, max_len=max_len, allow_special=False)
+    return encode_trees(content, tokenizer, rules, template=template, max_len=max_len, allow_special=allow_special)
 
 
 def tree_of(tokenizer: Tokenizer, content: Answers, **settings: Any) -> Tree:
@@ -116,6 +116,14 @@ def test_a_pair_by_hand(bytewise: Tokenizer) -> None:
     eos = bytewise.eos_id
     assert tree.labels == [*untrained, *one, eos, *two, eos, *[UNTRAINED] * (len(between) - 1), *four, eos]
     assert tree[2:] == (len(prompt) - 1, 1 + len(one), len(prompt), 2.5, True)
+
+
+def test_only_the_end_of_a_turn_is_left_untrained(bytewise: Tokenizer) -> None:
+    tree = tree_of(bytewise, answers(["~"], ["1</s>2"], ["3"]), allow_special=True)
+    (ids, labels), _ = paths(tree)
+    said = [*bytewise.encode("1"), bytewise.eos_id, *bytewise.encode("2")]
+    assert ids[tree.prompt_length :] == said
+    assert labels[tree.prompt_length - 1 :] == [*said, UNTRAINED]
 
 
 def test_a_reward_model_reads_the_end_of_an_answer(bytewise: Tokenizer) -> None:
@@ -217,5 +225,6 @@ def test_what_leaves_nothing_to_compare_is_dropped(bytewise: Tokenizer) -> None:
 
 def test_what_a_template_cannot_show_is_dropped_with_its_reason(bytewise: Tokenizer) -> None:
     content = answers(["1"], ["2", "3", "4"], ["5"])
-    found = trees_of(bytewise, content, template=TEMPLATES["thinking"])
-    assert found == ([], "dropped", "in this chat template the dialogue makes 2 samples, not one")
+    found, action, reason = trees_of(bytewise, content, template=TEMPLATES["thinking"])
+    assert (found, action) == ([], "dropped")
+    assert reason.startswith("the chat template shows past answers otherwise than it asks for them: an answer of")
