@@ -14,7 +14,7 @@ import yaml
 
 from tests.end_to_end.conftest import dialogue, write_rows
 
-WORDS = "red green blue one two three four up down left moon sun tree".split()
+WORDS = ["red", "green", "blue", "one", "two", "three", "four", "up", "down", "left", "moon", "sun", "tree"]
 EVALUATING = {"evaluation_strategy": "steps", "eval_steps": 2}
 LORA = {"fine_tuning": "LoRA", "lora_rank": 4}
 
@@ -273,7 +273,8 @@ def test_equal_answers_and_long_prompts_go_to_the_ledger(pairs, run, tmp_path):
     data[2]["rejected"] = data[2]["chosen"]
     data[5]["question"] = " ".join(WORDS * 3)
     out = tmp_path / "out"
-    run("train", pairs(out, train_dataset_path=write_rows(tmp_path / "a.jsonl", data), max_prompt_len=40, max_steps=1))
+    run("train", pairs(out, train_dataset_path=write_rows(tmp_path / "a.jsonl", data), max_prompt_len=40, max_steps=1,
+                       max_dropped_fraction=0.1))  # fmt: skip
     ledger = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
     reasons = {entry["name"].rpartition(":")[2]: entry["reason"] for entry in ledger}
     assert "same" in reasons["3"] and "max_prompt_len 40" in reasons["6"]
