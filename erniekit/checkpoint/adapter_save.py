@@ -44,15 +44,15 @@ Arrays = dict[str, tuple[tuple[int, ...], Callable[[], np.ndarray]]]  # name -> 
 def write_adapter(path: str | Path, adapter: Adapter, *, form: Form, base: Folder, dtype: str) -> None:
     """Write `adapter`, which fits the model in `base`, into the folder `path`, its numbers in `dtype` ("float32" or
     "bfloat16"), beside the base's tokenizer."""
-    mtp = base.form.mtp_layers
+    mtp, cfg = base.form.mtp_layers, base.disk_config.replace(is_reward=adapter.config.is_reward)
     tables = {
-        layout: layout_table(base.disk_config, layout, ModelForm.usual(base.disk_config, layout, mtp_layers=mtp))
+        layout: layout_table(cfg, layout, ModelForm.usual(cfg, layout, mtp_layers=mtp))
         for layout in ("ram", "pt", "paddle")
     }
     name = str(base.path)
     if form == "peft":
-        arrays, settings = _peft(adapter, tables["ram"], tables["pt"], tied=base.disk_config.tie_word_embeddings)
-        file, config = PEFT_WEIGHTS, peft_config(settings, base=name)
+        arrays, settings = _peft(adapter, tables["ram"], tables["pt"], tied=cfg.tie_word_embeddings)
+        file, config = PEFT_WEIGHTS, peft_config(settings, base=name, is_reward=cfg.is_reward)
     else:
         arrays, settings = _erniekit(adapter, tables["paddle"], dtype=dtype)
         file, config = _ERNIEKIT_WEIGHTS, erniekit_config(settings, base=name)

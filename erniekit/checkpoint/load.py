@@ -34,7 +34,10 @@ def load_for_answers(
     opened = AdapterFolder.open(adapter) if adapter else None
     if opened:
         check_base(opened, folder)
-    model = build_model(folder, folder.config, dtype=dtype, pack=pack)
+    cfg = folder.config
+    if opened and opened.config.is_reward:
+        cfg = cfg.replace(is_reward=True, num_nextn_predict_layers=0)
+    model = build_model(folder, cfg, dtype=dtype, pack=pack)
     if opened:
         add_adapters(model, opened.config, seed=0, draw=False)
         load_adapter(model, opened)
