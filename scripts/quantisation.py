@@ -46,6 +46,7 @@ from erniekit.data.batch import Batch  # noqa: E402
 from erniekit.data.build import EvalData, build_eval_data  # noqa: E402
 from erniekit.data.tokenizer import Tokenizer  # noqa: E402
 from erniekit.models.decoder import ErnieForCausalLM  # noqa: E402
+from erniekit.ops.attention import end_rows_from_segments  # noqa: E402
 from erniekit.ops.cpu.library import tier  # noqa: E402
 from erniekit.precision.packed import packed_weights  # noqa: E402
 from erniekit.training.objective import LanguageModelObjective, LossWeights  # noqa: E402
@@ -85,8 +86,10 @@ def predictions(model: ErnieForCausalLM, data: EvalData) -> list[paddle.Tensor]:
     """Log-probabilities of the next token at every trained position, batch by batch."""
     made = []
     for batch in data.batches(4):
-        logits = model(paddle.to_tensor(batch.input_ids), segment_ids=paddle.to_tensor(batch.segment_ids))
-        made.append(F.log_softmax(logits.flatten(0, 1)[paddle.to_tensor(_trained(batch))], axis=-1))
+        ids, positions = paddle.to_tensor(batch.input_ids), paddle.to_tensor(batch.position_ids)
+        trunk = model.trunk(ids, positions, end_rows_from_segments(paddle.to_tensor(batch.segment_ids)))
+        hidden = trunk.hidden_BSD.flatten(0, 1)[paddle.to_tensor(_trained(batch))]
+        made.append(F.log_softmax(model.logits(hidden), axis=-1))
     return made
 
 
@@ -174,7 +177,7 @@ def measured(options: argparse.Namespace) -> dict[str, Any]:
     """All figures."""
     folder = Folder.open(options.model)
     tokenizer = Tokenizer.from_folder(folder.path)
-    keys = {"eval_dataset_path": str(options.data), "max_seq_len": LENGTH, "cache_data": False}
+    keys = {"eval_dataset_path": str(options.data), "max_seq_len": LENGTH, "packing": True, "cache_data": False}
     data = build_eval_data(load_config(keys).data, tokenizer, stage="SFT", seed=0)
     whole = build_model(folder, folder.config)
     exact, size = predictions(whole, data), num_bytes(whole, None)
