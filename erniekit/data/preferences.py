@@ -169,6 +169,8 @@ class _Trees:
         ids, labels = encoded.input_ids, encoded.labels
         if self._rules.mask_eos:
             labels = self._without_ends(labels)
+        if set(labels) <= {UNTRAINED}:
+            raise DataError("an answer has no token to train")
         if self._rules.stage == "RM" and encoded.closing is not None:  # what is scored has ended
             ids, labels = [*ids, encoded.closing], [*labels, UNTRAINED]
         return _Path(ids, labels, 1 + next(place for place, label in enumerate(labels) if label != UNTRAINED))

@@ -126,6 +126,11 @@ def test_only_the_end_of_a_turn_is_left_untrained(bytewise: Tokenizer) -> None:
     assert labels[tree.prompt_length - 1 :] == [*said, UNTRAINED]
 
 
+def test_an_answer_without_a_token_is_dropped(bytewise: Tokenizer) -> None:
+    found = trees_of(bytewise, answers(["~"], ["1"], [""]))
+    assert found == ([], "dropped", "an answer has no token to train")
+
+
 def test_a_reward_model_reads_the_end_of_an_answer(bytewise: Tokenizer) -> None:
     content = answers(["~"], ["1"], ["2"])
     (ids, labels), _ = paths(tree_of(bytewise, content, stage="RM", mask_out_eos_token=False))
