@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from erniekit.base.errors import DataError
 from erniekit.config.align import AlignConfig
-from erniekit.data.chat import NO_ROOM, TURN_END, UNTRAINED, Dialogue, encode_dialogue
+from erniekit.data.chat import NO_ROOM, TURN_END, UNTRAINED, Dialogue, encode_samples
 from erniekit.data.rendering import Message
 from erniekit.data.tokenizer import Tokenizer
 
@@ -155,12 +155,17 @@ class _Trees:
         head = prompt[:1] if first and prompt[0]["role"] == "system" else ()
         prompt = (*head, *prompt[self._starts[first] :]) if first else prompt
         past = sum(message["role"] == "assistant" for message in prompt)
-        encoded = encode_dialogue(
+        encoded, *more = encode_samples(
             self._tokenizer,
             Dialogue((*prompt, *answer.messages), (False,) * past + answer.trained, self._content.tools),
             template=self._template,
             allow_special=self._allow_special,
         )
+        if more:
+            raise DataError(
+                "the chat template shows past answers otherwise than it asks for them: an answer of several turns is "
+                "no longer one text, and cannot be compared"
+            )
         ids, labels = encoded.input_ids, encoded.labels
         if self._rules.mask_eos:
             labels = self._without_ends(labels)

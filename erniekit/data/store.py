@@ -1,4 +1,5 @@
-"""Tokenised samples on disk, read piece by piece: memory holds an index of 24 bytes a sample, whatever their length.
+"""Tokenised samples on disk, read piece by piece: memory holds an index of 24 bytes a sample, 49 if it is a tree,
+whatever their length.
 
 One folder for each source, written once and never changed. The files are read, not mapped, so that pages of the
 system's cache do not count as memory of the run. Knows nothing of order and of where folders are kept.

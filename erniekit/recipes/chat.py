@@ -41,12 +41,7 @@ class _Chat:
     """A model, what it is told, and the lines that come in."""
 
     def __init__(self, cfg: RunConfig, path: Path) -> None:
-        if Folder.open(path).config.is_reward:
-            raise CheckpointError(
-                f"{path}: is a reward model: it gives an answer a number and says nothing. `erniekit eval` with stage: "
-                "RM measures it on pairs."
-            )
-        self.tokenizer = Tokenizer.from_folder(path)
+        self.tokenizer = Tokenizer.from_folder(Folder.open(path).path)
         self.defaults = read_generation_config(path)
         self.stops = eos_ids(self.defaults)
         self.template = choose_template(self.tokenizer, cfg.data.chat_template)
@@ -54,6 +49,11 @@ class _Chat:
         self.talk = Talk(cfg.generate, seed)
         notice(f"{path}: {self._sampling()}")
         self.model = load_model(path)
+        if self.model.config.is_reward:
+            raise CheckpointError(
+                f"{path}: is a reward model: it gives an answer a number and says nothing. `erniekit eval` with stage: "
+                "RM measures it on pairs."
+            )
         self.tokenizer.check_vocab(self.model.config.vocab_size)
         self.styles = _STYLES if sys.stdout.isatty() else _TAGS
         self.num_answers = 0

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from erniekit.checkpoint.hf_files import SafetensorsFile
+from tests.end_to_end.test_observe import spoil
 
 CASES = {
     "lora": {"lora_rank": 4},
@@ -104,3 +105,11 @@ def test_a_checkpoint_of_other_weights_is_refused(bench, run, tmp_path):
     weights.write_bytes(weights.read_bytes()[:-1] + b"\x07")
     _, err = run("train", config, "max_steps=2", code=2)
     assert "trained beside other weights" in err
+
+
+def test_a_step_that_went_wrong_is_replayed_beside_its_base(bench, run, tmp_path):
+    base = spoil(bench, tmp_path / "model", "layers.1.self_attn.o_proj.weight", float("nan"))
+    keys = {"fine_tuning": "LoRA", "model_name_or_path": base, "eval_dataset_path": None}
+    run("train", bench.config(tmp_path / "out", **keys), code=2)
+    shown, _ = run("replay", tmp_path / "out" / "replay" / "step-1")
+    assert "The first value that is not finite arises in model.layers.1.self_attn.o_proj" in shown

@@ -204,6 +204,50 @@ def test_long_answers_are_cut_the_longer_one_first(*, bytewise: Tokenizer, share
         assert paths(tree)[0] == (ids[:-fewer], labels[:-fewer])
 
 
+@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    prompt=st.lists(WORD, min_size=1, max_size=5).filter(lambda texts: len(texts) % 2 == 1),
+    said=st.lists(WORD, min_size=2, max_size=3, unique=True),
+    max_len=st.integers(2, 150),
+    keys=st.fixed_dictionaries({"max_prompt_len": st.integers(1, 90), "share_prompt": st.booleans()}),
+    stage=st.sampled_from(["DPO", "KTO", "RM"]),
+)
+def test_whatever_the_limits_what_comes_out_keeps_them(
+    *, bytewise: Tokenizer, prompt: list[str], said: list[str], max_len: int, keys: dict[str, Any], stage: str
+) -> None:
+    content = answers(prompt, *[[text] for text in said])
+    trees, action, reason = trees_of(bytewise, content, max_len=max_len, stage=stage, **keys)
+    assert action in ("", "dropped", "truncated", "split") and bool(action) == bool(reason)
+    assert bool(trees) == (action != "dropped")
+    for tree in trees:
+        beside = tree.prompt_length - tree.root + LEAST_MISMATCHED - 1 if stage == "KTO" else 0
+        assert len(tree.input_ids) + beside <= max_len and tree.prompt_length <= keys["max_prompt_len"]
+        for ids, labels in paths(tree):
+            assert len(ids) == len(labels) and set(labels) != {UNTRAINED}
+            assert ids[0] == bytewise.cls_id and set(labels[: tree.prompt_length - 1]) <= {UNTRAINED}
+
+
+def test_calls_and_their_results_stand_in_prompts_and_in_answers(bytewise: Tokenizer) -> None:
+    call = {"type": "function", "function": {"name": "f", "arguments": {"a": "1"}}}
+    asked = {"role": "assistant", "content": "", "reasoning_content": "t", "tool_calls": [call]}
+    result, said = {"role": "tool", "content": "20"}, {"role": "assistant", "content": "x", "reasoning_content": "u"}
+    tool = {"type": "function", "function": {"name": "f", "parameters": {}}}
+    one = Answers(
+        ({"role": "user", "content": "q"}, asked, result),
+        (Answer((said,), (True,), 1), Answer(({**said, "content": "y"},), (True,), 0)),
+        (tool,),
+    )
+    tree = tree_of(bytewise, one, template=TEMPLATES["thinking"])
+    assert [trained_text(bytewise, labels) for _, labels in paths(tree)] == [
+        f"u\n</think>\n\n<response>\n{text}\n</response>\n" for text in "xy"
+    ]
+    two = Answers(one.prompt[:1], (Answer((asked, result, said), (True, True), 1), one.answers[1]), (tool,))
+    chosen, rejected = paths(tree_of(bytewise, two, template=TEMPLATES["thinking"]))
+    assert "<tool_call>" in trained_text(bytewise, chosen[1]) and "20" not in trained_text(bytewise, chosen[1])
+    assert trained_text(bytewise, chosen[1]).endswith("x\n</response>\n")
+    assert trained_text(bytewise, rejected[1]) == "u\n</think>\n\n<response>\ny\n</response>\n"
+
+
 def test_both_answers_are_cut_where_both_are_long(bytewise: Tokenizer) -> None:
     content = answers(["1"], ["6" * 40], ["7" * 30])
     full = tree_of(bytewise, content)
@@ -225,5 +269,6 @@ def test_what_leaves_nothing_to_compare_is_dropped(bytewise: Tokenizer) -> None:
 
 def test_what_a_template_cannot_show_is_dropped_with_its_reason(bytewise: Tokenizer) -> None:
     content = answers(["1"], ["2", "3", "4"], ["5"])
-    found = trees_of(bytewise, content, template=TEMPLATES["thinking"])
-    assert found == ([], "dropped", "in this chat template the dialogue makes 2 samples, not one")
+    found, action, reason = trees_of(bytewise, content, template=TEMPLATES["thinking"])
+    assert (found, action) == ([], "dropped")
+    assert reason.startswith("the chat template shows past answers otherwise than it asks for them: an answer of")
