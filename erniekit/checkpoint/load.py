@@ -1,6 +1,6 @@
 """A model to answer with: a folder, with an adapter beside it or none, in full or in few bits.
 
-Used by whoever asks a model and does not train it. Which adapter a run means is decided here, too.
+Used by whoever asks a model and does not train it.
 """
 
 from __future__ import annotations
@@ -11,9 +11,7 @@ import numpy as np
 import paddle
 
 from erniekit.adapters.lora import add_adapters
-from erniekit.base.errors import ConfigError
 from erniekit.checkpoint.adapter_folder import AdapterFolder
-from erniekit.checkpoint.adapter_forms import is_adapter
 from erniekit.checkpoint.adapter_io import check_base, load_adapter
 from erniekit.checkpoint.ernie45 import memory_table
 from erniekit.checkpoint.folder import Folder
@@ -21,7 +19,6 @@ from erniekit.checkpoint.merge import Merged
 from erniekit.checkpoint.model_io import build_model
 from erniekit.checkpoint.source import made
 from erniekit.config.packing import Packing
-from erniekit.config.run import RunConfig
 from erniekit.models.decoder import ErnieForCausalLM
 
 
@@ -58,15 +55,3 @@ def load_merged(source: Merged) -> ErnieForCausalLM:
             p.set_value(paddle.to_tensor(made(table.tensors[name], np.dtype(np.float32), source)))
     model.eval()
     return model
-
-
-def adapter_of(cfg: RunConfig) -> Path | None:
-    """The adapter that a config stands for: what its run left in output_dir, else its lora_path (where a run started
-    from, if the config trains). None: it has none."""
-    run, asked = cfg.train.output_dir, cfg.lora.lora_path
-    left = Path(run) if run and is_adapter(run) else None
-    if asked and not cfg.given("fine_tuning"):
-        raise ConfigError("lora_path acts with fine_tuning: LoRA only; add it to the file or to the command.")
-    if not asked or cfg.model.fine_tuning != "LoRA" or (left and cfg.data.train_dataset_path):
-        return left
-    return Path(asked)

@@ -70,7 +70,7 @@ VERBS = {
         ),
         Verb(
             "export", "write the trained model of output_dir as a folder to deploy", home="runs:export",
-            places=("CFG",), overrides=True,
+            places=("CFG",), overrides=True, needs_paddle=True,
             options=(
                 Option("to", "layout to write: pt or paddle (pt)", metavar="LAYOUT"),
                 Option("out", "folder to write (output_dir/export, or export-N)", metavar="DIR"),

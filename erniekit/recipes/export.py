@@ -17,8 +17,8 @@ from erniekit.base.errors import ConfigError
 from erniekit.base.files import write_json
 from erniekit.checkpoint.adapter_folder import AdapterFolder, mark_of
 from erniekit.checkpoint.adapter_forms import is_adapter
+from erniekit.checkpoint.chosen import base_of
 from erniekit.checkpoint.convert import convert, write_converted
-from erniekit.checkpoint.download import locate_model
 from erniekit.checkpoint.folder import Folder
 from erniekit.checkpoint.merge import Merged, Recipe
 from erniekit.checkpoint.save import GB, MERGE_FILE, require_empty
@@ -57,7 +57,7 @@ def export(
     if several or adapter:
         picked = several or Several(((adapter or source, 1.0),))
         require_empty(target)
-        base = Folder.open(_base_of(cfg, picked.adapters[0][0]))
+        base = Folder.open(base_of(picked.adapters[0][0], cfg))
         base.check()
         if adapter_only:
             _write_adapter(base, picked, target, to=to)
@@ -75,14 +75,6 @@ def _lora_path(cfg: RunConfig) -> Path | None:
     """The adapter that is named, where the run left none and is not a whole model."""
     asked = cfg.lora.lora_path if cfg.model.fine_tuning == "LoRA" else None
     return Path(asked) if asked else None
-
-
-def _base_of(cfg: RunConfig, adapter: Path) -> Path:
-    """The model that an adapter is merged into: the config's, else the one that the adapter names."""
-    named = cfg.model.model_name_or_path or AdapterFolder.open(adapter).base_name
-    if not named:
-        raise ConfigError(f"{adapter} does not say which model it is for; set model_name_or_path.")
-    return locate_model(named, cfg.model.download_hub)
 
 
 # ---------------------------------------------------------------------- adapters

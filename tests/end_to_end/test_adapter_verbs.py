@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from pathlib import Path
@@ -115,3 +116,42 @@ def test_verbs_on_models_say_what_an_adapter_is(trained, adapter, bench, run, tm
     assert "Name its base as model_name_or_path and this folder as lora_path" in run("train", config, code=2)[1]
     assert "holds an adapter, not a model" in run("convert", adapter, tmp_path / "x", "--to", "pt", code=2)[1]
     assert "merge it first" in run("split", trained, code=2)[1]
+
+
+def test_eval_and_chat_with_the_adapter(trained, adapter, bench, run, tmp_path):
+    """The run's own config; a file of ERNIEKit's that names an adapter; the adapter folder itself."""
+    out, err = run("eval", trained)
+    assert f"measured with the adapter {adapter}" in err
+    figures = json.loads((adapter / "eval" / "metrics.json").read_text())
+    config = tmp_path / "run_eval.yaml"
+    config.write_text(
+        f"model_name_or_path: {bench.model}\nfine_tuning: LoRA\ncompute_type: bf16\nlora_rank: 32\nmax_seq_len: 64\n"
+        f"eval_dataset_path: {bench.folder / 'eval.jsonl'}\neval_dataset_type: erniekit\nbatch_size: 2\n"
+    )
+    losses = {}
+    for name, word in (("adapter", f"lora_path={adapter}"), ("wint8", f"lora_path={adapter}"), ("base", "lora_rank=8")):
+        kind = "compute_type=wint8" if name == "wint8" else "compute_type=bf16"
+        out, err = run("eval", config, word, kind)
+        losses[name] = float(out.partition("eval_loss")[2].split()[0])
+    assert losses["wint8"] == pytest.approx(figures["eval_loss"], abs=1e-6)  # as the run computes
+    assert losses["adapter"] != losses["wint8"] and abs(losses["adapter"] - losses["wint8"]) < 0.05
+    assert losses["base"] > losses["adapter"] + 0.1
+    assert "the base is measured by itself" in err
+    assert "lora_path acts with fine_tuning: LoRA only" in run("chat", bench.model, f"lora_path={adapter}", code=2)[1]
+
+
+def test_chat_with_the_adapter(trained, adapter, bench, run, monkeypatch, tmp_path):
+    said = {}
+    for name, words in {
+        "run": (trained,), "folder": (adapter, "compute_type=wint8"), "base": (bench.model, "compute_type=wint8"),
+        "beside": (bench.model, "fine_tuning=LoRA", f"lora_path={adapter}", "compute_type=wint8"),
+    }.items():  # fmt: skip
+        monkeypatch.setattr("sys.stdin", io.StringIO("say sun and moon\n"))
+        said[name], err = run("chat", *words, "temperature=0", "max_new_tokens=8")
+        assert (f"with the adapter {adapter}" in err) == (name != "base")
+    assert said["run"] == said["folder"] == said["beside"] != said["base"]
+    lonely = tmp_path / "lonely"
+    shutil.copytree(adapter, lonely, ignore=shutil.ignore_patterns("checkpoint-*"))
+    settings = json.loads((lonely / "lora_config.json").read_text())
+    (lonely / "lora_config.json").write_text(json.dumps(settings | {"base_model_name_or_path": "gone"}))
+    assert "names 'gone' as its model, which is not here" in run("chat", lonely, code=2)[1]
