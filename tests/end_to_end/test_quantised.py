@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from pathlib import Path
@@ -58,7 +59,7 @@ def test_chat_quantises_while_it_loads(bench, run, tmp_path, monkeypatch):
     asked = []
     real = chat.load_for_answers
     monkeypatch.setattr(chat, "load_for_answers", lambda *a, **k: asked.append(k["pack"]) or real(*a, **k))
-    monkeypatch.setattr("sys.stdin", iter(["say red and blue\n"]))
+    monkeypatch.setattr("sys.stdin", io.StringIO("say red and blue\n"))
     keys = {"train_dataset_path": None, "fine_tuning": None, "compute_type": "wint4/8", "max_new_tokens": 4}
     run("chat", bench.config(tmp_path / "chat", **keys))
     assert [pack.compute_type for pack in asked] == ["wint4/8"]
