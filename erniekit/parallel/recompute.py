@@ -5,6 +5,7 @@ Parameter names and results do not change; only the memory does.
 
 from __future__ import annotations
 
+import paddle
 from paddle import nn
 from paddle.distributed.fleet.utils import recompute
 
@@ -28,10 +29,17 @@ def apply_recompute(model: ErnieForCausalLM, granularity: str) -> None:
 
 def _recompute_in_training(layer: nn.Layer) -> None:
     plain = layer.forward
+    # Paddle warns at every call whose inputs all want no gradient, as those above a frozen embedding: adapters inside
+    # want theirs all the same. So there is one input that does.
+    wanting = paddle.zeros([])
+    wanting.stop_gradient = False
+
+    def again(_wanting: paddle.Tensor, *args, **kwargs):
+        return plain(*args, **kwargs)
 
     def forward(*args, **kwargs):  # the layer's own signature
         if not layer.training:
             return plain(*args, **kwargs)
-        return recompute(plain, *args, use_reentrant=False, **kwargs)
+        return recompute(again, wanting, *args, use_reentrant=False, **kwargs)
 
     layer.forward = forward
