@@ -77,16 +77,26 @@ def test_check_accepts(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert re.match(rf"# Hardware: {devices} ", hardware)
 
 
+@pytest.mark.parametrize("path", sorted(OWN), ids=label)
+def test_our_own_configs_are_ready(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first, _, hardware, expect, *_ = path.read_text(encoding="utf-8").splitlines()
+    assert first == f"# erniekit train {path.relative_to(ROOT)}"
+    assert hardware.startswith("# Hardware: ") and re.match(r"# Expect:   .*\d", expect)
+    assert main(["check", str(path)]) == 0
+    assert capsys.readouterr().out.endswith(f"{path}: fine\n")
+    require_built(load_config(path))
+
+
 @pytest.mark.parametrize("path", STAND_INS, ids=label)
 def test_train_refuses_by_name_what_it_cannot_do(path: Path) -> None:
     config, name = load_config(path), path.stem
     wanted = {key for key in DEVICE_DEGREES if config.value(key) > 1}
-    wanted |= {"stage"} if config.model.stage == "VL-SFT" else set()
     wanted |= {"compute_type"} if "fp8" in name else set()
     wanted |= {"input_dir", "split"} if "offline" in name else set()
-    assert wanted <= refused(config)
-    if verb_of(path) == "train" and not wanted:
-        require_built(config)
+    if config.model.stage == "VL-SFT":  # and more
+        assert {*wanted, "stage"} <= refused(config)
+    elif verb_of(path) == "train":
+        assert refused(config) == wanted
 
 
 # ---------------------------------------------------------------------- data
@@ -101,6 +111,7 @@ def rows(name: str) -> list[dict]:
 def test_data_files_have_the_names_that_official_configs_use() -> None:
     kinds = ("sft", "sft_think", "dpo", "function-call", "pt")
     wanted = {f"{kind}-{part}.jsonl" for kind in kinds for part in ("train", "eval")}
+    wanted |= {"dpo-alpaca-train.jsonl", "dpo-messages-train.jsonl", "kto-train.jsonl", "kto-eval.jsonl"}  # our own
     assert {path.name for path in FILES} == wanted
 
 
@@ -121,7 +132,7 @@ def test_train_and_eval_have_no_text_in_common() -> None:
             return {text for item in value for text in texts(item)}
         return {value} if isinstance(value, str) and len(value) > 16 else set()
 
-    for kind in ("sft", "sft_think", "dpo", "pt"):
+    for kind in ("sft", "sft_think", "dpo", "kto", "pt"):
         assert texts(rows(f"{kind}-train.jsonl")) & texts(rows(f"{kind}-eval.jsonl")) == set()
 
 
@@ -150,6 +161,9 @@ READ = {
     "function-call-train.jsonl": ("SFT", "chatml"), "function-call-eval.jsonl": ("SFT", "chatml"),
     "sft_think-train.jsonl": ("SFT", "messages"), "sft_think-eval.jsonl": ("SFT", "messages"),
     "pt-train.jsonl": ("PT", "erniekit"), "pt-eval.jsonl": ("PT", "text"),
+    "dpo-train.jsonl": ("DPO", "erniekit"), "dpo-eval.jsonl": ("RM", "erniekit"),
+    "dpo-alpaca-train.jsonl": ("DPO", "alpaca"), "dpo-messages-train.jsonl": ("DPO", "messages"),
+    "kto-train.jsonl": ("KTO", "messages"), "kto-eval.jsonl": ("KTO", "messages"),
 }  # fmt: skip
 
 
@@ -163,3 +177,15 @@ def test_every_row_is_read(name: str) -> None:
         samples = list(read_samples(source, report, stage=stage))
         assert report.bad == [] and report.unused_keys == set()
         assert len(samples) == len(rows(name))
+
+
+def answers_of(name: str) -> list[object]:
+    (source,) = list_sources([str(DATA / name)], None, None, stage="DPO", key="train_dataset")
+    return [sample.content for sample in read_samples(source, RowReport(), stage="DPO")]
+
+
+def test_the_three_forms_of_pairs_say_the_same() -> None:
+    pairs = answers_of("dpo-train.jsonl")
+    assert answers_of("dpo-messages-train.jsonl") == pairs
+    alpaca = answers_of("dpo-alpaca-train.jsonl")  # which has no place for an answer of several turns
+    assert alpaca == [pair for pair in pairs if pair in alpaca] and len(alpaca) == len(pairs) - 1

@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from erniekit.base.errors import ConfigError, did_you_mean
-from erniekit.config.adapter import AdapterConfig
+from erniekit.config.adapter import SCORE, AdapterConfig
 from erniekit.config.lora import PLUS_SCALE, RSLORA_ALPHA, LoraConfig
 
 _BLOCK = r"^model\.(layers|mtp_block)\.\d+\."
@@ -43,10 +43,12 @@ def resolve_targets(names: Sequence[str], asked: Sequence[str] | None) -> tuple[
 
 
 def resolve_saved(names: Sequence[str], asked: Sequence[str] | None) -> tuple[str, ...]:
-    """Paths of the modules that are trained whole, picked by name or regular expression. Raises ConfigError."""
+    """Paths of the modules that are trained whole, picked by name or regular expression; a reward model's score, which
+    starts at random, always is. Raises ConfigError."""
     owners = dict.fromkeys(name.rpartition(".")[0] for name in names)
     possible = [path for path in owners if not re.search(_NEVER, path)]
-    return _resolve(possible, asked or (), key="modules_to_save", groups={})
+    picked = _resolve(possible, asked or (), key="modules_to_save", groups={})
+    return (*picked, SCORE) if SCORE in possible and SCORE not in picked else picked
 
 
 def adapter_config(keys: LoraConfig, names: Sequence[str]) -> AdapterConfig:
@@ -98,6 +100,10 @@ def started_config(
         for name in FACTS
         if name in given and given[name] != -1 and asked[name] != found[name]
     ]
+    if SCORE in resolve_saved(names, None) and not there.is_reward:
+        problems.append(
+            "lora_path: that adapter has no score, so a reward model cannot start from it; merge it into its base first"
+        )
     if problems:
         raise ConfigError(problems)
     return dataclasses.replace(there, dropout=keys.lora_dropout)

@@ -32,10 +32,10 @@ from erniekit.checkpoint.ernie45 import Table, layout_table
 from erniekit.checkpoint.folder import Folder
 from erniekit.checkpoint.hf_files import BFLOAT16, SafetensorsFile
 from erniekit.checkpoint.pdparams import read_pdparams
+from erniekit.checkpoint.save import ADAPTER_FILE
 from erniekit.config.adapter import AdapterConfig
 from erniekit.config.architecture import ErnieConfig
 
-ORIGIN_FILE = "erniekit_adapter.json"  # what only we know of an adapter: the mark of its base
 _FORMATS = ("F32", "BF16", "U16", "F16")
 _SPLIT = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "up_gate_proj": ("gate_proj", "up_proj")}
 _SAMPLE = 64
@@ -104,6 +104,11 @@ class AdapterFolder:
             rank=rank, alpha=alpha, dropout=settings.dropout, rslora=settings.rslora, dora=settings.dora,
             targets=tuple(sorted(widths, key=_natural)), modules_to_save=tuple(owners),
         )  # fmt: skip
+
+    @functools.cached_property
+    def dtype(self) -> str:
+        """The format of its numbers: "bfloat16" if all have it, else "float32"."""
+        return "bfloat16" if all(read().dtype == BFLOAT16 for read in self._tensors.values()) else "float32"
 
     def on(self, cfg: ErnieConfig, *, mtp_layers: int | None = None) -> Adapter:
         """The adapter on a model of architecture `cfg`. Raises CheckpointError naming everything that does not fit."""
@@ -256,7 +261,7 @@ def _natural(name: str) -> list[Any]:
 
 
 def _mark_beside(folder: Path) -> str | None:
-    path = folder / ORIGIN_FILE
+    path = folder / ADAPTER_FILE
     try:
         return str(json.loads(path.read_bytes())["base_mark"]) if path.is_file() else None
     except (ValueError, KeyError, TypeError) as error:

@@ -156,7 +156,7 @@ def sort_names(form: Form, names: Collection[str], settings: Settings) -> Named:
     found = Named({}, {}, [])
     prefix = PEFT_PREFIX if form == "peft" else "ernie."
     for name in sorted(names):
-        if name.startswith("lm_head.") and form == "erniekit":
+        if name.startswith(("lm_head.", "score.")) and form == "erniekit":
             found.whole[name] = name
             continue
         path = name.removeprefix(prefix)
@@ -193,13 +193,13 @@ def _unstacked(parts: dict[str, dict[str, str]], settings: Settings) -> dict[str
     return named
 
 
-def peft_config(settings: Mapping[str, Any], *, base: str) -> dict[str, Any]:
+def peft_config(settings: Mapping[str, Any], *, base: str, is_reward: bool) -> dict[str, Any]:
     """adapter_config.json as PEFT writes it."""
     return {
         "alpha_pattern": {}, "auto_mapping": None, "base_model_name_or_path": base, "bias": "none",
         "exclude_modules": None, "fan_in_fan_out": False, "inference_mode": True, "init_lora_weights": True,
         "layer_replication": None, "layers_pattern": None, "layers_to_transform": None, "lora_bias": False,
-        "peft_type": "LORA", "rank_pattern": {}, "revision": None, "task_type": "CAUSAL_LM",
+        "peft_type": "LORA", "rank_pattern": {}, "revision": None, "task_type": "SEQ_CLS" if is_reward else "CAUSAL_LM",
         "trainable_token_indices": None, **settings,
     }  # fmt: skip
 

@@ -19,7 +19,7 @@ from erniekit.base.console import notice
 from erniekit.base.errors import CheckpointError
 from erniekit.base.files import write_json
 from erniekit.checkpoint.adapter import EXPERTS, Adapter, Factors, alpha_of, fused, shares_a, weight_of
-from erniekit.checkpoint.adapter_folder import ORIGIN_FILE, mark_of
+from erniekit.checkpoint.adapter_folder import mark_of
 from erniekit.checkpoint.adapter_forms import (
     CONFIG_FILES,
     ERNIEKIT_INDEX,
@@ -34,7 +34,7 @@ from erniekit.checkpoint.ernie45 import Form as ModelForm
 from erniekit.checkpoint.folder import Folder
 from erniekit.checkpoint.hf_files import BFLOAT16, Entry, index_content, write_safetensors
 from erniekit.checkpoint.manifest import write_manifest
-from erniekit.checkpoint.save import METADATA, copy_companions, staged
+from erniekit.checkpoint.save import ADAPTER_FILE, METADATA, copy_companions, staged
 
 _ERNIEKIT_WEIGHTS = "peft_model-00001-of-00001.safetensors"
 
@@ -44,15 +44,15 @@ Arrays = dict[str, tuple[tuple[int, ...], Callable[[], np.ndarray]]]  # name -> 
 def write_adapter(path: str | Path, adapter: Adapter, *, form: Form, base: Folder, dtype: str) -> None:
     """Write `adapter`, which fits the model in `base`, into the folder `path`, its numbers in `dtype` ("float32" or
     "bfloat16"), beside the base's tokenizer."""
-    mtp = base.form.mtp_layers
+    mtp, cfg = base.form.mtp_layers, base.disk_config.replace(is_reward=adapter.config.is_reward)
     tables = {
-        layout: layout_table(base.disk_config, layout, ModelForm.usual(base.disk_config, layout, mtp_layers=mtp))
+        layout: layout_table(cfg, layout, ModelForm.usual(cfg, layout, mtp_layers=mtp))
         for layout in ("ram", "pt", "paddle")
     }
     name = str(base.path)
     if form == "peft":
-        arrays, settings = _peft(adapter, tables["ram"], tables["pt"], tied=base.disk_config.tie_word_embeddings)
-        file, config = PEFT_WEIGHTS, peft_config(settings, base=name)
+        arrays, settings = _peft(adapter, tables["ram"], tables["pt"], tied=cfg.tie_word_embeddings)
+        file, config = PEFT_WEIGHTS, peft_config(settings, base=name, is_reward=cfg.is_reward)
     else:
         arrays, settings = _erniekit(adapter, tables["paddle"], dtype=dtype)
         file, config = _ERNIEKIT_WEIGHTS, erniekit_config(settings, base=name)
@@ -70,7 +70,7 @@ def write_adapter(path: str | Path, adapter: Adapter, *, form: Form, base: Folde
         if form == "erniekit":
             write_json(stage / ERNIEKIT_INDEX, {**index_content({file: entries}), "type": "lora"})
         copy_companions(base.path, stage)
-        write_json(stage / ORIGIN_FILE, {"base_mark": mark_of(base)})
+        write_json(stage / ADAPTER_FILE, {"base_mark": mark_of(base)})
         write_json(stage / CONFIG_FILES[form], config)
         write_manifest(stage, known={file: digest})
 

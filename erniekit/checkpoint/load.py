@@ -1,23 +1,24 @@
 """A model to answer with: a folder, with an adapter beside it or none, in full or in few bits.
 
-Used by whoever asks a model and does not train it. Which adapter a run means is decided here, too.
+Used by whoever asks a model and does not train it.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import paddle
 
 from erniekit.adapters.lora import add_adapters
-from erniekit.base.errors import ConfigError
 from erniekit.checkpoint.adapter_folder import AdapterFolder
-from erniekit.checkpoint.adapter_forms import is_adapter
 from erniekit.checkpoint.adapter_io import check_base, load_adapter
+from erniekit.checkpoint.ernie45 import memory_table
 from erniekit.checkpoint.folder import Folder
+from erniekit.checkpoint.merge import Merged
 from erniekit.checkpoint.model_io import build_model
+from erniekit.checkpoint.source import made
 from erniekit.config.packing import Packing
-from erniekit.config.run import RunConfig
 from erniekit.models.decoder import ErnieForCausalLM
 
 
@@ -34,7 +35,10 @@ def load_for_answers(
     opened = AdapterFolder.open(adapter) if adapter else None
     if opened:
         check_base(opened, folder)
-    model = build_model(folder, folder.config, dtype=dtype, pack=pack)
+    cfg = folder.config
+    if opened and opened.config.is_reward:
+        cfg = cfg.replace(is_reward=True, num_nextn_predict_layers=0)
+    model = build_model(folder, cfg, dtype=dtype, pack=pack)
     if opened:
         add_adapters(model, opened.config, seed=0, draw=False)
         load_adapter(model, opened)
@@ -42,13 +46,12 @@ def load_for_answers(
     return model
 
 
-def adapter_of(cfg: RunConfig) -> Path | None:
-    """The adapter that a config stands for: what its run left in output_dir, else its lora_path (where a run started
-    from, if the config trains). None: it has none."""
-    run, asked = cfg.train.output_dir, cfg.lora.lora_path
-    left = Path(run) if run and is_adapter(run) else None
-    if asked and not cfg.given("fine_tuning"):
-        raise ConfigError("lora_path acts with fine_tuning: LoRA only; add it to the file or to the command.")
-    if not asked or cfg.model.fine_tuning != "LoRA" or (left and cfg.data.train_dataset_path):
-        return left
-    return Path(asked)
+def load_merged(source: Merged) -> ErnieForCausalLM:
+    """The model of a merge as it is before it is written: in fp32, rounded nowhere."""
+    model = build_model(source.base, source.base.config)
+    table = memory_table(source.base.config, head_bias=source.base.has_head_bias)
+    for name, p in model.named_parameters():
+        if all(atom in source.base.table.atoms for atom, _ in table.tensors[name].parts):
+            p.set_value(paddle.to_tensor(made(table.tensors[name], np.dtype(np.float32), source)))
+    model.eval()
+    return model

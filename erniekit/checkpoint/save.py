@@ -20,6 +20,7 @@ import numpy as np
 
 from erniekit.base.errors import CheckpointError
 from erniekit.base.files import fsync_file, fsync_folder, write_json, writing
+from erniekit.checkpoint.adapter_forms import CONFIG_FILES, ERNIEKIT_INDEX
 from erniekit.checkpoint.ernie45 import HEAD_BIAS, Form, Table, is_mtp, layout_table
 from erniekit.checkpoint.folder import Folder
 from erniekit.checkpoint.hf_files import (
@@ -47,7 +48,12 @@ METADATA = {"pt": {"format": "pt"}, "paddle": {"format": "np"}}
 _STAGE = ".saving"
 _COMPANION_SUFFIXES = (".json", ".model", ".jinja", ".txt", ".md", ".py", ".ttf")
 RUN_FILE = "run.json"  # what a training run writes about itself; it is not the model's
-_NOT_COMPANIONS = {"config.json", INDEX_FILE, MANIFEST_FILE, ORIGIN_FILE, RUN_FILE}
+MERGE_FILE = "erniekit_merge.json"  # beside a merged model: of what, and how near it is to that
+ADAPTER_FILE = "erniekit_adapter.json"  # what only we know of an adapter: the mark of its base
+_NOT_COMPANIONS = {
+    "config.json", INDEX_FILE, MANIFEST_FILE, ORIGIN_FILE, RUN_FILE, MERGE_FILE, ADAPTER_FILE, ERNIEKIT_INDEX,
+    *CONFIG_FILES.values(),
+}  # fmt: skip
 _COMPANION_MAX_BYTES = 64_000_000
 
 

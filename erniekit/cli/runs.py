@@ -4,11 +4,17 @@ hand it to a recipe, which says its notices."""
 from __future__ import annotations
 
 import os
+from pathlib import Path
+from typing import TYPE_CHECKING
 
+from erniekit.base.errors import ConfigError
 from erniekit.cli.arguments import LAYOUTS, Arguments
 from erniekit.config.hubs import is_repository
 from erniekit.config.load import load_config
 from erniekit.config.readiness import require_built
+
+if TYPE_CHECKING:
+    from erniekit.recipes.export import Several
 
 
 def train(arguments: Arguments) -> None:
@@ -32,8 +38,41 @@ def export(arguments: Arguments) -> None:
     config = load_config(arguments.places[0], arguments.overrides)
     from erniekit.recipes.export import export
 
-    step = arguments.number("checkpoint")
-    export(config, to=arguments.one_of("to", LAYOUTS), out=arguments.text("out"), step=step)
+    export(
+        config,
+        to=arguments.one_of("to", LAYOUTS),
+        out=arguments.text("out"),
+        step=arguments.number("checkpoint"),
+        adapter_only="adapter" in arguments.flags,
+        several=_several(arguments),
+    )
+
+
+def _several(arguments: Arguments) -> Several | None:
+    """The adapters behind --merge; raises ConfigError."""
+    from erniekit.checkpoint.merge import METHODS
+    from erniekit.recipes.export import Several
+
+    words = arguments.values.get("merge", [])
+    alone = [name for name in ("method", "density") if name in arguments.values and not words]
+    if alone or (words and ("adapter" in arguments.flags or "checkpoint" in arguments.values)):
+        raise ConfigError(
+            f"--{alone[0]} says how --merge does it; name the adapters: --merge DIR=0.7 DIR=0.3" if alone
+            else "--merge takes the adapters that it names into one model; leave --adapter and --checkpoint out."
+        )  # fmt: skip
+    if not words:
+        return None
+    parts = [word.rpartition("=") for word in words]
+    adapters = tuple((Path(path), _number(f"--merge {path}", weight)) for path, _, weight in parts)
+    density = _number("--density", arguments.text("density") or "0.5")
+    return Several(adapters, arguments.one_of("method", METHODS), density)
+
+
+def _number(name: str, text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise ConfigError(f"{name}: '{text}' is not a number; --merge takes DIR=0.7 DIR=0.3") from None
 
 
 def chat(arguments: Arguments) -> None:

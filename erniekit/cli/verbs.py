@@ -70,13 +70,18 @@ VERBS = {
         ),
         Verb(
             "export", "write the trained model of output_dir as a folder to deploy", home="runs:export",
-            places=("CFG",), overrides=True,
+            places=("CFG",), overrides=True, needs_paddle=True,
             options=(
                 Option("to", "layout to write: pt or paddle (pt)", metavar="LAYOUT"),
                 Option("out", "folder to write (output_dir/export, or export-N)", metavar="DIR"),
                 Option("checkpoint", "export checkpoint-N (fp32) instead of the finished model", metavar="N"),
+                Option("adapter", "the adapter by itself, as PEFT has it (--to pt) or ERNIEKit (--to paddle)"),
+                Option("merge", "merge these adapters, each with a weight, into one model", metavar="DIR=W", many=True),
+                Option("method", "how several are merged: linear, ties, dare or dare_ties (linear)", metavar="NAME"),
+                Option("density", "share of each adapter's changes that ties and dare keep (0.5)", metavar="X"),
             ),
-            doc="max_shard_size=N sets the largest file in GB.",
+            doc="An adapter is merged into its base, in its precision, and the merged model compared with base "
+            "and adapter (merge_tolerance). max_shard_size=N sets the largest file in GB.",
         ),
         Verb(
             "chat", "talk to a model; /help lists commands", home="runs:chat",

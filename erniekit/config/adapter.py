@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 Start = Literal["default", "pissa"]
+SCORE = "score"  # the head of a reward model
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,11 @@ class AdapterConfig:
     init: Start = "default"
     targets: tuple[str, ...] = ()
     modules_to_save: tuple[str, ...] = ()
+
+    @property
+    def is_reward(self) -> bool:
+        """Whether it makes a reward model of a language model."""
+        return SCORE in self.modules_to_save
 
     @property
     def scaling(self) -> float:

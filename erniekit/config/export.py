@@ -12,6 +12,10 @@ class ExportConfig:
     max_shard_size: int = key(
         5, "Largest file of weights in GB: of the trained model, of an export and of `split`.", effect=SPEED, least=1,
     )
+    merge_tolerance: float | None = key(
+        None, "Mean KL divergence per token that is allowed between base + adapter and the merged model; above it the "
+        "export fails. null: 1e-7 for fp32, 2e-3 for bfloat16.", resume="free", least=0,
+    )
     copy_tokenizer: bool = inert(True, "The tokenizer is always exported.")
     mergekit_task_config: str | None = later(None, "A recipe for merging models.", resume="free")
     hf_hub_id: str | None = later(None, "A repository to upload the export to.", resume="free")

@@ -35,6 +35,7 @@ class Key:
     choices  the values that this version acts on; `later` are known and not built yet; `spellings` maps other words
     idle     further values that ask for nothing (None always does; False does unless the default is True)
     only     (key, values): the key has an effect only if that key has one of these values
+    told_by  a key that, where it is set, says instead of the default what this one is
     there    ERNIEKit's default, where ours differs on purpose
     resume   fixed: may not change when a run is resumed | free: may
     """
@@ -52,6 +53,7 @@ class Key:
     aliases: tuple[Alias, ...] = ()
     idle: tuple[Any, ...] = ()
     only: tuple[str, tuple[Any, ...]] | None = None
+    told_by: str | None = None
     least: float | None = None
     above: float | None = None
     most: float | None = None

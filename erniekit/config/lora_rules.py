@@ -16,7 +16,6 @@ _OF_THE_BASE = {
     "optim": (("muon",), "Muon moves whole weight matrices, not the thin factors of adapters; set optim to adamw"),
     "train_emb_only": ((1, True), "the base is frozen; set modules_to_save to [embed_tokens]"),
     "train_moe_only": ((1, True), "the base is frozen; set lora_target_modules to [experts]"),
-    "stage": (("RM",), "the score of a reward model is new and no adapter's place; set fine_tuning to Full"),
     "mtp_init": (("random",), "the base is frozen, so a random block would stay random; set fine_tuning to Full"),
 }
 

@@ -69,6 +69,10 @@ class RunConfig:
         condition = KEYS[name].only
         return condition is None or self.value(condition[0]) in condition[1]
 
+    def _told(self, key: Key) -> bool:
+        """Whether another key decides what this one's default would."""
+        return key.told_by is not None and bool(self.value(key.told_by))
+
     def flat(self) -> dict[str, Any]:
         """Every key and its value, passwords left out."""
         return {name: self.value(name) for name, key in KEYS.items() if not key.secret}
@@ -96,7 +100,7 @@ class RunConfig:
                 f"{name}: {text_of(self.value(name))}"
                 for name, key in KEYS.items()
                 if key.section == section and not key.secret
-                and (self.origins[name] != DEFAULT or (key.built and self.has_effect(name)))
+                and (self.origins[name] != DEFAULT or (key.built and self.has_effect(name) and not self._told(key)))
             ]  # fmt: skip
         return "\n".join(lines) + "\n"
 

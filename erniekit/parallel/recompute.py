@@ -5,9 +5,11 @@ Parameter names and results do not change; only the memory does.
 
 from __future__ import annotations
 
-import paddle
+import logging
+
 from paddle import nn
 from paddle.distributed.fleet.utils import recompute
+from paddle.distributed.fleet.utils.log_util import logger
 
 from erniekit.models.attention import Attention, CoreAttention
 from erniekit.models.decoder import DecoderLayer, ErnieForCausalLM
@@ -22,24 +24,24 @@ def apply_recompute(model: ErnieForCausalLM, granularity: str) -> None:
     Non-reentrant: inputs without a gradient, keyword arguments and tuples of outputs are all right, and frozen
     embeddings do not silence the layers above them.
     """
+    logger.addFilter(_is_true)
     for layer in model.sublayers():
         if isinstance(layer, _WHAT[granularity]):
             _recompute_in_training(layer)
 
 
+def _is_true(record: logging.LogRecord) -> bool:
+    """Not what Paddle says in every step over a frozen embedding: that a layer whose input has no gradient need not be
+    computed again. That holds for its reentrant way, not for this one."""
+    return "None of the inputs to current recompute block need grad" not in record.getMessage()
+
+
 def _recompute_in_training(layer: nn.Layer) -> None:
     plain = layer.forward
-    # Paddle warns at every call whose inputs all want no gradient, as those above a frozen embedding: adapters inside
-    # want theirs all the same. So there is one input that does.
-    wanting = paddle.zeros([])
-    wanting.stop_gradient = False
-
-    def again(_wanting: paddle.Tensor, *args, **kwargs):
-        return plain(*args, **kwargs)
 
     def forward(*args, **kwargs):  # the layer's own signature
         if not layer.training:
             return plain(*args, **kwargs)
-        return recompute(again, wanting, *args, use_reentrant=False, **kwargs)
+        return recompute(plain, *args, use_reentrant=False, **kwargs)
 
     layer.forward = forward

@@ -9,9 +9,12 @@ from pathlib import Path
 
 from erniekit.base.console import notice
 from erniekit.base.errors import CheckpointError, DataError, ErnieKitError
+from erniekit.checkpoint.adapter_forms import is_adapter
+from erniekit.checkpoint.chosen import adapter_of, base_of
 from erniekit.checkpoint.download import locate_model
 from erniekit.checkpoint.folder import Folder
-from erniekit.checkpoint.model_io import load_model
+from erniekit.checkpoint.load import load_for_answers
+from erniekit.config.packing import packing_of
 from erniekit.config.readiness import require_built, require_ready
 from erniekit.config.run import RunConfig
 from erniekit.data.rendering import choose_template, fitted
@@ -29,31 +32,34 @@ _TAGS = {THOUGHT: ("<think>\n", "\n</think>\n"), CALL: ("<tool_call>\n", "\n</to
 def chat(cfg: RunConfig, *, folder: str | Path | None = None, lines: Iterable[str] | None = None) -> None:
     """Talk to the model in `folder`, or to the one that the config names, until the input ends.
 
-    `lines` replaces the keyboard. A config with a finished run is answered by the trained model.
+    `lines` replaces the keyboard. A config with a finished run is answered by the trained model; an adapter answers
+    beside its base.
     """
     require_built(cfg, "chat")
     for text in cfg.notices:
         notice(text)
-    _Chat(cfg, Path(folder) if folder is not None else _model_of(cfg)).run(_typed() if lines is None else iter(lines))
+    path, adapter = _model_of(cfg) if folder is None else _model_in(Path(folder), cfg)
+    _Chat(cfg, path, adapter).run(_typed() if lines is None else iter(lines))
 
 
 class _Chat:
     """A model, what it is told, and the lines that come in."""
 
-    def __init__(self, cfg: RunConfig, path: Path) -> None:
-        if Folder.open(path).config.is_reward:
-            raise CheckpointError(
-                f"{path}: is a reward model: it gives an answer a number and says nothing. `erniekit eval` with stage: "
-                "RM measures it on pairs."
-            )
-        self.tokenizer = Tokenizer.from_folder(path)
+    def __init__(self, cfg: RunConfig, path: Path, adapter: Path | None) -> None:
+        self.tokenizer = Tokenizer.from_folder(Folder.open(path).path)
         self.defaults = read_generation_config(path)
         self.stops = eos_ids(self.defaults)
         self.template = choose_template(self.tokenizer, cfg.data.chat_template)
         seed = cfg.train.seed if cfg.given("seed") else secrets.randbelow(1 << 31)
         self.talk = Talk(cfg.generate, seed)
-        notice(f"{path}: {self._sampling()}")
-        self.model = load_model(path)
+        beside = f" with the adapter {adapter}" if adapter else ""
+        notice(f"{path}{beside}: {self._sampling()}")
+        self.model = load_for_answers(path, adapter=adapter, pack=packing_of(cfg))
+        if self.model.config.is_reward:
+            raise CheckpointError(
+                f"{path}: is a reward model: it gives an answer a number and says nothing. `erniekit eval` with stage: "
+                "RM measures it on pairs."
+            )
         self.tokenizer.check_vocab(self.model.config.vocab_size)
         self.styles = _STYLES if sys.stdout.isatty() else _TAGS
         self.num_answers = 0
@@ -158,14 +164,22 @@ class _Shown:
         print(self._styles[self.pieces[-1].part][1], end="", flush=True)
 
 
-def _model_of(cfg: RunConfig) -> Path:
+def _model_of(cfg: RunConfig) -> tuple[Path, Path | None]:
+    """The model that a config stands for, and the adapter beside it."""
+    if adapter := adapter_of(cfg):
+        return base_of(adapter, cfg), adapter
     trained = Path(cfg.train.output_dir) if cfg.train.output_dir else None
     if trained and (trained / "config.json").is_file():
-        return trained
+        return trained, None
     require_ready(cfg, "chat")
     assert cfg.model.model_name_or_path  # require_ready saw to it
     notice(f"no finished run in output_dir; answering with {cfg.model.model_name_or_path}.")
-    return locate_model(cfg.model.model_name_or_path, cfg.model.download_hub)
+    return locate_model(cfg.model.model_name_or_path, cfg.model.download_hub), None
+
+
+def _model_in(folder: Path, cfg: RunConfig) -> tuple[Path, Path | None]:
+    """A folder that was named, with the adapter of lora_path; an adapter folder stands beside the base it names."""
+    return (base_of(folder, cfg), folder) if is_adapter(folder) else (folder, adapter_of(cfg))
 
 
 def _typed() -> Iterator[str]:

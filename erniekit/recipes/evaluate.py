@@ -15,10 +15,13 @@ from erniekit.base.console import notice
 from erniekit.base.errors import ConfigError
 from erniekit.base.files import atomic_write, write_json, writing
 from erniekit.base.progress import ByteProgress
+from erniekit.checkpoint.adapter_folder import AdapterFolder
+from erniekit.checkpoint.chosen import adapter_of
 from erniekit.checkpoint.download import locate_model
 from erniekit.checkpoint.folder import Folder
-from erniekit.checkpoint.model_io import build_model
+from erniekit.checkpoint.load import load_for_answers
 from erniekit.config.model import PREFERENCE_STAGES
+from erniekit.config.packing import packing_of
 from erniekit.config.readiness import require_ready
 from erniekit.config.run import KEYS, RunConfig
 from erniekit.data.build import EvalData, build_eval_data
@@ -41,19 +44,21 @@ _READ = {
     "dataloader_num_workers", "cache_data", "data_cache_dir", "loss_type", "beta", "label_smoothing", "normalize_logps",
     "offset_alpha", "simpo_gamma", "dpop_lambda", "pref_loss_ratio", "sft_loss_ratio", "kto_desirable_weight",
     "kto_undesirable_weight", "reference_free", "max_prompt_len", "num_comparisons", "mask_out_eos_token",
-    "share_prompt",
+    "share_prompt", "lora_path", "group_size",
 }  # fmt: skip
 _NUM_SHOWN = 10  # answers that are printed; all of them are in answers.jsonl
 
 
 def evaluate(cfg: RunConfig) -> dict[str, float]:
-    """Measure `cfg.model.model_name_or_path` on `eval_dataset_path`; prints the figures and returns them."""
+    """Measure `cfg.model.model_name_or_path`, with the adapter of lora_path or of a finished run, on
+    `eval_dataset_path`; prints the figures and returns them."""
     require_ready(cfg, "eval")
     for text in (*cfg.notices, *_unread(cfg)):
         notice(text)
     assert cfg.model.model_name_or_path  # require_ready saw to it
     folder = Folder.open(locate_model(cfg.model.model_name_or_path, cfg.model.download_hub))
-    _check_kind(cfg, folder)
+    adapter = adapter_of(cfg)
+    _check_kind(cfg, folder, adapter)
     tokenizer = Tokenizer.from_folder(folder.path)
     tokenizer.check_vocab(folder.config.vocab_size)
     with ByteProgress("reading data") as progress:
@@ -61,7 +66,11 @@ def evaluate(cfg: RunConfig) -> dict[str, float]:
             cfg.data, tokenizer, stage=cfg.model.stage, seed=cfg.train.seed, align=cfg.align, progress=progress
         )
     print(data.summary)
-    model = build_model(folder, folder.config)
+    if adapter:
+        notice(f"measured with the adapter {adapter}")
+    elif cfg.model.fine_tuning == "LoRA":
+        notice("neither output_dir nor lora_path names an adapter; the base is measured by itself")
+    model = load_for_answers(folder.path, adapter=adapter, pack=packing_of(cfg))
     metrics = _measured(cfg, model, data)
     judged = _answered(cfg, model, tokenizer, data, folder=folder.path)
     metrics |= _of_answers(judged, data.source_names)
@@ -74,9 +83,11 @@ def evaluate(cfg: RunConfig) -> dict[str, float]:
     return metrics
 
 
-def _check_kind(cfg: RunConfig, folder: Folder) -> None:
+def _check_kind(cfg: RunConfig, folder: Folder, adapter: Path | None) -> None:
     """Refuse a model that the stage has no measure for."""
     stage, is_reward = cfg.model.stage, folder.config.is_reward
+    if adapter:
+        is_reward = is_reward or AdapterFolder.open(adapter).config.is_reward
     if is_reward and stage != "RM":
         raise ConfigError(f"{folder.path}: is a reward model; it is measured on pairs: set stage: RM.")
     if stage == "RM" and not is_reward:

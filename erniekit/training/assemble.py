@@ -23,7 +23,7 @@ from erniekit.base.console import notice
 from erniekit.base.errors import ConfigError
 from erniekit.checkpoint.adapter_folder import AdapterFolder
 from erniekit.checkpoint.adapter_io import load_adapter
-from erniekit.checkpoint.ernie45 import memory_table
+from erniekit.checkpoint.ernie45 import HEAD_BIAS, memory_table
 from erniekit.checkpoint.folder import Folder
 from erniekit.checkpoint.model_io import build_model
 from erniekit.config.adapter import AdapterConfig
@@ -114,7 +114,8 @@ def assemble_model(
 
 
 def _adapt(model: ErnieForCausalLM, config: AdapterConfig, trained: Path | None, *, seed: int) -> None:
-    table = memory_table(model.config, head_bias=model.lm_head.bias is not None)
+    has_bias = any(name == HEAD_BIAS for name, _ in model.named_parameters())
+    table = memory_table(model.config, head_bias=has_bias)
     base = sum(math.prod(tensor.shape) for tensor in table.tensors.values())
     add_adapters(model, config, seed=seed, draw=trained is None)
     if trained:

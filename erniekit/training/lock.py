@@ -24,18 +24,21 @@ LOCK_NAME = "run.lock.yaml"
 _HEAD = "# What this run was made of. `erniekit reproduce {}` repeats it and compares the losses.\n"
 _DATA_KEYS = ("train_dataset_path", "eval_dataset_path", "canary_dataset_path")
 _WEIGHTS = (".safetensors", ".pdparams")
+_CONFIGS = ("config.json", "adapter_config.json", "lora_config.json")
 
 
 def lock_of(cfg: RunConfig, *, fingerprint: str, model: Path) -> dict[str, Any]:
     """The lock of a run that begins."""
     import yaml  # half of a run's start is imports already
 
+    adapter = cfg.lora.lora_path if cfg.model.fine_tuning == "LoRA" else None
     return {
         "erniekit": {"version": __version__, "commit": commit() or None},
         "config": yaml.safe_load(cfg.text()),
         "seeds": {"seed": cfg.train.seed, "step": "seed * 1000003 + step"},
         "data": {"fingerprint": fingerprint, "files": _hashes(data_files(cfg))},
         "model": {"path": str(model), "files": model_hashes(model, trust=True)},
+        **({"adapter": {"path": adapter, "files": model_hashes(Path(adapter))}} if adapter else {}),
         "packages": packages(),
         "machine": machine(),
         "losses": [],
@@ -50,12 +53,14 @@ def data_files(cfg: RunConfig) -> list[Path]:
 
 
 def model_hashes(folder: Path, *, trust: bool = False) -> dict[str, str]:
-    """sha256 of config, tokenizer and weights; `trust` takes those of weights from a manifest beside them."""
-    known = {}
-    if trust and (folder / MANIFEST_FILE).is_file():
-        known = json.loads((folder / MANIFEST_FILE).read_bytes())["files"]
-    files = [p for p in sorted(folder.iterdir()) if p.suffix in (*_WEIGHTS, ".model") or p.name == "config.json"]
-    return {p.name: known[p.name]["sha256"] if p.name in known else sha256(p) for p in files}
+    """sha256 of config, tokenizer and weights; `trust` takes those of weights from a manifest that is no older."""
+    known, manifest = {}, folder / MANIFEST_FILE
+    if trust and manifest.is_file():
+        written, files = manifest.stat().st_mtime, json.loads(manifest.read_bytes())["files"]
+        weights = [folder / name for name in files if name.endswith(_WEIGHTS)]
+        known = {p.name: files[p.name]["sha256"] for p in weights if p.is_file() and p.stat().st_mtime <= written}
+    found = [p for p in sorted(folder.iterdir()) if p.suffix in (*_WEIGHTS, ".model") or p.name in _CONFIGS]
+    return {p.name: known[p.name] if p.name in known else sha256(p) for p in found}
 
 
 def _hashes(paths: Sequence[Path]) -> dict[str, str]:
@@ -99,10 +104,11 @@ def changed_files(lock: Mapping[str, Any]) -> list[str]:
     problems = []
     for name, digest in lock["data"]["files"].items():
         problems += _judge(Path(name), digest, sha256(name) if Path(name).is_file() else None)
-    folder = Path(lock["model"]["path"])
-    now = model_hashes(folder) if folder.is_dir() else {}
-    for name in sorted({*lock["model"]["files"], *now}):
-        problems += _judge(folder / name, lock["model"]["files"].get(name), now.get(name))
+    for part in filter(None, (lock["model"], lock.get("adapter"))):
+        folder, then = Path(part["path"]), part["files"]
+        now = model_hashes(folder) if folder.is_dir() else {}
+        for name in sorted({*then, *now}):
+            problems += _judge(folder / name, then.get(name), now.get(name))
     return problems
 
 

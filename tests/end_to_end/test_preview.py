@@ -53,6 +53,22 @@ def test_as_a_page(config, run, tmp_path):
     assert "http" not in page and "<script" not in page and "<b>say</b>" not in page
 
 
+def test_pairs(config, run, tmp_path):
+    rows = [{"question": f"How many, {n}?", "chosen": f"It is {n}.", "rejected": f"Is it {n}?"} for n in range(20)]
+    rows[4]["rejected"] = rows[4]["chosen"]
+    data = write_rows(tmp_path / "pairs.jsonl", rows)
+    words = (f"train_dataset_path={data}", "train_dataset_type=alpaca", "max_dropped_fraction=0.1", "stage=DPO")
+    out, _ = run("preview", config, *words, "--step", 0, "--rows", 1)
+    for part in ("[prompt] ", "[chosen, better by 1] ", "[rejected] ", "samples of step 0:"):
+        assert part in out
+    assert f"  {tmp_path}/pairs.jsonl:5: dropped: two of the answers are the same" in out
+    run("preview", config, *words, "--html", tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert page.count('<p class="ek-part">prompt</p>') == page.count('<p class="ek-part">rejected</p>') > 0
+    out, _ = run("preview", config, *words, "share_prompt=false", "--rows", 1)
+    assert "[prompt]" not in out and "How many" in out.partition("[rejected] ")[2]
+
+
 def test_leaks_are_shown(bench, config, run, tmp_path):
     copy = write_rows(tmp_path / "copy.jsonl", [dialogue(number) for number in range(3)])
     _, err = run("preview", config, f"eval_dataset_path={copy}", "validation_split=0")

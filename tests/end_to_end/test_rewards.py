@@ -8,7 +8,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from erniekit.checkpoint.adapter_folder import AdapterFolder
 from erniekit.checkpoint.folder import Folder
+from erniekit.checkpoint.load import load_for_answers
+from erniekit.checkpoint.model_io import build_model
 from tests.end_to_end.conftest import write_rows
 
 WORDS = ["red", "green", "blue", "one", "two", "three", "four", "up", "down", "left", "moon", "sun", "tree"]
@@ -115,3 +118,55 @@ def test_a_language_model_is_measured_on_pairs_without_a_reference(bench, keys, 
     rows = {"stage": "DPO", "loss_type": "simpo", "eval_dataset_path": keys["eval_dataset_path"]}
     out, _ = run("eval", bench.config(tmp_path / "out", **rows))
     assert "eval_accuracy" in out
+
+
+@pytest.mark.parametrize("layout", ["pt", "paddle"])
+def test_an_adapter_with_its_score(bench, keys, tmp_path, run, layout):
+    """LoRA trains the score whole beside the adapters, in either form; a resumed run ends bit-equal."""
+    changes = {**keys, "fine_tuning": "LoRA", "lora_rank": 4, "save_layout": layout}
+    run("train", bench.config(tmp_path / "out", **changes), "max_steps=3")
+    run("train", bench.config(tmp_path / "out", **changes))
+    run("train", bench.config(tmp_path / "whole", **changes))
+    files = [path.relative_to(tmp_path / "out") for path in (tmp_path / "out" / "checkpoint-6").rglob("*.safetensors")]
+    assert len(files) == 2
+    for path in files:
+        assert (tmp_path / "out" / path).read_bytes() == (tmp_path / "whole" / path).read_bytes(), path
+    adapter = AdapterFolder.open(tmp_path / "out")
+    assert adapter.config.is_reward
+    model = load_for_answers(bench.model, adapter=tmp_path / "out")
+    trained = load_file(tmp_path / "out" / "checkpoint-6" / "adapter_model.safetensors")
+    score = trained["base_model.model.score.weight"].T
+    np.testing.assert_allclose(model.score.weight.numpy(), score, rtol=2**-8)
+    assert np.abs(score - drawn_score(bench)).max() > 1e-4
+    measured = {name: keys[name] for name in ("stage", "eval_dataset_path", "batch_size")}
+    run("eval", bench.config(tmp_path / "eval", **measured, fine_tuning="LoRA", lora_path=tmp_path / "out"))
+    found = json.loads((tmp_path / "eval" / "eval" / "metrics.json").read_bytes())
+    last = [row for row in history(tmp_path / "whole") if "eval_accuracy" in row][-1]
+    assert found["eval_loss"] == pytest.approx(last["eval_loss"], rel=0.02)
+    if layout == "pt":
+        assert json.loads((tmp_path / "out" / "adapter_config.json").read_bytes())["task_type"] == "SEQ_CLS"
+
+
+def drawn_score(bench):
+    base = Folder.open(bench.model)
+    arch = base.config.replace(is_reward=True, num_nextn_predict_layers=0)
+    return build_model(base, arch, seed=7).score.weight.numpy()
+
+
+def test_a_reward_model_cannot_start_from_an_adapter_without_a_score(bench, keys, tmp_path, run):
+    run("train", bench.config(tmp_path / "sft", fine_tuning="LoRA", max_steps=1))
+    changes = {**keys, "fine_tuning": "LoRA", "lora_path": tmp_path / "sft"}
+    _, err = run("train", bench.config(tmp_path / "out", **changes), code=2)
+    assert "that adapter has no score, so a reward model cannot start from it" in err
+
+
+def test_an_adapter_is_measured_on_pairs_beside_its_base(bench, keys, tmp_path, run):
+    changes = {**keys, "stage": "DPO", "fine_tuning": "LoRA", "learning_rate": "1e-2"}
+    run("train", bench.config(tmp_path / "out", **changes))
+    measured = {"stage": "DPO", "eval_dataset_path": keys["eval_dataset_path"], "fine_tuning": "LoRA"}
+    run("eval", bench.config(tmp_path / "eval", **measured, lora_path=tmp_path / "out"))
+    found = json.loads((tmp_path / "eval" / "eval" / "metrics.json").read_bytes())
+    last = [row for row in history(tmp_path / "out") if "eval_accuracy" in row][-1]
+    assert last["eval_loss"] < 0.69  # the base beside itself: ln 2
+    assert found["eval_loss"] == pytest.approx(last["eval_loss"], rel=0.01)
+    assert found["eval_margin"] == pytest.approx(last["eval_margin"], rel=0.05)

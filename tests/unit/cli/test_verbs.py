@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from erniekit.cli.main import main
+from erniekit.recipes.export import Several
 
 GOOD = "seed: 1\nlearning_rate: 1e-4\nmodel_name_or_path: nowhere/ERNIE-4.5-0.3B-PT\noffload_optim: true\n"
 
@@ -115,9 +116,18 @@ def test_export(run, config, calls):
     recorded = calls("erniekit.recipes.export.export")
     run("export", config, "output_dir=out")
     run("export", config, "output_dir=out", "--to", "paddle", "--out", "there", "--checkpoint", "5")
+    words = ("--merge", "a=0.7", "b/c=-0.3", "--method", "dare", "--density", "0.2")
+    run("export", config, "output_dir=out", "--adapter")
+    run("export", config, "output_dir=out", *words)
+    usual = {"to": "pt", "out": None, "step": None, "adapter_only": False, "several": None}
+    several = Several(((Path("a"), 0.7), (Path("b/c"), -0.3)), "dare", 0.2)
     assert [options for _, options in recorded] == [
-        {"to": "pt", "out": None, "step": None}, {"to": "paddle", "out": "there", "step": 5},
+        usual, {**usual, "to": "paddle", "out": "there", "step": 5}, {**usual, "adapter_only": True},
+        {**usual, "several": several},
     ]  # fmt: skip
+    assert "leave --adapter and --checkpoint out" in run("export", config, *words, "--adapter", code=2).err
+    assert "'x' is not a number" in run("export", config, "--merge", "a=x", code=2).err
+    assert "--method: 'mean' is not known" in run("export", config, *words[:3], "--method", "mean", code=2).err
 
 
 def test_convert(run, calls):

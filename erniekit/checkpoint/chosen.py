@@ -1,0 +1,35 @@
+"""Which adapter a config means, and which model it stands beside."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from erniekit.base.errors import CheckpointError, ConfigError
+from erniekit.checkpoint.adapter_folder import AdapterFolder
+from erniekit.checkpoint.adapter_forms import is_adapter
+from erniekit.checkpoint.download import locate_model
+from erniekit.config.run import RunConfig
+
+
+def adapter_of(cfg: RunConfig) -> Path | None:
+    """The adapter that a config stands for: what its run left in output_dir, else its lora_path (where a run started
+    from, if the config trains). None: it has none."""
+    run, asked = cfg.train.output_dir, cfg.lora.lora_path
+    left = Path(run) if run and is_adapter(run) else None
+    if asked and not cfg.given("fine_tuning"):
+        raise ConfigError("lora_path acts with fine_tuning: LoRA only; add it to the file or to the command.")
+    if not asked or cfg.model.fine_tuning != "LoRA" or (left and cfg.data.train_dataset_path):
+        return left
+    return Path(asked)
+
+
+def base_of(adapter: Path, cfg: RunConfig) -> Path:
+    """The model beside which an adapter stands: the config's, else the one that the adapter names."""
+    named = cfg.model.model_name_or_path
+    if named and Path(named) != adapter:
+        return locate_model(named, cfg.model.download_hub)
+    base = AdapterFolder.open(adapter).base_name
+    if not base or not (Path(base) / "config.json").is_file():
+        says = f"names '{base}' as its model, which is not here" if base else "does not say which model it is for"
+        raise CheckpointError(f"{adapter}: is an adapter and {says}. Name the model: model_name_or_path=DIR.")
+    return Path(base)
