@@ -132,7 +132,7 @@ def test_scores_are_in_the_fingerprint(write_jsonl: Write, bytewise: Tokenizer) 
     for name, score in (("a.jsonl", 0), ("b.jsonl", 3)):
         path = write_jsonl(name, [{**pair(1), "score_chosen": score, "score_rejected": -1}])
         data = build(DataConfig(train_dataset_path=[path]), bytewise)
-        (batch,) = data.micro_batches(0, batch_size=1)
+        batch = data.micro_batches(0, batch_size=1)[0]
         assert batch.score_delta.tolist() == [score + 1] and (batch.chosen, batch.rejected) == ([0], [1])
         found.append(data.fingerprint)
     assert found[0] != found[1]
