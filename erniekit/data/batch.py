@@ -24,13 +24,21 @@ ROW_MULTIPLE = 8  # rows are padded to a multiple of this
 
 @dataclass(frozen=True)
 class Preference:
-    """What the branches of a tree are to each other. A pair has a chosen and a rejected one. Of an answer that is
-    judged by itself there is a chosen one if it is desirable, else a rejected one, and a mismatched one: what another
-    sample answers, after this prompt."""
+    """What the branches of a tree are to each other.
+
+    A pair has a chosen and a rejected answer. An answer that is judged by itself is a chosen one if it is desirable,
+    else a rejected one, and beside it stands a mismatched one: what another sample answers, after this prompt. Branches
+    of one kind are one answer: its turns, where the chat template shows past turns otherwise than it asks for them.
+    """
 
     sample: int  # its number among the samples of all files
     branches: tuple[str, ...]
     score_delta: float = 1.0  # by how much the chosen answer is better
+
+    @property
+    def answers(self) -> tuple[str, ...]:
+        """The kinds of the answers, in the order in which they are numbered."""
+        return tuple(dict.fromkeys(self.branches))
 
 
 @dataclass(frozen=True)
@@ -157,11 +165,12 @@ def make_batch(rows: Sequence[Row], *, pad_id: int, max_seq_len: int) -> Batch:
             (_, shared), *branches = document.spans()
             position_ids[line, start : start + shared] = np.arange(shared)
             end_rows[line, start : start + shared] = end
-            for first, last in branches:
-                position_ids[line, start + first : start + last] = np.arange(shared, shared + last - first)
-                end_rows[line, start + first : start + last] = start + last
-                answer_ids[line, start + first : start + last] = num_answers
-                num_answers += 1
+            if preference := document.preference:
+                for (first, last), kind in zip(branches, preference.branches, strict=True):
+                    position_ids[line, start + first : start + last] = np.arange(shared, shared + last - first)
+                    end_rows[line, start + first : start + last] = start + last
+                    answer_ids[line, start + first : start + last] = num_answers + preference.answers.index(kind)
+                num_answers += len(preference.answers)
             start = end
     arrays = (input_ids, labels, position_ids, segment_ids, end_rows, answer_ids)
     documents = [document for row in rows for document in row.documents]
@@ -175,7 +184,7 @@ def _with_preferences(arrays: Sequence[np.ndarray], documents: Sequence[Document
     for place, document in enumerate(documents):
         assert document.preference is not None, f"{document.name} is no tree, and lies among trees"
         found.append(document.preference)
-        for kind in document.preference.branches:
+        for kind in document.preference.answers:
             numbers[kind][place] = next(number)
     return PreferenceBatch(
         *arrays,

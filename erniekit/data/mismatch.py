@@ -22,8 +22,8 @@ _KEY = 2  # the stream of random numbers, beside those of the sampler
 
 
 class MismatchedStore(SampleStore):
-    """Samples of one judged answer each, every one with a second branch: the answer of the next sample in a random
-    ring, cut where the tree would be longer than `max_len`."""
+    """Samples of one judged answer each, every one with a further branch: the answer of the next sample in a random
+    ring (its first turn, where turns have branches of their own), cut where the tree would be longer than `max_len`."""
 
     def __init__(self, store: SampleStore, *, seed: int, max_len: int) -> None:
         super().__init__(store.sources, store.chosen)
@@ -46,21 +46,20 @@ class MismatchedStore(SampleStore):
 
     @property
     def summary(self) -> str:
-        """What the second branches are, in words."""
+        """What the further branches are, in words."""
         cut = f", {self._num_cut:,} of them cut to fit {self._max_len} tokens" if self._num_cut else ""
         return f"beside each answer one of another sample, for the divergence from the reference{cut}"
 
     def lengths(self) -> Sequence[int]:
-        """Tokens of each sample, its second branch among them."""
+        """Tokens of each sample, that branch among them."""
         return array("i", self._lengths.astype(np.int32).tobytes())
 
     def document(self, sample: int) -> Document:
-        """One sample with both branches."""
+        """One sample with that branch."""
         own, other = super().document(sample), super().document(int(self._next[sample]))
-        root, first = own.parts
         taken = int(self._taken[sample])
         length, start = (int(self._prompt_lengths[place]) for place in (sample, self._next[sample]))
-        context = own.input_ids[root:length]
+        context = own.input_ids[own.parts[0] : length]
         answer, labels = other.input_ids[start : start + taken], other.labels[start - 1 : start + taken]
         untrained = np.full(len(context) - 1, UNTRAINED, np.int32)
         assert own.preference is not None
@@ -69,6 +68,6 @@ class MismatchedStore(SampleStore):
             own,
             input_ids=np.concatenate([own.input_ids, context, answer]),
             labels=np.concatenate([own.labels, untrained, labels]),
-            parts=(root, first, len(context) + taken),
+            parts=(*own.parts, len(context) + taken),
             preference=replace(own.preference, branches=kinds),
         )

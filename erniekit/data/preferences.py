@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import bisect
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -55,21 +55,24 @@ class TreeRules:
 
 
 class Tree(NamedTuple):
-    """One or two answers to a prompt. `root` tokens are shared, then follow the branches, the first of them `first`
-    long; the prompt has `prompt_length` tokens."""
+    """One or two answers to a prompt. `root` tokens are shared, then follow branches of these lengths; `num_first` of
+    them are the first answer. The prompt has `prompt_length` tokens."""
 
     input_ids: list[int]
     labels: list[int]
+    branches: tuple[int, ...]
+    num_first: int
     root: int
-    first: int
     prompt_length: int
     score_delta: float
     desirable: bool
 
 
 class _Path(NamedTuple):
-    """A prompt with one answer, as tokens and targets; the first target is asked for after `prompt_length` tokens."""
+    """A prompt with one answer or some turns of it, as tokens and targets; the first target is asked for after
+    `prompt_length` tokens."""
 
+    answer: int
     input_ids: list[int]
     labels: list[int]
     prompt_length: int
@@ -119,7 +122,7 @@ class _Trees:
         self._content, self._tokenizer, self._rules = content, tokenizer, rules
         self._template, self._max_len, self._allow_special = template, max_len, allow_special
         self._starts = [place for place, message in enumerate(content.prompt) if message["role"] == "user"]
-        self._known: dict[tuple[int, int], _Path] = {}
+        self._known: dict[tuple[int, int], list[_Path]] = {}
 
     def tree(self, compared: Sequence[int]) -> tuple[Tree | None, str]:
         """The tree of these answers, and what was left out to make it fit; None and why, if it doesn't."""
@@ -133,7 +136,8 @@ class _Trees:
         shorter = self._cut(paths)
         if not shorter:
             return None, f"{NO_ROOM}a prompt of {_prompt_length(paths)} tokens"
-        if len(shorter) == 2 and shorter[0] == shorter[1]:
+        said = [[path[1:] for path in shorter if path.answer == place] for place in compared]
+        if len(said) == 2 and said[0] == said[1]:
             when = "" if shorter == paths else f", cut to fit max_seq_len {self._max_len}"
             return None, f"the chosen and the rejected answer are the same tokens{when}"
         lost = [f"the oldest {first} of {num_turns} turns of the prompt left out"] if first else []
@@ -147,31 +151,30 @@ class _Trees:
         """The prompt from its turn `first` on, with each of the answers."""
         for place in compared:
             if (first, place) not in self._known:
-                self._known[first, place] = self._path(first, self._content.answers[place])
-        return [self._known[first, place] for place in compared]
+                self._known[first, place] = list(self._paths_of(first, place))
+        return [path for place in compared for path in self._known[first, place]]
 
-    def _path(self, first: int, answer: Answer) -> _Path:
-        prompt = self._content.prompt
+    def _paths_of(self, first: int, place: int) -> Iterator[_Path]:
+        prompt, answer = self._content.prompt, self._content.answers[place]
         head = prompt[:1] if first and prompt[0]["role"] == "system" else ()
         prompt = (*head, *prompt[self._starts[first] :]) if first else prompt
         past = sum(message["role"] == "assistant" for message in prompt)
-        encoded, *more = encode_samples(
+        samples = encode_samples(
             self._tokenizer,
             Dialogue((*prompt, *answer.messages), (False,) * past + answer.trained, self._content.tools),
             template=self._template,
             allow_special=self._allow_special,
         )
-        if more:
-            raise DataError(
-                "the chat template shows past answers otherwise than it asks for them: an answer of several turns is "
-                "no longer one text, and cannot be compared"
-            )
-        ids, labels = encoded.input_ids, encoded.labels
-        if self._rules.mask_eos:
-            labels = self._without_ends(labels)
-        if self._rules.stage == "RM" and encoded.closing is not None:  # what is scored has ended
-            ids, labels = [*ids, encoded.closing], [*labels, UNTRAINED]
-        return _Path(ids, labels, 1 + next(place for place, label in enumerate(labels) if label != UNTRAINED))
+        for encoded in samples:
+            ids, labels = encoded.input_ids, encoded.labels
+            if self._rules.mask_eos:
+                labels = self._without_ends(labels)
+            if set(labels) <= {UNTRAINED}:
+                raise DataError("an answer has no token to train")
+            if self._rules.stage == "RM" and encoded.closing is not None:  # what is scored has ended
+                ids, labels = [*ids, encoded.closing], [*labels, UNTRAINED]
+            asked = next(number for number, label in enumerate(labels) if label != UNTRAINED)
+            yield _Path(place, ids, labels, asked + 1)
 
     def _without_ends(self, labels: list[int]) -> list[int]:
         """The targets without those that end a turn."""
@@ -204,9 +207,10 @@ class _Trees:
         lengths, room = _answer_lengths(paths), self._room(paths)
         if room >= sum(lengths):
             return paths
-        limit = max(room // len(paths), room - sum(lengths) + max(lengths))
+        limits = range(max(lengths))
+        limit = bisect.bisect_right(limits, room, key=lambda most: sum(min(length, most) for length in lengths)) - 1
         stop = _prompt_length(paths) + limit
-        shorter = [_Path(path.input_ids[:stop], path.labels[:stop], path.prompt_length) for path in paths]
+        shorter = [path._replace(input_ids=path.input_ids[:stop], labels=path.labels[:stop]) for path in paths]
         has_all = all(set(path.labels) != {UNTRAINED} for path in shorter)
         return shorter if limit > 0 and has_all else []
 
@@ -216,10 +220,11 @@ class _Trees:
         for path in paths:
             ids += path.input_ids[root:]
             labels += path.labels[root:]
-        first = len(paths[0].input_ids) - root
+        branches = tuple(len(path.input_ids) - root for path in paths)
+        num_first = sum(path.answer == compared[0] for path in paths)
         scores = [self._content.answers[place].score for place in compared]
-        delta = scores[0] - scores[1] if len(scores) > 1 else 1.0
-        return Tree(ids, labels, root, first, _prompt_length(paths), delta, scores[0] > 0)
+        delta, desirable = (scores[0] - scores[1], True) if len(scores) > 1 else (1.0, scores[0] > 0)
+        return Tree(ids, labels, branches, num_first, root, _prompt_length(paths), delta, desirable)
 
 
 def shared_length(sequences: Sequence[Sequence[Any]]) -> int:

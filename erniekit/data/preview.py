@@ -123,10 +123,11 @@ def _titles(document: Document) -> list[str]:
     """What the parts of a document are."""
     if document.preference is None:
         return [""]
-    better = f"chosen, better by {document.preference.score_delta:g}"
-    alone = {CHOSEN: "desirable", REJECTED: "undesirable", MISMATCHED: "another sample's answer"}
-    is_pair = document.preference.branches == (CHOSEN, REJECTED)
-    return ["prompt", *([better, REJECTED] if is_pair else [alone[kind] for kind in document.preference.branches])]
+    branches, better = document.preference.branches, f"chosen, better by {document.preference.score_delta:g}"
+    names = {CHOSEN: "desirable", REJECTED: "undesirable", MISMATCHED: "another sample's answer"}
+    if {CHOSEN, REJECTED} <= set(branches):
+        names = {CHOSEN: better, REJECTED: "rejected"}
+    return ["prompt", *(names[kind] for kind in branches)]
 
 
 def _token_views(

@@ -1,4 +1,4 @@
-"""Tokenised samples on disk, read piece by piece: memory holds an index of 24 bytes a sample, 49 if it is a tree,
+"""Tokenised samples on disk, read piece by piece: memory holds an index of 24 bytes a sample, 70 of a tree,
 whatever their length.
 
 One folder for each source, written once and never changed. The files are read, not mapped, so that pages of the
@@ -25,7 +25,8 @@ from erniekit.base.files import atomic_write
 from erniekit.data.batch import CHOSEN, REJECTED, Document, Preference, Row
 from erniekit.data.tokenising import INDEX, TREES, Chunk
 
-TOKENS, LABELS, ENTRIES, BRANCHES, LEDGER = "tokens.bin", "labels.bin", "index.bin", "trees.bin", "ledger.jsonl"
+TOKENS, LABELS, ENTRIES, LEDGER = "tokens.bin", "labels.bin", "index.bin", "ledger.jsonl"
+RECORDS, BRANCHES = "trees.bin", "branches.bin"  # empty where no sample is a tree
 FACTS = "facts.json"
 _BLOCK_TOKENS = 1 << 20
 
@@ -53,12 +54,13 @@ def write_source(folder: Path, chunks: Iterable[Chunk]) -> None:
     """Write the samples of one source into an empty folder, chunk by chunk."""
     num_rows = 0
     unused: set[str] = set()
-    hashes = {name: sha256() for name in (TOKENS, LABELS, ENTRIES, BRANCHES, LEDGER)}
+    hashes = {name: sha256() for name in (TOKENS, LABELS, ENTRIES, RECORDS, BRANCHES, LEDGER)}
     with contextlib.ExitStack() as stack:
         files = {name: stack.enter_context(open(folder / name, "wb")) for name in hashes}
         for chunk in chunks:
             notes = b"".join(orjson.dumps(entry, option=orjson.OPT_APPEND_NEWLINE) for entry in chunk.ledger)
-            contents = (chunk.tokens, chunk.labels, chunk.index.tobytes(), chunk.trees.tobytes(), notes)
+            trees = (chunk.trees.tobytes(), chunk.branches)
+            contents = (chunk.tokens, chunk.labels, chunk.index.tobytes(), *trees, notes)
             for name, content in zip(hashes, contents, strict=True):
                 files[name].write(content)
                 hashes[name].update(content)
@@ -84,10 +86,12 @@ class SourceStore:
         self.num_rows: int = facts["num_rows"]
         self.unused_keys: list[str] = facts["unused_keys"]
         self.index = np.fromfile(folder / ENTRIES, INDEX)
-        self.trees = np.fromfile(folder / BRANCHES, TREES)  # empty: no sample is a tree
+        self.trees = np.fromfile(folder / RECORDS, TREES)
+        self._branches = np.fromfile(folder / BRANCHES, np.int32)
+        self._last_branches = np.cumsum(self.trees["num_branches"], dtype=np.int64)
         content = [facts["sha256"][TOKENS], facts["sha256"][LABELS], sha256(self.index["length"].tobytes()).hexdigest()]
         if len(self.trees):
-            content.append(facts["sha256"][BRANCHES])
+            content += [facts["sha256"][RECORDS], facts["sha256"][BRANCHES]]
         self.digest = " ".join(content)  # of tokens, targets and borders; where they stood doesn't count
         self._ends = np.concatenate([[0], np.cumsum(self.index["length"], dtype=np.int64)])
         self._ledger = [orjson.loads(line) for line in (folder / LEDGER).read_bytes().splitlines()]
@@ -108,7 +112,7 @@ class SourceStore:
     @property
     def told(self) -> np.ndarray:
         """How many tokens of each sample tell it from others: of a tree the prompt and the first answer."""
-        return self.trees["root"] + self.trees["first"] if len(self.trees) else self.index["length"]
+        return self.trees["told"] if len(self.trees) else self.index["length"]
 
     def document(self, sample: int, *, number: int) -> Document:
         """One sample; `number` is its place among those of all files."""
@@ -118,11 +122,11 @@ class SourceStore:
         if not len(self.trees):
             return Document(name, tokens, labels)
         tree = self.trees[sample]
-        parts = (int(tree["root"]), int(tree["first"]))
-        if rest := last - first - sum(parts):
-            pair = Preference(number, (CHOSEN, REJECTED), float(tree["score_delta"]))
-            return Document(name, tokens, labels, (*parts, rest), pair)
-        return Document(name, tokens, labels, parts, Preference(number, (CHOSEN if tree["desirable"] else REJECTED,)))
+        count, num_first, end = int(tree["num_branches"]), int(tree["num_first"]), int(self._last_branches[sample])
+        parts = (int(tree["root"]), *self._branches[end - count : end].tolist())
+        best = CHOSEN if tree["desirable"] else REJECTED
+        kinds = (best,) * num_first + (REJECTED,) * (count - num_first)
+        return Document(name, tokens, labels, parts, Preference(number, kinds, float(tree["score_delta"])))
 
     def blocks(self) -> Iterator[tuple[slice, np.ndarray]]:
         """The tokens of all samples, as many samples at a time as make a block."""

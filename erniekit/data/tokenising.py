@@ -10,6 +10,7 @@ from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from hashlib import blake2b
+from typing import Any
 
 import numpy as np
 
@@ -23,8 +24,8 @@ from erniekit.data.tokenizer import Tokenizer
 INDEX = np.dtype([("length", "<i4"), ("trained", "<i4"), ("line", "<i8"), ("hash", "<u8")])
 TREES = np.dtype(
     [
-        ("root", "<i4"), ("first", "<i4"), ("prompt_length", "<i4"), ("score_delta", "<f4"), ("desirable", "?"),
-        ("prompt_hash", "<u8"),
+        ("told", "<i4"), ("first", "<i4"), ("num_branches", "<i4"), ("num_first", "<i4"), ("root", "<i4"),
+        ("prompt_length", "<i4"), ("score_delta", "<f4"), ("desirable", "?"), ("prompt_hash", "<u8"),
     ]
 )  # fmt: skip
 
@@ -47,7 +48,8 @@ class Chunk:
     """Samples of a source, in its order, and what became of its other rows.
 
     `index` has a record for each sample; its `hash` is that of the whole row, the same for all pieces of a document; of
-    a tree it is that of the prompt and the first answer. `trees` has a record for each tree.
+    a tree it is that of the prompt and the first answer, which have `told` tokens in the record that `trees` has of it.
+    `branches` are the lengths of the branches of all trees, `first` is that of a tree's first one.
     """
 
     tokens: bytes
@@ -58,6 +60,7 @@ class Chunk:
     num_bytes: int
     unused_keys: set[str]
     trees: np.ndarray = field(default_factory=lambda: np.zeros(0, TREES))
+    branches: bytes = b""
 
 
 def tokenise(source: Source, part: Part | None, *, tokenizer: Tokenizer, rules: Rules) -> Iterator[Chunk]:
@@ -78,7 +81,8 @@ class _Draft:
     def __init__(self) -> None:
         self.tokens, self._labels = array("i"), array("i")
         self._index: list[tuple[int, int, int, int]] = []
-        self._trees: list[tuple[int, int, int, float, bool, int]] = []
+        self._trees: list[tuple[Any, ...]] = []
+        self._branches = array("i")
         self._ledger: list[tuple[int, str, str]] = []
         self._num_rows = self._num_bytes = 0
 
@@ -113,9 +117,11 @@ class _Draft:
             self.tokens.frombytes(tokens)
             self._labels.frombytes(_packed(tree.labels))
             num_trained = len(tree.labels) - tree.labels.count(UNTRAINED)
-            first_path = _hash(tokens[: 4 * (tree.root + tree.first)])
-            self._index.append((len(tree.input_ids), num_trained, line, first_path))
-            self._trees.append((*tree[2:], _hash(tokens[: 4 * tree.prompt_length])))
+            told = tree.root + sum(tree.branches[: tree.num_first])
+            self._index.append((len(tree.input_ids), num_trained, line, _hash(tokens[: 4 * told])))
+            facts = (told, tree.branches[0], len(tree.branches), *tree[3:])
+            self._trees.append((*facts, _hash(tokens[: 4 * tree.prompt_length])))
+            self._branches.extend(tree.branches)
 
     def chunk(self, report: RowReport) -> Chunk:
         """What was gathered, with the bad rows that were met meanwhile."""
@@ -124,6 +130,7 @@ class _Draft:
         return Chunk(
             self.tokens.tobytes(), self._labels.tobytes(), np.array(self._index, INDEX), sorted(self._ledger + bad),
             self._num_rows + len(bad), self._num_bytes, report.unused_keys, np.array(self._trees, TREES),
+            self._branches.tobytes(),
         )  # fmt: skip
 
 

@@ -25,7 +25,7 @@ from paddle import Tensor
 
 from erniekit.base.errors import DataError
 from erniekit.config.align import AlignConfig
-from erniekit.data.batch import NO_ANSWER, Batch, PreferenceBatch
+from erniekit.data.batch import NO_ANSWER, PreferenceBatch
 from erniekit.losses.preference import (
     ACROSS,
     Across,
@@ -169,9 +169,8 @@ class PreferenceObjective(ABC):
             across = self._look(type(seen)(*(x.detach() for x in seen)), learn=True)
         scored = self._score(seen, self._step, across)
         loss = (scored.loss_N.sum() / totals.pairs).astype("float32")
-        chosen_only = _chosen_only(batch)
         counts = dataclasses.replace(totals, trained=self._step.chosen_tokens)
-        made = beside(loss, model, trunk, batch, counts, weights=self.weights, ahead=chosen_only)
+        made = beside(loss, model, trunk, batch, counts, weights=self.weights, ahead=_chosen_only(batch))
         figures = {name: value.detach().sum() / totals.pairs for name, value in scored.figures.items()}
         return made._replace(parts=figures | made.parts)
 
@@ -221,11 +220,10 @@ def _joined(seen: Sequence[Seen]) -> Seen:
     return type(seen[0])(*map(paddle.concat, zip(*seen, strict=True)))
 
 
-def _chosen_only(batch: PreferenceBatch) -> Batch:
-    """What multi-token prediction learns from: chosen answers, each a document of its own."""
+def _chosen_only(batch: PreferenceBatch) -> PreferenceBatch:
+    """What multi-token prediction learns from."""
     of_chosen = np.isin(batch.answer_ids, batch.chosen[batch.desirable])
-    labels = np.where(of_chosen, batch.labels, IGNORED)
-    return Batch(batch.input_ids, labels, batch.position_ids, batch.answer_ids + 1)
+    return dataclasses.replace(batch, labels=np.where(of_chosen, batch.labels, IGNORED))
 
 
 def _right(margin: Tensor) -> Tensor:
@@ -332,7 +330,7 @@ class JudgedObjective(PreferenceObjective):
         assert (batch.mismatched != NO_ANSWER).all(), "KTO needs a mismatched answer in every sample"
         ref_A = self._reference_logps(model, batch)
         with paddle.no_grad():
-            elsewhere_A = _summed(model, hidden_BSD.detach(), batch, batch.mismatched) - ref_A
+            elsewhere_A = _summed(model, hidden_BSD, batch, batch.mismatched) - ref_A
         policy_A = _summed(model, hidden_BSD, batch, batch.judged)
         policy_N, ref_N = _pick(policy_A, batch.judged), _pick(ref_A, batch.judged)
         desirable_N = paddle.to_tensor(batch.desirable.astype(np.float64))

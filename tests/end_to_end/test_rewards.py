@@ -138,6 +138,11 @@ def test_an_adapter_with_its_score(bench, keys, tmp_path, run, layout):
     score = trained["base_model.model.score.weight"].T
     np.testing.assert_allclose(model.score.weight.numpy(), score, rtol=2**-8)
     assert np.abs(score - drawn_score(bench)).max() > 1e-4
+    measured = {name: keys[name] for name in ("stage", "eval_dataset_path", "batch_size")}
+    run("eval", bench.config(tmp_path / "eval", **measured, fine_tuning="LoRA", lora_path=tmp_path / "out"))
+    found = json.loads((tmp_path / "eval" / "eval" / "metrics.json").read_bytes())
+    last = [row for row in history(tmp_path / "whole") if "eval_accuracy" in row][-1]
+    assert found["eval_loss"] == pytest.approx(last["eval_loss"], rel=0.02)
     if layout == "pt":
         assert json.loads((tmp_path / "out" / "adapter_config.json").read_bytes())["task_type"] == "SEQ_CLS"
 
@@ -153,3 +158,15 @@ def test_a_reward_model_cannot_start_from_an_adapter_without_a_score(bench, keys
     changes = {**keys, "fine_tuning": "LoRA", "lora_path": tmp_path / "sft"}
     _, err = run("train", bench.config(tmp_path / "out", **changes), code=2)
     assert "that adapter has no score, so a reward model cannot start from it" in err
+
+
+def test_an_adapter_is_measured_on_pairs_beside_its_base(bench, keys, tmp_path, run):
+    changes = {**keys, "stage": "DPO", "fine_tuning": "LoRA", "learning_rate": "1e-2"}
+    run("train", bench.config(tmp_path / "out", **changes))
+    measured = {"stage": "DPO", "eval_dataset_path": keys["eval_dataset_path"], "fine_tuning": "LoRA"}
+    run("eval", bench.config(tmp_path / "eval", **measured, lora_path=tmp_path / "out"))
+    found = json.loads((tmp_path / "eval" / "eval" / "metrics.json").read_bytes())
+    last = [row for row in history(tmp_path / "out") if "eval_accuracy" in row][-1]
+    assert last["eval_loss"] < 0.69  # the base beside itself: ln 2
+    assert found["eval_loss"] == pytest.approx(last["eval_loss"], rel=0.01)
+    assert found["eval_margin"] == pytest.approx(last["eval_margin"], rel=0.05)

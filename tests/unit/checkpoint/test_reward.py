@@ -20,9 +20,10 @@ def parameters(model):
     return {name: p.numpy() for name, p in model.named_parameters()}
 
 
-@pytest.fixture(params=["micro-dense", "micro-moe", "untied, with a bias"])
+@pytest.fixture(params=["micro-dense", "micro-moe", "dense/untied_bias/pt", "paddle_real/moe_mtp"])
 def language_model(request, model, golden):
-    return model(request.param) if request.param.startswith("micro") else golden / "dense" / "untied_bias" / "pt"
+    """Tied and untied ones, with a bias on the head, with multi-token prediction."""
+    return model(request.param) if request.param.startswith("micro") else golden / request.param
 
 
 def fresh(folder, seed=0):

@@ -6,7 +6,7 @@ import numpy as np
 import paddle
 import pytest
 
-from erniekit.data.batch import Batch, Document, Row, count_trained, make_batch, make_batches
+from erniekit.data.batch import CHOSEN, REJECTED, Batch, Document, Row, count_trained, make_batch, make_batches
 from erniekit.ops.attention import end_rows_from_segments
 from tests.unit.data.trees import batch_of, judged, tree
 
@@ -88,3 +88,12 @@ def test_bounds_of_ordinary_rows_are_those_of_the_attention() -> None:
     without = Batch(batch.input_ids, batch.labels, batch.position_ids, batch.segment_ids)
     np.testing.assert_array_equal(without.end_rows, expected)
     assert (batch.answer_ids == -1).all() and (without.answer_ids == -1).all()
+
+
+def test_branches_of_one_kind_are_one_answer() -> None:
+    kinds = (CHOSEN, CHOSEN, REJECTED)
+    batch = batch_of([tree([5, 6], [[7, 8], [9], [10]], kinds=kinds), tree([5, 6], [[7], [8]], sample=1)])
+    assert batch.answer_ids.tolist() == [[-1, 0, 0, 0, 1, -1, 2, 3]]
+    assert batch.end_rows.tolist() == [[5, 3, 3, 4, 5, 8, 7, 8]]
+    assert batch.position_ids.tolist() == [[0, 1, 2, 1, 1, 0, 1, 1]]
+    assert (batch.chosen.tolist(), batch.rejected.tolist(), batch.num_answers) == ([0, 2], [1, 3], 4)

@@ -291,6 +291,31 @@ class TestMismatched:
             assert (labels[other_start : other_start + size - 1] == UNTRAINED).all()
             assert root == (0 if not share else root) and (size == 1) == share
 
+    def test_turns_with_branches_of_their_own(self, write_jsonl: Write, bytewise: Tokenizer) -> None:
+        texts = [["2", "3", "4"], ["5"], ["6", "7", "8"]]
+        rows = [{"src": ["1"], "response": [said], "sort": [1]} for said in texts]
+        config = DataConfig(
+            train_dataset_path=[write_jsonl("k.jsonl", rows)], max_seq_len=900, chat_template="ernie_thinking"
+        )
+        data = build(config, bytewise, stage="KTO")
+        found = documents(data.store)
+        assert [document.preference.branches for document in found] == [
+            (CHOSEN,) * count + (MISMATCHED,) for count in (2, 1, 2)
+        ]
+        assert list(data.store.lengths()) == [sum(document.parts) for document in found]
+        (batch,) = data.samples_in_all(batch_size=9)
+        said = answers_of(batch, bytewise)
+        assert batch.num_answers == 6
+        assert [[text in said[number] for text in "245678"] for number in batch.judged] == [
+            [True, True, False, False, False, False], [False, False, True, False, False, False],
+            [False, False, False, True, False, True],
+        ]  # fmt: skip
+        assert sorted(text for number in batch.mismatched for text in "25678" if text in said[number]) == [
+            "2",
+            "5",
+            "6",
+        ]
+
     def test_the_ring_hangs_on_the_seed_alone(self, config: DataConfig, bytewise: Tokenizer) -> None:
         kto = functools.partial(build, config, bytewise, stage="KTO")
         one, same, other = (documents(kto(seed=seed).store) for seed in (3, 3, 4))

@@ -3,7 +3,9 @@ and what does not fit is cut and told."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from erniekit.config.align import AlignConfig
-from erniekit.data.chat import UNTRAINED, Dialogue, encode_dialogue
+from erniekit.data.chat import UNTRAINED, Dialogue, encode_samples
 from erniekit.data.preferences import LEAST_MISMATCHED, Answer, Answers, Tree, TreeRules, comparisons, encode_trees
 from erniekit.data.rendering import choose_template, named_template
 from erniekit.data.tokenizer import Tokenizer
@@ -54,21 +56,22 @@ def tree_of(tokenizer: Tokenizer, content: Answers, **settings: Any) -> Tree:
 
 def paths(tree: Tree) -> list[tuple[list[int], list[int]]]:
     """The prompt with each answer: ids and targets."""
-    cuts = [(tree.root, tree.root + tree.first), (tree.root + tree.first, len(tree.input_ids))]
+    ends = list(itertools.accumulate(tree.branches, initial=tree.root))
+    assert ends[-1] == len(tree.input_ids) == len(tree.labels)
     return [
         (tree.input_ids[: tree.root] + tree.input_ids[start:end], tree.labels[: tree.root] + tree.labels[start:end])
-        for start, end in cuts
-        if end > start
+        for start, end in itertools.pairwise(ends)
     ]
 
 
-def whole(tokenizer: Tokenizer, content: Answers, place: int, template: str | None) -> tuple[list[int], list[int]]:
-    """An answer with its prompt, encoded as any dialogue is."""
+def whole(
+    tokenizer: Tokenizer, content: Answers, place: int, template: str | None
+) -> list[tuple[list[int], list[int]]]:
+    """An answer with its prompt, encoded as any dialogue is: perhaps in several samples."""
     past = sum(message["role"] == "assistant" for message in content.prompt)
     answer = content.answers[place]
     dialogue = Dialogue((*content.prompt, *answer.messages), (False,) * past + answer.trained)
-    encoded = encode_dialogue(tokenizer, dialogue, template=template)
-    return encoded.input_ids, encoded.labels
+    return [(found.input_ids, found.labels) for found in encode_samples(tokenizer, dialogue, template=template)]
 
 
 def trained_text(tokenizer: Tokenizer, labels: Sequence[int]) -> str:
@@ -80,9 +83,8 @@ def trained_text(tokenizer: Tokenizer, labels: Sequence[int]) -> str:
 def test_a_tree_holds_the_whole_dialogues(
     *, bytewise: Tokenizer, data: st.DataObject, name: str, share: bool, mask: bool
 ) -> None:
-    most = 1 if name == "thinking" else 3  # it shows past answers otherwise than it asks for them
     prompt = data.draw(st.lists(WORD, min_size=1, max_size=5).filter(lambda texts: len(texts) % 2 == 1))
-    said = st.lists(WORD, min_size=1, max_size=most).filter(lambda texts: len(texts) % 2 == 1)
+    said = st.lists(WORD, min_size=1, max_size=3).filter(lambda texts: len(texts) % 2 == 1)
     chosen, rejected = data.draw(st.lists(said, min_size=2, max_size=2, unique_by=repr))
     content = answers(prompt, chosen, rejected, system=data.draw(st.sampled_from(["", "s~"])))
     template = TEMPLATES[name]
@@ -92,17 +94,19 @@ def test_a_tree_holds_the_whole_dialogues(
         assert (found, action) == ([], "dropped") and "same tokens" in reason
         return
     (tree,) = found
-    for (ids, labels), (wanted_ids, wanted), texts in zip(paths(tree), expected, (chosen, rejected), strict=True):
+    assert tree.num_first == len(expected[0])
+    ends, num_ends = [bytewise.eos_id, *([bytewise.token_id("<|im_end|>")] if name == "thinking" else [])], 0
+    for (ids, labels), (wanted_ids, wanted) in zip(paths(tree), [*expected[0], *expected[1]], strict=True):
         assert ids == wanted_ids
-        ends = [bytewise.eos_id, *([bytewise.token_id("<|im_end|>")] if name == "thinking" else [])]
         at = [place for place, label in enumerate(wanted) if label in ends]
-        assert len(at) == (len(texts) + 1) // 2
         assert labels == [UNTRAINED if mask and place in at else label for place, label in enumerate(wanted)]
-        if name == "base":
-            assert trained_text(bytewise, labels) == ("" if mask else "</s>").join([*texts[::2], ""])
+        num_ends += len(at)
+    assert num_ends == sum((len(texts) + 1) // 2 for texts in (chosen, rejected))
     assert (tree.root == 0) == (not share)
-    first = [next(place for place, label in enumerate(labels) if label != UNTRAINED) for _, labels in paths(tree)]
-    assert first == [tree.prompt_length - 1] * 2
+    if name != "base":
+        return
+    for (_, labels), texts in zip(paths(tree), (chosen, rejected), strict=True):
+        assert trained_text(bytewise, labels) == ("" if mask else "</s>").join([*texts[::2], ""])
     assert not share or tree.root == tree.prompt_length - 1  # every branch begins with the prompt's last token
 
 
@@ -115,7 +119,8 @@ def test_a_pair_by_hand(bytewise: Tokenizer) -> None:
     untrained = [UNTRAINED] * (len(prompt) - 1)
     eos = bytewise.eos_id
     assert tree.labels == [*untrained, *one, eos, *two, eos, *[UNTRAINED] * (len(between) - 1), *four, eos]
-    assert tree[2:] == (len(prompt) - 1, 1 + len(one), len(prompt), 2.5, True)
+    lengths = (1 + len(one), 1 + len(two) + len(between) + len(four))
+    assert tree[2:] == (lengths, 1, len(prompt) - 1, len(prompt), 2.5, True)
 
 
 def test_only_the_end_of_a_turn_is_left_untrained(bytewise: Tokenizer) -> None:
@@ -126,10 +131,15 @@ def test_only_the_end_of_a_turn_is_left_untrained(bytewise: Tokenizer) -> None:
     assert labels[tree.prompt_length - 1 :] == [*said, UNTRAINED]
 
 
+def test_an_answer_without_a_token_is_dropped(bytewise: Tokenizer) -> None:
+    found = trees_of(bytewise, answers(["~"], ["1"], [""]))
+    assert found == ([], "dropped", "an answer has no token to train")
+
+
 def test_a_reward_model_reads_the_end_of_an_answer(bytewise: Tokenizer) -> None:
     content = answers(["~"], ["1"], ["2"])
     (ids, labels), _ = paths(tree_of(bytewise, content, stage="RM", mask_out_eos_token=False))
-    wanted, targets = whole(bytewise, content, 0, None)
+    ((wanted, targets),) = whole(bytewise, content, 0, None)
     assert ids == [*wanted, bytewise.sep_id]
     assert labels == [*targets, UNTRAINED]
     (ids, _), _ = paths(tree_of(bytewise, content, stage="RM", template=TEMPLATES["thinking"]))
@@ -141,8 +151,7 @@ def test_answers_that_are_judged_one_by_one_make_trees_of_their_own(bytewise: To
     trees, action, _ = trees_of(bytewise, content, stage="KTO", mask_out_eos_token=False)
     assert action == "" and [tree.desirable for tree in trees] == [True, False]
     for place, tree in enumerate(trees):
-        assert paths(tree) == [whole(bytewise, content, place, None)]
-        assert len(tree.input_ids) == tree.root + tree.first
+        assert paths(tree) == whole(bytewise, content, place, None)
 
 
 def test_the_pairs_of_a_ranking() -> None:
@@ -196,7 +205,7 @@ def test_long_answers_are_cut_the_longer_one_first(*, bytewise: Tokenizer, share
     for fewer in (1, 20):
         (tree,), *told = trees_of(bytewise, content, share_prompt=share, stage=stage, max_len=length - fewer)
         assert len(tree.input_ids) + beside == length - fewer
-        assert tree.first == full.first - fewer and tree.root == full.root
+        assert tree.branches[0] == full.branches[0] - fewer and tree.root == full.root
         reason = f"the last {fewer} tokens of the answers cut off to fit max_seq_len {length - fewer}"
         assert told == ["truncated", reason]
         assert paths(tree)[1:] == paths(full)[1:]
@@ -267,8 +276,22 @@ def test_what_leaves_nothing_to_compare_is_dropped(bytewise: Tokenizer) -> None:
     assert found == ([], "dropped", f"nothing to train is left, with a prompt of {full.prompt_length} tokens")
 
 
+@pytest.mark.parametrize("stage", ["DPO", "RM"])
+def test_turns_that_a_template_shows_otherwise_later_have_their_own_branches(bytewise: Tokenizer, stage: str) -> None:
+    content, template = answers(["1"], ["2", "3", "4"], ["5"]), TEMPLATES["thinking"]
+    tree = tree_of(bytewise, content, template=template, mask_out_eos_token=False, stage=stage)
+    end = stage == "RM"
+    assert [(ids[: len(ids) - end], labels[: len(ids) - end]) for ids, labels in paths(tree)] == [
+        *whole(bytewise, content, 0, template), *whole(bytewise, content, 1, template)
+    ]  # fmt: skip
+    assert len(tree.branches) == 3 and tree.num_first == 2
+    assert 0 < tree.root < tree.prompt_length - 1  # the last view shows the first answer otherwise
+    unshared = tree_of(bytewise, content, template=template, mask_out_eos_token=False, stage=stage, share_prompt=False)
+    assert paths(unshared) == paths(tree) and unshared.root == 0
+
+
 def test_what_a_template_cannot_show_is_dropped_with_its_reason(bytewise: Tokenizer) -> None:
-    content = answers(["1"], ["2", "3", "4"], ["5"])
-    found, action, reason = trees_of(bytewise, content, template=TEMPLATES["thinking"])
-    assert (found, action) == ([], "dropped")
-    assert reason.startswith("the chat template shows past answers otherwise than it asks for them: an answer of")
+    tool = {"type": "function", "function": {"name": "f", "parameters": {}}}
+    content = replace(answers(["1"], ["2"], ["5"]), tools=(tool,))
+    found, action, reason = trees_of(bytewise, content)
+    assert (found, action) == ([], "dropped") and reason.startswith("the chat template has no place for tools")

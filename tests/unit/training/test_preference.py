@@ -119,6 +119,7 @@ def test_log_probs_are_those_of_each_answer_alone():
     lengths = [len(answer) for _, *answers in drawn_texts() for answer in answers]
     for documents in (pairs(), pairs(share=False)):
         batch = batch_of(documents[:2], documents[2:])
+        assert answer_log_probs(model, batch).dtype == paddle.float64
         np.testing.assert_allclose(answer_log_probs(model, batch).numpy(), expected, rtol=1e-5)
         assert answer_lengths(batch).tolist() == lengths
     assert not model.training
