@@ -77,6 +77,8 @@ def test_a_fresh_adapter_changes_nothing_and_is_drawn_by_name():
     name = "model.layers.0.self_attn.q_proj.adapter.lora_A"
     drawn = [dict(m.named_parameters())[name].numpy() for m in (model, few, other)]
     assert np.array_equal(drawn[0], drawn[1]) and not np.array_equal(drawn[0], drawn[2])
+    below = dict(model.named_parameters())[name.replace("layers.0", "layers.1")].numpy()
+    assert not np.array_equal(drawn[0], below)
     stacked = dict(model.named_parameters())["model.layers.1.mlp.experts.gate_up_adapter.lora_A"].numpy()
     for values, num_in in ((drawn[0], 16), (stacked, 16)):
         bound = 1 / np.sqrt(num_in)
