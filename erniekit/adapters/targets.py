@@ -104,6 +104,8 @@ def started_config(
         problems.append(
             "lora_path: that adapter has no score, so a reward model cannot start from it; merge it into its base first"
         )
+    if there.is_reward and SCORE not in resolve_saved(names, None):
+        problems.append("lora_path: that adapter has the score of a reward model; only stage RM goes on with it")
     if problems:
         raise ConfigError(problems)
     return dataclasses.replace(there, dropout=keys.lora_dropout)
