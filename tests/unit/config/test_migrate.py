@@ -109,6 +109,7 @@ lora_dropout: 0.1
 lora_target_modules: [q_proj, v_proj]
 modules_to_save: lm_head
 dora: true
+pissa: false
 use_mora: true
 lora_plus_scale: 16
 compute_type: nf4
