@@ -18,6 +18,7 @@ from paddle import nn
 
 from erniekit.adapters.layers import Adapter, DoraAdapter, ExpertsAdapter, LinearAdapter, dense_weight
 from erniekit.adapters.targets import slot
+from erniekit.base.errors import ConfigError
 from erniekit.config.adapter import AdapterConfig
 from erniekit.models.decoder import ErnieForCausalLM
 from erniekit.models.layers import Linear
@@ -136,7 +137,14 @@ def _draw(
     """A uniform within 1 / sqrt(in) (PEFT's Kaiming with a = sqrt(5)) and B zero; or PiSSA's singular vectors. Only who
     needs the `weight` makes it dense."""
     if config.init == "pissa":
-        u, sigma, v = np.linalg.svd(weight().astype("float32").numpy(), full_matrices=False)
+        made = weight().astype("float32").numpy()
+        if config.rank > min(made.shape[-2:]):
+            raise ConfigError(
+                f"lora_rank: {config.rank} and lora_init: pissa exclude each other: the weight under {path} is "
+                f"{list(made.shape[-2:])} and has no {config.rank} singular vectors; lower lora_rank, or set lora_init to "
+                "default"
+            )
+        u, sigma, v = np.linalg.svd(made, full_matrices=False)
         root = np.sqrt(sigma[..., : config.rank] / np.float32(config.scaling))
         for factor, first in (
             (u[..., : config.rank] * root[..., None, :], (adapter.lora_A, adapter.initial_A)),

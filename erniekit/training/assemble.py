@@ -18,7 +18,14 @@ from typing import Any
 import paddle
 
 from erniekit.adapters.lora import adapter_config_of, add_adapters
-from erniekit.adapters.targets import FACTS, adapter_config, adapter_names, b_rate, started_config
+from erniekit.adapters.targets import (
+    FACTS,
+    adapter_config,
+    adapter_names,
+    b_rate,
+    require_unpacked,
+    started_config,
+)
 from erniekit.base.console import notice
 from erniekit.base.errors import ConfigError
 from erniekit.checkpoint.adapter_folder import AdapterFolder
@@ -66,10 +73,15 @@ def adapter_of(base: Folder, arch: ErnieConfig, cfg: RunConfig) -> AdapterConfig
     if cfg.model.fine_tuning != "LoRA":
         return None
     names = list(memory_table(arch, head_bias=base.has_head_bias).tensors)
-    if not cfg.lora.lora_path:
-        return adapter_config(cfg.lora, names)
-    given = {name: cfg.value(name) for name in FACTS if cfg.given(name)}
-    return started_config(AdapterFolder.open(cfg.lora.lora_path).config, given, names, keys=cfg.lora)
+    if cfg.lora.lora_path:
+        given = {name: cfg.value(name) for name in FACTS if cfg.given(name)}
+        config = started_config(AdapterFolder.open(cfg.lora.lora_path).config, given, names, keys=cfg.lora)
+    else:
+        config = adapter_config(cfg.lora, names)
+    packing = packing_of(cfg)
+    if packing:
+        require_unpacked(config, names, packing)
+    return config
 
 
 def check_names(base: Folder, arch: ErnieConfig, cfg: RunConfig) -> None:
@@ -80,13 +92,6 @@ def check_names(base: Folder, arch: ErnieConfig, cfg: RunConfig) -> None:
     adapter, packing, problems = adapter_of(base, arch, cfg), packing_of(cfg), list[str]()
     if packing:
         packing.check({name.removesuffix(".weight"): tensor.shape for name, tensor in table.tensors.items()})
-        for path in adapter.modules_to_save if adapter else ():
-            inside = [name for name in names if name.startswith(f"{path}.") or name == path]
-            if any(packing.kind_of(name.removesuffix(".weight")) for name in inside):
-                problems.append(
-                    f"modules_to_save: '{path}' would be trained whole, and compute_type {packing.compute_type} keeps "
-                    "its weights in few bits. Give it an adapter (lora_target_modules), or set compute_type: bf16."
-                )
     if adapter:
         names = adapter_names(adapter, names)
     for judge in (trained_names, functools.partial(rate_factors, num_layers=arch.num_hidden_layers)):

@@ -18,7 +18,7 @@ LORA = {"fine_tuning": "LoRA", "compute_type": "wint4/8", "max_steps": 1}
         ({"compute_type": "wint8", "fine_tuning": "Full"}, ("fine_tuning: Full", "compute_type: wint8", "LoRA")),
         ({"group_size": 48}, ("every 48 inputs", "model.layers.0.self_attn.q_proj has 64", "Set group_size")),
         ({"group_size": 0}, ("group_size: 0", "-1")),
-        ({"modules_to_save": "[q_proj]", "lora_target_modules": "experts"}, ("q_proj", "whole", "wint4/8")),
+        ({"modules_to_save": "[q_proj]", "lora_target_modules": "experts"}, ("q_proj", "few bits", "wint4/8")),
     ],
     ids=["full", "group", "no group", "whole module"],
 )
