@@ -185,7 +185,8 @@ def bench(options: argparse.Namespace) -> dict[str, Any]:
     result: dict[str, Any] = {"commit": commit(), "machine": machine(), "versions": versions, "rounds": options.rounds}
     result |= {"sizes": SIZES | (SMALL if options.small else {}), "cases": {}}
     with tempfile.TemporaryDirectory() as folder:
-        prepare(Path(folder), small=options.small)
+        if options.only:
+            prepare(Path(folder), small=options.small)
         for name in options.only:
             rounds = range(options.rounds)
             if name in CASES:

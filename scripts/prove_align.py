@@ -48,9 +48,9 @@ RESUME_STEPS, KILL_AT = 6, 3
 
 COMMON: dict[str, Any] = {
     "output_dir": "run", "compute_type": "fp32", "mix_strategy": "concat", "packing": True, "max_seq_len": ROW,
-    "max_prompt_len": 1024, "num_train_epochs": 1, "batch_size": 2, "lr_scheduler_type": "cosine", "warmup_steps": 5,
-    "weight_decay": 0.0, "evaluation_strategy": "epoch", "save_strategy": "no", "report_samples": 0,
-    "check_leaks": False, "moe_health_steps": 0,
+    "max_prompt_len": 1024, "num_train_epochs": 1, "batch_size": 2, "gradient_accumulation_steps": 2,
+    "lr_scheduler_type": "cosine", "warmup_steps": 5, "weight_decay": 0.0, "evaluation_strategy": "epoch",
+    "save_strategy": "no", "report_samples": 0, "check_leaks": False, "moe_health_steps": 0,
 }  # fmt: skip
 LORA: dict[str, Any] = {"fine_tuning": "LoRA", "lora_rank": 16}
 
