@@ -27,8 +27,8 @@ from erniekit.checkpoint.adapter_forms import (
     read_settings,
     sort_names,
 )
+from erniekit.checkpoint.ernie45 import SCORE, Table, layout_table
 from erniekit.checkpoint.ernie45 import Form as ModelForm
-from erniekit.checkpoint.ernie45 import Table, layout_table
 from erniekit.checkpoint.folder import Folder
 from erniekit.checkpoint.hf_files import BFLOAT16, SafetensorsFile
 from erniekit.checkpoint.pdparams import read_pdparams
@@ -111,7 +111,9 @@ class AdapterFolder:
         return "bfloat16" if all(read().dtype == BFLOAT16 for read in self._tensors.values()) else "float32"
 
     def on(self, cfg: ErnieConfig, *, mtp_layers: int | None = None) -> Adapter:
-        """The adapter on a model of architecture `cfg`. Raises CheckpointError naming everything that does not fit."""
+        """The adapter on a model of architecture `cfg`, of which it may make a reward model. Raises CheckpointError
+        naming everything that does not fit."""
+        cfg = cfg.replace(is_reward=cfg.is_reward or SCORE in self.names.whole)
         mtp = cfg.num_nextn_predict_layers if mtp_layers is None else mtp_layers
         layout = "pt" if self.form == "peft" else "paddle"
         table = layout_table(cfg, layout, ModelForm.usual(cfg, layout, mtp_layers=mtp))

@@ -120,8 +120,7 @@ def _whole(adapter: Adapter, table: Table) -> dict[str, np.ndarray]:
 
 def check_base(folder: AdapterFolder, base: Folder) -> None:
     """Raise CheckpointError if the adapter does not fit the model in `base`; warn if it was made for other weights."""
-    cfg = base.disk_config.replace(is_reward=base.config.is_reward or folder.config.is_reward)
-    folder.on(cfg, mtp_layers=base.form.mtp_layers)
+    folder.on(base.disk_config, mtp_layers=base.form.mtp_layers)
     if folder.base_mark not in (None, mark_of(base)):
         made = f" ({folder.base_name})" if folder.base_name else ""
         warn(f"{folder.path}: was made for other weights than those of {base.path}{made}; its shapes fit them.")

@@ -6,6 +6,7 @@ Every verb runs in a process of its own, so that a resumed run is a new process.
 from __future__ import annotations
 
 import json
+import math
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from erniekit.base.errors import ConfigError, ErnieKitError
 from erniekit.cli.arguments import Arguments
 
 _STEPS, _STOPPED_AFTER = 80, 3
+_ADAPTER_STEPS, _PAIR_STEPS = 60, 10
 _SECONDS = 300  # a verb that takes longer hangs
 _SENTENCES = (
     ("What color is the sky?", "The sky is blue."),
@@ -29,6 +31,7 @@ _SENTENCES = (
     ("你是谁？", "我是一个很小的模型。"),
     ("一加一等于几？", "一加一等于二。"),
 )
+_NEWS = ("What color is one and one?", "One and one is green.")  # what the adapter learns
 
 
 class CheckFailed(Exception):
@@ -72,6 +75,7 @@ class _Checks:
     def __init__(self, folder: Path) -> None:
         self.model, self.data, self.config = folder / "model", folder / "data.jsonl", folder / "run.yaml"
         self.whole, self.stopped = folder / "whole", folder / "stopped"
+        self.adapter, self.preferred = folder / "adapter", folder / "preferred"
 
     def all(self) -> dict[str, Callable[[], str]]:
         """Every check by its name."""
@@ -84,6 +88,9 @@ class _Checks:
             "verify: the exported folder": self._verify,
             "reload: same logits": self._reload,
             "chat: an answer it has learnt": self._chat,
+            f"LoRA: {_ADAPTER_STEPS} steps": self._adapt,
+            "export: the adapter merged": self._merge,
+            f"DPO: {_PAIR_STEPS} steps": self._prefer,
         }
 
     def _init(self) -> str:
@@ -100,11 +107,7 @@ class _Checks:
 
     def _train(self) -> str:
         _erniekit("train", self.config, f"output_dir={self.whole}")
-        losses = [json.loads(line).get("loss") for line in (self.whole / "train_log.jsonl").open(encoding="utf-8")]
-        losses = [loss for loss in losses if loss is not None]
-        if not losses[-1] < 0.5 * losses[0]:
-            raise CheckFailed(f"the loss went from {losses[0]:.3f} to {losses[-1]:.3f} only")
-        return f"loss {losses[0]:.2f} -> {losses[-1]:.2f}"
+        return _fallen(self.whole)
 
     def _stop(self) -> str:
         """Interrupt a second run in its first steps; it saves and says so with exit code 130."""
@@ -155,11 +158,59 @@ class _Checks:
         return "bit-equal"
 
     def _chat(self) -> str:
-        question, answer = _SENTENCES[0]
-        said = _erniekit("chat", self.whole / "export", "temperature=0", "max_new_tokens=32", lines=f"{question}\n")
-        if said.strip() != answer:
-            raise CheckFailed(f"asked {question!r}, it said {said.strip()!r} in place of {answer!r}")
-        return f"{question} {answer}"
+        return _answers(self.whole / "export", *_SENTENCES[0])
+
+    def _adapt(self) -> str:
+        """Teach the trained model one more answer, its own weights frozen."""
+        rows = self.adapter.with_suffix(".jsonl")
+        rows.write_text(json.dumps({"src": [_NEWS[0]], "tgt": [_NEWS[1]]}) + "\n", encoding="utf-8")
+        _erniekit("train", self.config, *self._adapter_keys(), f"train_dataset_path={rows}", "batch_size=1",
+                  f"max_steps={_ADAPTER_STEPS}")  # fmt: skip
+        return _fallen(self.adapter)
+
+    def _merge(self) -> str:
+        _erniekit("export", self.config, *self._adapter_keys())
+        return _answers(self.adapter / "export", *_NEWS)
+
+    def _adapter_keys(self) -> tuple[str, ...]:
+        return "fine_tuning=LoRA", f"model_name_or_path={self.whole}", f"output_dir={self.adapter}"
+
+    def _prefer(self) -> str:
+        """Pairs whose rejected answer is that to the next question; the reference is the model where it began."""
+        rows = self.preferred.with_suffix(".jsonl")
+        wrong = [answer for _, answer in (*_SENTENCES[1:], _SENTENCES[0])]
+        pairs = [
+            {"question": question, "chosen": answer, "rejected": other}
+            for (question, answer), other in zip(_SENTENCES, wrong, strict=True)
+        ]
+        rows.write_text("".join(json.dumps(pair, ensure_ascii=False) + "\n" for pair in pairs), encoding="utf-8")
+        _erniekit("train", self.config, "stage=DPO", f"model_name_or_path={self.model}", f"train_dataset_path={rows}",
+                  f"output_dir={self.preferred}", f"max_steps={_PAIR_STEPS}")  # fmt: skip
+        first = _losses(self.preferred)[0]
+        if abs(first - math.log(2)) > 1e-4:
+            raise CheckFailed(f"the loss begins at {first:.4f} in place of ln 2")
+        return _fallen(self.preferred, share=0.8)
+
+
+def _losses(run: Path) -> list[float]:
+    rows = map(json.loads, (run / "train_log.jsonl").open(encoding="utf-8"))
+    return [row["loss"] for row in rows if "loss" in row]
+
+
+def _fallen(run: Path, *, share: float = 0.5) -> str:
+    """The first and the last loss of a run, of which less than `share` must be left."""
+    losses = _losses(run)
+    if not losses[-1] < share * losses[0]:
+        raise CheckFailed(f"the loss went from {losses[0]:.3f} to {losses[-1]:.3f} only")
+    return f"loss {losses[0]:.2f} -> {losses[-1]:.2f}"
+
+
+def _answers(model: Path, question: str, answer: str) -> str:
+    """What the model says to a question; it must be `answer`."""
+    said = _erniekit("chat", model, "temperature=0", "max_new_tokens=32", lines=f"{question}\n")
+    if said.strip() != answer:
+        raise CheckFailed(f"asked {question!r}, it said {said.strip()!r} in place of {answer!r}")
+    return f"{question} {answer}"
 
 
 def _command(*words: str | Path) -> list[str]:

@@ -94,6 +94,12 @@ def _merge(cfg: RunConfig, base: Folder, picked: Several, target: Path, *, to: s
 
     adapters = [AdapterFolder.open(path) for path, _ in picked.adapters]
     for adapter in adapters:
+        if adapter.config.is_reward:
+            raise ConfigError(
+                f"{adapter.path}: its score makes a reward model of the base, and such an adapter is not merged in "
+                "this version: `eval` reads it beside its base, --adapter exports it. A whole reward model comes from "
+                "a run with fine_tuning: Full."
+            )
         check_base(adapter, base)
     recipe = Recipe(tuple(weight for _, weight in picked.adapters), picked.method, picked.density, cfg.train.seed)
     source = Merged(base, [a.on(base.disk_config, mtp_layers=base.form.mtp_layers) for a in adapters], recipe)

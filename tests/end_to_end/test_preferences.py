@@ -89,9 +89,9 @@ def adapter(pairs, tmp_path_factory):
 @pytest.mark.parametrize(
     ("keys", "start"),
     [
-        ({"ref_model_update_steps": 3, "attention_probs_dropout_prob": 0.1, "dropout_warmup_steps": 2}, math.log(2)),
+        ({"ref_model_update_steps": 2, "attention_probs_dropout_prob": 0.1, "dropout_warmup_steps": 2}, math.log(2)),
         ({"loss_type": "bco", "ema_decay": 0.9}, None),
-        ({**LORA, "ref_model_update_steps": 3, "lora_dropout": 0.1}, None),
+        ({**LORA, "ref_model_update_steps": 2, "lora_dropout": 0.1}, None),
         ({"stage": "KTO"}, 0.5),
         ({"stage": "KTO", **LORA}, 0.5),
         ({"stage": "RM"}, None),
@@ -108,7 +108,7 @@ def test_a_run_that_was_cut_ends_bit_equal(pairs, run, tmp_path, keys, start):
     assert re.search(r"eval at step 2: loss [\d.]+ accuracy [\d.]+ margin [+-][\d.]+\n", shown)
     assert {"rewards_chosen", "rewards_rejected", "margin", "accuracy"} <= rows(out)[0].keys()
     whole, log = digests(out), rows(out)
-    cut(out, after=2)
+    cut(out, after=3)  # when a reference that moves is a copy already
     _, err = run("train", config)
     assert "resuming from" in err and rows(out) == log
     assert digests(out) == whole

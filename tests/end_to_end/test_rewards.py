@@ -143,6 +143,16 @@ def test_an_adapter_with_its_score(bench, keys, tmp_path, run, layout):
     found = json.loads((tmp_path / "eval" / "eval" / "metrics.json").read_bytes())
     last = [row for row in history(tmp_path / "whole") if "eval_accuracy" in row][-1]
     assert found["eval_loss"] == pytest.approx(last["eval_loss"], rel=0.02)
+    _, err = run("export", bench.config(tmp_path / "merged", **{**changes, "output_dir": tmp_path / "out"}), code=2)
+    assert "such an adapter is not merged in this version" in err
+    _, err = run("chat", tmp_path / "out", code=2)
+    assert "is a reward model" in err
+    sft = {"fine_tuning": "LoRA", "lora_path": tmp_path / "out"}
+    _, err = run("train", bench.config(tmp_path / "sft", **sft), code=2)
+    assert "that adapter has the score of a reward model; only stage RM goes on with it" in err
+    run("export", bench.config(tmp_path / "copy", **{**changes, "output_dir": tmp_path / "out"}), "--adapter")
+    copies = [AdapterFolder.open(tmp_path / "out" / name) for name in (".", "adapter-export")]
+    assert copies[0].config == copies[1].config
     if layout == "pt":
         assert json.loads((tmp_path / "out" / "adapter_config.json").read_bytes())["task_type"] == "SEQ_CLS"
 

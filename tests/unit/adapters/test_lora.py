@@ -9,6 +9,7 @@ import pytest
 from erniekit.adapters.layers import DoraAdapter
 from erniekit.adapters.lora import adapter_parameters, adapters_off, add_adapters, plain_factors
 from erniekit.adapters.targets import adapter_names, resolve_saved, resolve_targets, slot
+from erniekit.base.errors import ConfigError
 from erniekit.config.adapter import AdapterConfig
 from erniekit.parallel.recompute import GRANULARITIES, apply_recompute
 from tests.unit.adapters.golden import names_of
@@ -77,6 +78,8 @@ def test_a_fresh_adapter_changes_nothing_and_is_drawn_by_name():
     name = "model.layers.0.self_attn.q_proj.adapter.lora_A"
     drawn = [dict(m.named_parameters())[name].numpy() for m in (model, few, other)]
     assert np.array_equal(drawn[0], drawn[1]) and not np.array_equal(drawn[0], drawn[2])
+    below = dict(model.named_parameters())[name.replace("layers.0", "layers.1")].numpy()
+    assert not np.array_equal(drawn[0], below)
     stacked = dict(model.named_parameters())["model.layers.1.mlp.experts.gate_up_adapter.lora_A"].numpy()
     for values, num_in in ((drawn[0], 16), (stacked, 16)):
         bound = 1 / np.sqrt(num_in)
@@ -166,6 +169,12 @@ def test_pissa_starts_as_the_base_on_its_largest_singular_vectors():
         left = np.linalg.svd(weight - best, compute_uv=False)
         np.testing.assert_allclose(left[..., :-RANK], np.linalg.svd(weight, compute_uv=False)[..., RANK:], atol=1e-5)
         assert np.array_equal(adapter.initial_A.numpy(), adapter.lora_A.numpy())
+
+
+def test_pissa_needs_as_many_singular_vectors_as_its_rank():
+    model, facts = make_model(), {"init": "pissa", "targets": ("model.layers.0.self_attn.k_proj",)}
+    with pytest.raises(ConfigError, match=r"lora_rank: 9 and lora_init: pissa .* k_proj.adapter is \[16, 8\]"):
+        add_adapters(model, AdapterConfig(9, 18, **facts), seed=0)
 
 
 def test_dropout_is_of_training_only_and_drawn_from_the_seed():

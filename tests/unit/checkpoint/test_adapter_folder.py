@@ -228,7 +228,7 @@ def test_what_cannot_be_represented_is_refused_by_name(damaged, change, words):
         ({"edit": lambda _: {f"{Q}.lora_A.weight": ("F32", np.zeros((4, 32), np.float32))}}, "has shape [4, 32]"),
         ({"edit": lambda raw: moved(raw, Q.replace(".1.", ".9."))}, "adapts no linear layer"),
         ({"edit": lambda raw: moved(raw, "base_model.model.lm_head")}, "lm_head.lora_A.weight' adapts no linear layer"),
-        ({"edit": lambda raw: {"base_model.model.score.weight": raw[f"{Q}.lora_A.weight"]}}, "of no module"),
+        ({"edit": lambda raw: {"base_model.model.pooler.weight": raw[f"{Q}.lora_A.weight"]}}, "of no module"),
     ],
 )  # fmt: skip
 def test_an_adapter_for_another_model_is_told_tensor_by_tensor(damaged, golden, change, words):

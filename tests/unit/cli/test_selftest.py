@@ -40,6 +40,17 @@ def test_weights_that_differ_after_a_resume_are_a_failure(tmp_path, monkeypatch)
         checks._chat()
 
 
+def test_preferences_that_start_elsewhere_or_teach_nothing_are_a_failure(tmp_path, monkeypatch):
+    monkeypatch.setattr(selftest, "_erniekit", lambda *_, **__: "")
+    checks = selftest._Checks(tmp_path)
+    checks.preferred.mkdir()
+    log = checks.preferred / "train_log.jsonl"
+    for losses, told in (((0.7, 0.1), "begins at 0.7000 in place of ln 2"), ((0.693147, 0.69), "to 0.690 only")):
+        log.write_text("".join(f'{{"step": 1, "loss": {loss}}}\n' for loss in losses))
+        with pytest.raises(selftest.CheckFailed, match=told):
+            checks._prefer()
+
+
 def test_a_verb_that_hangs_is_a_failure(monkeypatch):
     def hang(*_, **__):
         raise subprocess.TimeoutExpired("erniekit", 1)

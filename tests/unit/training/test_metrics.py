@@ -105,3 +105,19 @@ def test_volume_counts_tokens_and_the_seconds_of_steps():
 
 def test_last_figures_come_from_all_kinds_of_rows():
     assert last_figures([row(1), {"step": 1, "eval_loss": 2.0, "name": "x"}])["eval_loss"] == 2.0
+
+
+def test_a_step_of_preferences_tells_accuracy_and_margin(reporter, capsys):
+    made = reporter(bar=False)
+    made.step(row(1, accuracy=0.75, margin=0.0312))
+    made.step(row(2, accuracy=0.5))  # judged answers of one kind only
+    made.evaluation({"step": 2, "eval_loss": 0.6, "eval_accuracy": 0.8, "eval_margin": -0.1, "eval_loss/a": 0.7,
+                     "eval_accuracy/a": 1.0})  # fmt: skip
+    made.evaluation({"step": 2, "eval_loss": 2.0, "eval_accuracy": 0.4, "eval_perplexity": 7.4})
+    made.close()
+    shown = capsys.readouterr().out.splitlines()
+    assert "loss 4.000000 accuracy 0.750 margin +0.0312 lr" in shown[0]
+    assert "accuracy 0.500 lr" in shown[1]
+    assert shown[2] == "eval at step 2: loss 0.600000 accuracy 0.8000 margin -0.1000"
+    assert shown[3] == "  a: loss 0.700000 accuracy 1.0000"
+    assert shown[4] == "eval at step 2: loss 2.000000 perplexity 7.400 accuracy 0.4000"
