@@ -209,8 +209,8 @@ def prove(case: Case, folder: Path, *, seeds: list[int], model: Path, more: dict
     """All runs of a case; accuracies are over the held-out samples of all seeds."""
     runs = []
     for seed in seeds if case.every_seed else seeds[:1]:
-        place, config = folder / f"seed-{seed}", {"data": folder.parent / f"data-{seed}", "model": model, "seed": seed}
-        write_config(place, case, **config, more=more)
+        place = folder / f"seed-{seed}"
+        write_config(place, case, data=folder.parent / f"data-{seed}", model=model, seed=seed, more=more)
         before = eval_loss(place) if case.stage == "SFT" else math.log(2)
         seconds = train(place)
         runs.append({"seed": seed, "held_out_loss_before": before, "seconds": round(seconds, 1)} | figures(place))
@@ -224,8 +224,9 @@ def prove(case: Case, folder: Path, *, seeds: list[int], model: Path, more: dict
     found["learns"] = all(run["held_out"]["eval_loss"] < run["held_out_loss_before"] for run in runs) and (
         case.stage == "SFT" or found["held_out_accuracy"] > 0.5
     )
-    place = {"data": folder.parent / f"data-{seeds[0]}", "model": model, "seed": seeds[0]}
-    found["resumes_bit_equal"] = killed_equals_untouched(folder / "resume", case=case, **place)
+    found["resumes_bit_equal"] = killed_equals_untouched(
+        folder / "resume", case=case, data=folder.parent / f"data-{seeds[0]}", model=model, seed=seeds[0]
+    )
     return found
 
 
