@@ -26,7 +26,6 @@ from erniekit.data.fields import (
     excerpt,
     flags,
     json_value,
-    kind_of_value,
     note_unused,
     optional,
     required,
@@ -44,6 +43,7 @@ _Talk = list[tuple[Message, Any]]  # messages with their labels
 
 _SCORES = (("score_chosen", "score_rejected"), ("chosen_score", "rejected_score"))
 _SCORE_COLUMNS = frozenset(name for names in _SCORES for name in names)
+_MOST_SCORE = 1e30
 _LABELS = ("label", "kto_tag")
 _PROMPTS = ("messages", "conversations", "prompt")
 
@@ -102,11 +102,16 @@ def _list_of(value: Any) -> Any:
 def _numbers(row: Row, key: str, count: int) -> list[float]:
     """A number for each answer."""
     values = json_value(required(row, key, "a number for each answer"))
-    if not isinstance(values, list) or not all(isinstance(value, int | float) for value in values):
+    if not isinstance(values, list) or not all(map(_is_number, values)):
         raise BadRow(f'"{key}" must be a list of numbers, not {excerpt(values)}')
     if len(values) != count:
         raise BadRow(f'"{key}" has {len(values)} values for {count} answers')
     return values
+
+
+def _is_number(value: Any) -> bool:
+    """Whether it is a number whose differences are numbers too."""
+    return isinstance(value, int | float) and abs(value) <= _MOST_SCORE
 
 
 def _answer_of(texts: Sequence[str], score: float) -> Answer:
@@ -163,8 +168,8 @@ def _scores(row: Row) -> tuple[float, float]:
         values = [json_value(row.get(name)) for name in names]
         if values != [None, None]:
             for name, value in zip(names, values, strict=True):
-                if not isinstance(value, int | float):
-                    raise BadRow(f'"{name}" must be a number, not {kind_of_value(value)}')
+                if not _is_number(value):
+                    raise BadRow(f'"{name}" must be a number, not {excerpt(value)}')
             return values[0], values[1]
     return 1.0, 0.0
 

@@ -86,8 +86,6 @@ lora_dropout: 0.1
 lora_target: q_proj,v_proj
 additional_target: lm_head
 use_dora: true
-pissa_init: true
-pissa_iter: 16
 loraplus_lr_ratio: 16
 quantization_bit: 4
 """,
@@ -99,7 +97,6 @@ lora_alpha: -1
 target_modules: [q_proj, v_proj]
 modules_to_save: [lm_head]
 use_dora: true
-init_weights: pissa
 target_parameters: experts
 lorap_lr_ratio: 16
 quant_bits: 4
@@ -112,7 +109,7 @@ lora_dropout: 0.1
 lora_target_modules: [q_proj, v_proj]
 modules_to_save: lm_head
 dora: true
-pissa: true
+pissa: false
 use_mora: true
 lora_plus_scale: 16
 compute_type: nf4
@@ -128,9 +125,24 @@ def test_adapters_on_a_quantised_base(name, tmp_path):
     lora = config.lora
     assert (config.model.fine_tuning, lora.lora_rank, lora.lora_dropout, lora.lora_alpha) == ("LoRA", 16, 0.1, -1)
     assert (lora.lora_target_modules, lora.modules_to_save) == (["q_proj", "v_proj"], ["lm_head"])
-    assert (lora.dora, lora.lora_init, lora.lora_plus_scale) == (True, "pissa", 16)
+    assert (lora.dora, lora.lora_init, lora.lora_plus_scale) == (True, "default", 16)
     assert config.model.compute_type == "nf4"
-    assert reasons(done, LOST).keys() <= {"pissa_iter", "target_parameters", "use_mora", "template_backend"}
+    assert reasons(done, LOST).keys() <= {"target_parameters", "use_mora", "template_backend"}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "stage: sft\nfinetuning_type: lora\npissa_init: true\npissa_iter: 16\n",
+        "train_type: lora\ninit_weights: pissa\ntarget_parameters: experts\n",
+        "template_backend: custom\nfine_tuning: LoRA\npissa: true\n",
+    ],
+    ids=["llamafactory", "swift", "paddleformers"],
+)
+def test_adapters_that_begin_with_singular_vectors(text, tmp_path):
+    done = migrate(write(tmp_path, text))
+    assert load_config(done.settings).lora.lora_init == "pissa"
+    assert reasons(done, LOST).keys() <= {"pissa_iter", "target_parameters", "template_backend"}
 
 
 def test_words_for_the_places_of_adapters(tmp_path):

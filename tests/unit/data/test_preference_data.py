@@ -129,10 +129,11 @@ def test_what_decides_the_rows_is_in_the_fingerprint(config: DataConfig, files: 
 
 def test_scores_are_in_the_fingerprint(write_jsonl: Write, bytewise: Tokenizer) -> None:
     found = []
-    for name, score in (("a.jsonl", 2), ("b.jsonl", 3)):
-        path = write_jsonl(name, [{**pair(1), "score_chosen": score, "score_rejected": 0}])
+    for name, score in (("a.jsonl", 0), ("b.jsonl", 3)):
+        path = write_jsonl(name, [{**pair(1), "score_chosen": score, "score_rejected": -1}])
         data = build(DataConfig(train_dataset_path=[path]), bytewise)
-        assert data.micro_batches(0, batch_size=1)[0].score_delta.tolist() == [score]
+        batch = data.micro_batches(0, batch_size=1)[0]
+        assert batch.score_delta.tolist() == [score + 1] and (batch.chosen, batch.rejected) == ([0], [1])
         found.append(data.fingerprint)
     assert found[0] != found[1]
 

@@ -150,6 +150,7 @@ def test_the_last_answer_is_the_judged_one() -> None:
         ("erniekit", {**ERNIE, "sort": [1, 1]}, '"sort" [1, 1] does not say which answer is better: some are equal'),
         ("erniekit", {**ERNIE, "sort": [1]}, '"sort" has 1 values for 2 answers'),
         ("erniekit", {**ERNIE, "sort": ["1", 0]}, '"sort" must be a list of numbers, not [\'1\', 0]'),
+        ("erniekit", {**ERNIE, "score": [1e308, 0]}, '"score" must be a list of numbers, not [1e+308, 0]'),
         ("erniekit", {**ERNIE, "response": [["good"]], "sort": [1]}, '"response" has only one answer; a comparison'),
         ("erniekit", {**ERNIE, "response": []}, '"response" must be a list of answers, not []'),
         ("erniekit", {**ERNIE, "response": [["good"], []]}, '"response"[1] is empty'),
