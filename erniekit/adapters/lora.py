@@ -17,6 +17,7 @@ from paddle import nn
 
 from erniekit.adapters.layers import Adapter, DoraAdapter, ExpertsAdapter, LinearAdapter, dense_weight
 from erniekit.adapters.targets import slot
+from erniekit.base.errors import ConfigError
 from erniekit.config.adapter import AdapterConfig
 from erniekit.models.decoder import ErnieForCausalLM
 from erniekit.models.layers import Linear
@@ -131,6 +132,12 @@ def _weight(owner: nn.Layer, name: str) -> paddle.Tensor:
 def _draw(adapter: Adapter, weight: paddle.Tensor, config: AdapterConfig, *, path: str, seed: int) -> None:
     """A uniform within 1 / sqrt(in) (PEFT's Kaiming with a = sqrt(5)) and B zero; or PiSSA's singular vectors."""
     if config.init == "pissa":
+        if config.rank > min(weight.shape[-2:]):
+            raise ConfigError(
+                f"lora_rank: {config.rank} and lora_init: pissa exclude each other: the weight under {path} is "
+                f"{list(weight.shape[-2:])} and has no {config.rank} singular vectors; lower lora_rank, or set lora_init to "
+                "default"
+            )
         u, sigma, v = np.linalg.svd(weight.astype("float32").numpy(), full_matrices=False)
         root = np.sqrt(sigma[..., : config.rank] / np.float32(config.scaling))
         for factor, first in (

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from erniekit.base.errors import ConfigError, did_you_mean
 from erniekit.config.adapter import SCORE, AdapterConfig
 from erniekit.config.lora import PLUS_SCALE, RSLORA_ALPHA, LoraConfig
+from erniekit.config.packing import Packing
 
 _BLOCK = r"^model\.(layers|mtp_block)\.\d+\."
 _LINEAR = re.compile(_BLOCK + r".*_proj\.weight$|^model\.mtp_linear_proj\.\d+\.weight$")
@@ -23,7 +24,7 @@ _GROUPS = {
     "experts": _EXPERTS.pattern,
 }
 FACTS = ("lora_rank", "lora_alpha", "rslora", "dora", "lora_target_modules", "modules_to_save")  # keys that shape one
-_NEVER = r"^model\.layers\.\d+\.mlp\.moe_statics$|^model\.mtp_block\.\d+\.mlp\.moe_statics$"
+_NEVER = _BLOCK + r"mlp\.moe_statics$"  # correction biases have no gradient
 
 
 def possible_targets(names: Iterable[str]) -> list[str]:
@@ -128,6 +129,17 @@ def _alpha(keys: LoraConfig) -> float:
     if keys.lora_alpha != -1:
         return keys.lora_alpha
     return RSLORA_ALPHA if _rank_stabilised(keys) else 2 * keys.lora_rank
+
+
+def require_unpacked(config: AdapterConfig, names: Sequence[str], packing: Packing) -> None:
+    """Raise ConfigError for modules that are to be trained whole and whose weights `packing` keeps in few bits."""
+    packed = [module for module in possible_targets(names) if packing.kind_of(module)]
+    wrong = [path for path in config.modules_to_save if any(_inside(module, path) for module in packed)]
+    if wrong:
+        raise ConfigError(
+            f"modules_to_save names {', '.join(wrong[:3])}, whose weights compute_type {packing.compute_type} keeps in "
+            "few bits and cannot train; leave them to lora_target_modules, or set compute_type to bf16"
+        )
 
 
 def adapter_names(config: AdapterConfig, names: Sequence[str]) -> list[str]:

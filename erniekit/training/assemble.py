@@ -18,7 +18,14 @@ from typing import Any
 import paddle
 
 from erniekit.adapters.lora import adapter_config_of, add_adapters
-from erniekit.adapters.targets import FACTS, adapter_config, adapter_names, b_rate, started_config
+from erniekit.adapters.targets import (
+    FACTS,
+    adapter_config,
+    adapter_names,
+    b_rate,
+    require_unpacked,
+    started_config,
+)
 from erniekit.base.console import notice
 from erniekit.base.errors import ConfigError
 from erniekit.checkpoint.adapter_folder import AdapterFolder
@@ -66,10 +73,15 @@ def adapter_of(base: Folder, arch: ErnieConfig, cfg: RunConfig) -> AdapterConfig
     if cfg.model.fine_tuning != "LoRA":
         return None
     names = list(memory_table(arch, head_bias=base.has_head_bias).tensors)
-    if not cfg.lora.lora_path:
-        return adapter_config(cfg.lora, names)
-    given = {name: cfg.value(name) for name in FACTS if cfg.given(name)}
-    return started_config(AdapterFolder.open(cfg.lora.lora_path).config, given, names, keys=cfg.lora)
+    if cfg.lora.lora_path:
+        given = {name: cfg.value(name) for name in FACTS if cfg.given(name)}
+        config = started_config(AdapterFolder.open(cfg.lora.lora_path).config, given, names, keys=cfg.lora)
+    else:
+        config = adapter_config(cfg.lora, names)
+    packing = packing_of(cfg)
+    if packing:
+        require_unpacked(config, names, packing)
+    return config
 
 
 def check_names(base: Folder, arch: ErnieConfig, cfg: RunConfig) -> None:

@@ -9,6 +9,7 @@ import pytest
 from erniekit.adapters.layers import DoraAdapter
 from erniekit.adapters.lora import adapter_parameters, adapters_off, add_adapters, plain_factors
 from erniekit.adapters.targets import adapter_names, resolve_saved, resolve_targets, slot
+from erniekit.base.errors import ConfigError
 from erniekit.config.adapter import AdapterConfig
 from erniekit.parallel.recompute import GRANULARITIES, apply_recompute
 from tests.unit.adapters.golden import names_of
@@ -168,6 +169,12 @@ def test_pissa_starts_as_the_base_on_its_largest_singular_vectors():
         left = np.linalg.svd(weight - best, compute_uv=False)
         np.testing.assert_allclose(left[..., :-RANK], np.linalg.svd(weight, compute_uv=False)[..., RANK:], atol=1e-5)
         assert np.array_equal(adapter.initial_A.numpy(), adapter.lora_A.numpy())
+
+
+def test_pissa_needs_as_many_singular_vectors_as_its_rank():
+    model, facts = make_model(), {"init": "pissa", "targets": ("model.layers.0.self_attn.k_proj",)}
+    with pytest.raises(ConfigError, match=r"lora_rank: 9 and lora_init: pissa .* k_proj.adapter is \[16, 8\]"):
+        add_adapters(model, AdapterConfig(9, 18, **facts), seed=0)
 
 
 def test_dropout_is_of_training_only_and_drawn_from_the_seed():

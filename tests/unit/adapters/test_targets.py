@@ -8,6 +8,7 @@ from erniekit.adapters.targets import (
     adapter_config,
     adapter_names,
     b_rate,
+    require_unpacked,
     resolve_saved,
     resolve_targets,
     started_config,
@@ -18,6 +19,7 @@ from erniekit.config.adapter import AdapterConfig
 from erniekit.config.architecture import ErnieConfig
 from erniekit.config.families import SMALL_PRESETS
 from erniekit.config.load import load_config
+from erniekit.config.packing import Packing
 
 CFG = ErnieConfig.from_dict({**SMALL_PRESETS["micro-moe"], "num_nextn_predict_layers": 1})
 NAMES = list(memory_table(CFG, head_bias=False).tensors)
@@ -79,6 +81,15 @@ def test_modules_that_are_trained_whole():
 
 def keys(**values):
     return load_config({"fine_tuning": "LoRA", **values}).lora
+
+
+def test_weights_in_few_bits_cannot_be_trained_whole():
+    packing = Packing("wint4/8")
+    require_unpacked(adapter_config(keys(modules_to_save=["embed_tokens", "mlp.gate"]), NAMES), NAMES, packing)
+    for path, targets in (("layers.0.self_attn.q_proj", "mlp"), ("layers.1.mlp.experts", "attention")):
+        config = adapter_config(keys(modules_to_save=[path], lora_target_modules=[targets]), NAMES)
+        with pytest.raises(ConfigError, match=f"modules_to_save names model.{path}, .* compute_type wint4/8"):
+            require_unpacked(config, NAMES, packing)
 
 
 def test_all_that_is_wrong_is_told_at_once():

@@ -42,11 +42,12 @@ def batch_of(*rows: Sequence[Document], max_seq_len: int = 1024) -> PreferenceBa
 
 
 def paths(batch: PreferenceBatch) -> list[tuple[np.ndarray, np.ndarray]]:
-    """For each answer: the row of the batch, and the columns of its prompt and itself, in their order."""
+    """For each branch of each answer: the row of the batch, and the columns of the prompt and the branch, in order."""
     found = []
     for number in range(batch.num_answers):
         lines, columns = np.nonzero(batch.answer_ids == number)
-        line, first = lines[0], columns[0]
-        is_shared = (batch.segment_ids[line] == batch.segment_ids[line, first]) & (batch.answer_ids[line] < 0)
-        found.append((line, np.concatenate([np.flatnonzero(is_shared), columns])))
+        line, ends = lines[0], batch.end_rows[lines[0], columns]
+        is_shared = (batch.segment_ids[line] == batch.segment_ids[line, columns[0]]) & (batch.answer_ids[line] < 0)
+        for end in np.unique(ends):
+            found.append((line, np.concatenate([np.flatnonzero(is_shared), columns[ends == end]])))
     return found

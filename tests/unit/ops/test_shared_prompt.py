@@ -10,7 +10,7 @@ import paddle
 import paddle.nn.functional as F
 import pytest
 
-from erniekit.data.batch import PreferenceBatch
+from erniekit.data.batch import CHOSEN, REJECTED, PreferenceBatch
 from erniekit.ops import attention as module
 from erniekit.ops.attention import attention, attention_plain
 from erniekit.ops.attention_dropout import attention_with_dropout
@@ -31,8 +31,11 @@ def trees() -> PreferenceBatch:
 
     return batch_of(
         [tree(some(150), [some(90), some(70)])],
-        [tree(some(40), [some(3), some(65)]), tree(some(1), [some(1), some(2)]),
-         judged(some(70), some(33), some(20), desirable=True), tree(some(9), [some(5), some(30)], share=False)],
+        [
+            tree(some(40), [some(3), some(65)]), tree(some(1), [some(1), some(2)]),
+            tree(some(12), [some(7), some(9), some(4)], kinds=(CHOSEN, CHOSEN, REJECTED)),
+            judged(some(70), some(33), some(20), desirable=True), tree(some(9), [some(5), some(30)], share=False),
+        ],
     )  # fmt: skip
 
 
