@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from erniekit.base.console import warn
 from erniekit.base.errors import CheckpointError, listed
 from erniekit.checkpoint.adapter import EXPERTS, Adapter, Factors, alpha_of, fused, target_of
 from erniekit.checkpoint.adapter_forms import (
@@ -27,7 +28,7 @@ from erniekit.checkpoint.adapter_forms import (
     read_settings,
     sort_names,
 )
-from erniekit.checkpoint.ernie45 import SCORE, Table, layout_table
+from erniekit.checkpoint.ernie45 import EMBEDDING, HEAD, SCORE, Table, layout_table
 from erniekit.checkpoint.ernie45 import Form as ModelForm
 from erniekit.checkpoint.folder import Folder
 from erniekit.checkpoint.hf_files import BFLOAT16, SafetensorsFile
@@ -60,6 +61,7 @@ class AdapterFolder:
         self.path, self.form, self._tensors = path, form, tensors
         self.settings = read_settings(form, values, str(path / CONFIG_FILES[form]))
         self.names = sort_names(form, list(tensors), self.settings)
+        self._head_copy = self.names.whole.pop(HEAD, None) if self.settings.tied else None
         self.base_name, self.base_mark = self.settings.base_name, _mark_beside(path)
         self._require_sense()
 
@@ -119,6 +121,7 @@ class AdapterFolder:
         table = layout_table(cfg, layout, ModelForm.usual(cfg, layout, mtp_layers=mtp))
         low_rank, problems = self._fitted(table)
         whole = {}
+        problems += self._tied_problems(cfg)
         for name, tensor in self.names.whole.items():
             stored = tensor if self.form == "erniekit" else name
             if stored not in table.tensors:
@@ -162,6 +165,19 @@ class AdapterFolder:
             problems.append(f"{self.path}: holds no adapter tensor.")
         if problems:
             raise CheckpointError(listed(problems))
+
+    def _tied_problems(self, cfg: ErnieConfig) -> list[str]:
+        """What is wrong with an embedding that was trained whole and, where it is the head too, with its copy."""
+        embedding = self.names.whole.get(EMBEDDING)
+        if self._head_copy and not (
+            embedding and cfg.tie_word_embeddings and np.array_equal(self._read(self._head_copy), self._read(embedding))
+        ):
+            return [f"{self._where(self._head_copy)}: ensure_weight_tying is on, and it is no copy of the embedding."]
+        if self.form == "peft" and embedding and cfg.tie_word_embeddings and not self._head_copy:
+            warn(
+                f"{self.path}: holds a trained embedding, which is the head here, too; PEFT went on with the old head."
+            )
+        return []
 
     def _fitted(self, table: Table) -> tuple[dict[str, Callable[[], Factors]], list[str]]:
         """How to read the factors of every adapted atom, and what does not fit."""

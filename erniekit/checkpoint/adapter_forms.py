@@ -70,6 +70,7 @@ class Settings:
     ranks: Mapping[str, int]  # patterns of modules with a rank of their own
     alphas: Mapping[str, float]
     parameters: tuple[str, ...]  # PEFT's target_parameters
+    tied: bool = False  # PEFT's ensure_weight_tying: the head is saved as a second copy of the embedding
 
     def rank_of(self, module: str) -> int:
         """The rank at a module."""
@@ -96,7 +97,7 @@ def read_settings(form: Form, values: Any, where: str) -> Settings:
         rank=values.get("r", 8), alpha=values.get("lora_alpha", 8), rslora=rslora, dora=bool(values.get("use_dora")),
         dropout=values.get("lora_dropout") or 0.0, base_name=values.get("base_model_name_or_path"),
         ranks=values.get("rank_pattern") or {}, alphas=values.get("alpha_pattern") or {},
-        parameters=tuple(values.get("target_parameters") or ()),
+        parameters=tuple(values.get("target_parameters") or ()), tied=bool(values.get("ensure_weight_tying")),
     )  # fmt: skip
     problems += [
         f"{where}: rank {rank!r} is not a whole number above 0."

@@ -29,7 +29,7 @@ from erniekit.checkpoint.adapter_forms import (
     erniekit_config,
     peft_config,
 )
-from erniekit.checkpoint.ernie45 import EMBEDDING, Table, is_mtp, layout_table
+from erniekit.checkpoint.ernie45 import EMBEDDING, HEAD, Table, is_mtp, layout_table
 from erniekit.checkpoint.ernie45 import Form as ModelForm
 from erniekit.checkpoint.folder import Folder
 from erniekit.checkpoint.hf_files import BFLOAT16, Entry, index_content, write_safetensors
@@ -93,13 +93,15 @@ def _peft(adapter: Adapter, ram: Table, pt: Table, *, tied: bool) -> tuple[Array
             arrays[PEFT_PREFIX + name] = pt.tensors[name].shape, adapter.whole[name]
         if module.endswith(".experts"):
             raise CheckpointError(f"{module}: experts that are trained whole have no place in PEFT's form; merge them.")
+    if tied and EMBEDDING in adapter.whole:  # PEFT saves the head that is tied to it as well
+        arrays[PEFT_PREFIX + HEAD] = pt.tensors[EMBEDDING].shape, adapter.whole[EMBEDDING]
     if any(map(is_mtp, config.targets)):
         notice("transformers has no multi-token prediction: PEFT leaves those adapters out; they are in the folder.")
     modules, parameters = _peft_targets(config.targets, ram, dora=config.dora)
     return arrays, {
         "r": config.rank, "lora_alpha": config.alpha, "lora_dropout": 0.0 if parameters else config.dropout,
         "use_rslora": config.rslora, "use_dora": config.dora, "target_modules": modules,
-        "target_parameters": parameters, "modules_to_save": [m.removeprefix("model.") for m in config.modules_to_save],
+        "target_parameters": parameters, "modules_to_save": list(config.modules_to_save),
         "ensure_weight_tying": tied and EMBEDDING in adapter.whole,
     }  # fmt: skip
 

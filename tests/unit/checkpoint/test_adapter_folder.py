@@ -15,12 +15,13 @@ from erniekit.checkpoint.adapter_folder import AdapterFolder, mark_of
 from erniekit.checkpoint.adapter_forms import is_adapter
 from erniekit.checkpoint.adapter_save import write_adapter
 from erniekit.checkpoint.convert import convert
-from erniekit.checkpoint.ernie45 import memory_table
+from erniekit.checkpoint.ernie45 import EMBEDDING, memory_table
 from erniekit.checkpoint.folder import Folder
 from erniekit.checkpoint.manifest import check_manifest
 from erniekit.checkpoint.pdparams import read_pdparams
 from erniekit.checkpoint.split import split
 from erniekit.checkpoint.verify import verify
+from erniekit.config.adapter import AdapterConfig
 
 
 @pytest.fixture(scope="session")
@@ -297,3 +298,28 @@ def test_shards_and_settings_of_erniekit_that_are_not_followed(golden, tmp_path)
     (folder / "lora_model_state.pdparams").rename(folder / "lora_model_state.tp00.pdparams")
     with pytest.raises(CheckpointError, match="tensor-parallel"):
         AdapterFolder.open(folder)
+
+
+def test_an_embedding_that_is_the_head_is_stored_twice_for_peft(golden, tmp_path, read_raw, write_raw, capsys):
+    base = Folder.open(golden / "dense" / "tied" / "pt")
+    target, rng = "model.layers.0.self_attn.q_proj", np.random.default_rng(0)
+    config = AdapterConfig(rank=1, alpha=1, targets=(target,), modules_to_save=("model.embed_tokens",))
+    shapes = {f"{target}.adapter.lora_A": (48, 1), f"{target}.adapter.lora_B": (1, 64), EMBEDDING: (160, 48)}
+    arrays = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+    adapter = memory_adapter(config, arrays, memory_table(base.config, head_bias=False))
+    write_adapter(tmp_path / "peft", adapter, form="peft", base=base, dtype="float32")
+    file = tmp_path / "peft" / "adapter_model.safetensors"
+    raw = read_raw(file)
+    head, embedding = (raw[f"base_model.model.{name}"][1] for name in ("lm_head.weight", EMBEDDING))
+    assert np.array_equal(head, arrays[EMBEDDING]) and np.array_equal(embedding, head)
+    again = AdapterFolder.open(tmp_path / "peft")
+    assert again.config.modules_to_save == config.modules_to_save
+    assert set(again.on(base.disk_config).whole) == {EMBEDDING} and capsys.readouterr().err == ""
+    write_raw(file, raw | {"base_model.model.lm_head.weight": ("F32", head + 1)})
+    with pytest.raises(CheckpointError, match="it is no copy of the embedding"):
+        AdapterFolder.open(tmp_path / "peft").on(base.disk_config)
+    settings = tmp_path / "peft" / "adapter_config.json"
+    settings.write_text(settings.read_text().replace('"ensure_weight_tying": true', '"ensure_weight_tying": false'))
+    write_raw(file, {name: value for name, value in raw.items() if "lm_head" not in name})
+    AdapterFolder.open(tmp_path / "peft").on(base.disk_config)
+    assert "PEFT went on with the old head" in capsys.readouterr().err
