@@ -153,7 +153,7 @@ def speeds(models: dict[str, ErnieForCausalLM], *, rounds: int, steps: int) -> d
     sides = {name: Trained(model) for name, model in models.items()}
     for side in sides.values():
         side.run(1)
-        side.seconds.clear(), side.cpu_seconds.clear()
+        side.seconds, side.cpu_seconds = [], []
     for _ in range(rounds):
         for side in sides.values():
             side.run(steps)
@@ -197,7 +197,7 @@ def measured(options: argparse.Namespace) -> dict[str, Any]:
             if name in formats:
                 continue
             packed = build_model(folder, folder.config, pack=packing)
-            found = {
+            found: dict[str, Any] = {
                 "bytes": num_bytes(packed, packing), "error": errors(whole, packed),
                 "eval": judged(predictions(packed, data), exact, data),
             }  # fmt: skip
