@@ -88,6 +88,8 @@ ONE, TWO = np.float32([[4, -1, 0.5, 2]]), np.float32([[-1, -3, 2, 0.25]])
         (Recipe((0.7, 0.3), "ties", 0.5), [[2.8, -0.9, 0.6, 1.4]]),
         # all of each: signs + - + +; the second number of both agrees, and the third, and the fourth
         (Recipe((0.7, 0.3), "ties", 1.0), [[2.8, -0.8, 0.475, 0.7375]]),
+        # signs are elected before weights count: the first number of the second adapter does not outweigh
+        (Recipe((0.1, 0.9), "ties", 1.0), [[0.4, -1.4, 0.925, 0.2125]]),
         (Recipe((0.7, 0.3), "dare", 1.0), [[2.5, -1.6, 0.95, 1.475]]),
         (Recipe((0.7, 0.3), "dare_ties", 1.0), [[2.8, -0.8, 0.475, 0.7375]]),
     ],
