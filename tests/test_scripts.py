@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
 import subprocess
 import sys
@@ -61,3 +62,61 @@ def test_a_second_run_reuses_the_data(quickstart_data: Path) -> None:
     before = {path.name: path.read_bytes() for path in quickstart_data.iterdir()}
     assert make_data(quickstart_data).startswith("reusing")
     assert {path.name: path.read_bytes() for path in quickstart_data.iterdir()} == before
+
+
+def run_script(name: str, *arguments: str | Path, code: int = 0) -> dict:
+    """What a script prints as JSON."""
+    command = [sys.executable, f"scripts/{name}.py", *map(str, arguments)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == code, done.stdout + done.stderr
+    return json.loads(done.stdout)
+
+
+def test_the_budget_of_released_models_stands_beside_their_published_least() -> None:
+    table = run_script("bench_memory", "--only")["published"]
+    assert len(table) > 10
+    weights = {(row["model"], row["fine_tuning"], row.get("compute_type")): row["gb"]["weights"] for row in table}
+    assert 590 < weights["ERNIE-4.5-300B-A47B", "Full", None] < 610  # 2 bytes each of 299.5 billion
+    assert 140 < weights["ERNIE-4.5-300B-A47B", "LoRA", "wint4/8"] < 175
+    assert all(row["fits"] for row in table if row["cards"] > 1)
+
+
+@pytest.fixture(scope="module")
+def small_archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A few rows in the forms of the real archive, and a micro model, made of random words."""
+    from erniekit.checkpoint.create import create
+
+    folder, rng = tmp_path_factory.mktemp("archive"), random.Random(1)
+
+    def said() -> str:
+        return " ".join("".join(rng.choices("abcdefgh", k=4)) for _ in range(12))
+
+    def pair() -> dict:
+        answers = {side: {"from": "gpt", "value": said()} for side in ("chosen", "rejected")}
+        return {"conversations": [{"from": "human", "value": said()}], **answers}
+
+    def judged() -> dict:
+        talk = [{"role": "user", "content": said()}, {"role": "assistant", "content": said()}]
+        return {"messages": talk, "label": rng.random() < 0.5}
+
+    def instruction() -> dict:
+        return {"instruction": said(), "input": "", "output": said()}
+
+    for kind, row in (("dpo", pair), ("kto", judged), ("alpaca", instruction)):
+        for language in ("en", "zh"):
+            rows = json.dumps([row() for _ in range(30)])
+            (folder / f"{kind}_{language}_demo.json").write_text(rows, encoding="utf-8")
+    (folder / "text.txt").write_text("\n".join(said() for _ in range(200)), encoding="utf-8")
+    create("micro-moe", folder / "model", tokenizer_texts=[folder / "text.txt"])
+    return folder
+
+
+def test_a_short_proof_of_training_resumes_bit_equal(small_archive: Path) -> None:
+    """The whole of scripts/prove_align.py for one case; random words teach nothing, so that only resuming is judged."""
+    command = [sys.executable, "scripts/prove_align.py", "--only", "dpo_lora", "--seeds", "1", "--max-steps", "3"]
+    command += ["--model", str(small_archive / "model"), "--data", str(small_archive)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode in (0, 1), done.stdout + done.stderr
+    found = json.loads(done.stdout)["cases"]["dpo_lora"]
+    assert found["resumes_bit_equal"]
+    assert found["runs"][0]["steps"] == 3

@@ -134,9 +134,8 @@ def _draw(adapter: Adapter, weight: paddle.Tensor, config: AdapterConfig, *, pat
     if config.init == "pissa":
         if config.rank > min(weight.shape[-2:]):
             raise ConfigError(
-                f"lora_rank: {config.rank} and lora_init: pissa exclude each other: the weight under {path} is "
-                f"{list(weight.shape[-2:])} and has no {config.rank} singular vectors; lower lora_rank, or set lora_init to "
-                "default"
+                f"lora_rank: {config.rank} and lora_init: pissa exclude each other: the weight of {path} has "
+                f"{min(weight.shape[-2:])} singular vectors; lower lora_rank, or set lora_init to default"
             )
         u, sigma, v = np.linalg.svd(weight.astype("float32").numpy(), full_matrices=False)
         root = np.sqrt(sigma[..., : config.rank] / np.float32(config.scaling))

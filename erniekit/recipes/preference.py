@@ -131,15 +131,18 @@ def _fill(table: Table, job: Job, model: ErnieForCausalLM, folder: RunFolder) ->
     bar = tqdm(steps, "reference", unit="step", leave=False, disable=not sys.stderr.isatty())
     trained = (batch for step in bar for batch in job.data.micro_batches(step, batch_size=job.rhythm.batch_size))
     measured = held_out(job.eval_data, **_extent(job)) if job.eval_data else ()
-    num = table.fill(itertools.chain(_unseen(preferences(trained)), *measured), model=began_with)
+    unseen = _unseen(preferences(trained), num_samples=job.data.store.num_samples)
+    num = table.fill(itertools.chain(unseen, *measured), model=began_with)
     if num:
         print(f"the reference: {num:,} samples in {time.perf_counter() - started:.1f} s", flush=True)
 
 
-def _unseen(batches: Iterable[PreferenceBatch]) -> Iterator[PreferenceBatch]:
-    """Those with a sample that no batch before them had."""
+def _unseen(batches: Iterable[PreferenceBatch], *, num_samples: int) -> Iterator[PreferenceBatch]:
+    """Those with a sample that no batch before them had, until all samples were seen."""
     seen: set[int] = set()
     for batch in batches:
         if not seen.issuperset(batch.samples.tolist()):
             seen.update(batch.samples.tolist())
             yield batch
+        if len(seen) == num_samples:
+            return

@@ -52,11 +52,11 @@ class Budget:
 
 
 
-def memory_text(*, budget: int, tensors: int, process: int) -> str:
-    """A line for people: a budget's peak beside what was measured (memory.py)."""
+def memory_text(*, budget: int, kernels: int, tensors: int, process: int) -> str:
+    """A line for people: a budget's peak and kernels beside what was measured (memory.py)."""
     return (
-        f"memory: budget {megabytes(budget)} MB, peak {megabytes(tensors)} MB in tensors; the process held "
-        f"{megabytes(process)} MB above the program"
+        f"memory: budget {megabytes(budget)} MB, peak {megabytes(tensors)} MB in tensors; with kernels "
+        f"{megabytes(budget + kernels)} MB, the process held {megabytes(process)} MB above the program"
     )
 
 

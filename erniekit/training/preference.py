@@ -189,7 +189,7 @@ class PreferenceObjective(ABC):
                 parts.append(self._see_quietly(model, batch))
                 count = count.plus(_Step.of([batch]))
             if not parts:
-                raise DataError("the evaluation set has a file without a sample.")
+                raise DataError("an evaluation file gives no sample: it is empty, or none of its rows could be used.")
             seen.append(_joined(parts))
             counts.append(count)
         whole = (_joined(seen), functools.reduce(_Step.plus, counts))

@@ -224,7 +224,9 @@ class _Session:
         if run.optimizer.averages():
             with run.optimizer.averaged():
                 job.weights.save(model, folder.path / "ema", final=True)
-        memory = {"budget": needed.peak, "tensors": watch.tensors, "process": watch.process}
+        memory = {
+            "budget": needed.peak, "kernels": needed.kernels, "tensors": watch.tensors, "process": watch.process
+        }  # fmt: skip
         story.tell(memory=memory)
         best = run.best.state() if run.best.keep else None
         story.tell(answers_after=self.stage.answers(job, model), ended_at=done, best=best)

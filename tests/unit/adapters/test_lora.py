@@ -173,7 +173,7 @@ def test_pissa_starts_as_the_base_on_its_largest_singular_vectors():
 
 def test_pissa_needs_as_many_singular_vectors_as_its_rank():
     model, facts = make_model(), {"init": "pissa", "targets": ("model.layers.0.self_attn.k_proj",)}
-    with pytest.raises(ConfigError, match=r"lora_rank: 9 and lora_init: pissa .* k_proj.adapter is \[16, 8\]"):
+    with pytest.raises(ConfigError, match=r"lora_rank: 9 and .* has 8 singular vectors"):
         add_adapters(model, AdapterConfig(9, 18, **facts), seed=0)
 
 

@@ -238,7 +238,7 @@ def test_what_is_measured_does_not_depend_on_batches_and_is_what_a_step_finds():
 
 
 def test_nothing_to_measure_is_said():
-    with pytest.raises(DataError, match="without a sample"):
+    with pytest.raises(DataError, match="gives no sample"):
         PairObjective(keys(), LossWeights()).measure(make_model(), [[]])
 
 

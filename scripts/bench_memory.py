@@ -1,0 +1,227 @@
+"""Measured peak memory of training beside the budget (erniekit/training/budget.py), and the budget of large models.
+
+    python scripts/bench_memory.py [--out FILE] [--only full lora ...] [--rounds 3] [--small]
+
+Every case is a run of `erniekit train` (or a load of a quantised model) in a process of its own on a random mixture of
+experts, with a malloc that gives freed memory back at once. Two figures stand beside the budget: the peak of Paddle's
+own account of tensors, and what the process held above its size before the model was built; the second one has to hold
+what kernels take, too. Without that malloc the process holds more, because freed memory is kept for the next step.
+
+For the released models on 80 GB cards the same formula is printed beside the published minimum of cards: bf16, fp32
+masters and moments, whole layers recomputed, one row at a time. A card's share is a plain division by the number of
+cards, as if everything could be cut evenly: how weights, states and activations are really cut is not modelled.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from bench_train import commit, machine
+from prove_resume import ROOT, environment, erniekit
+
+TIDY = {
+    "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_MMAP_MAX_": "1000000",
+    "MALLOC_ARENA_MAX": "1",
+}  # fmt: skip
+SIZES = {
+    "hidden_size": 512, "intermediate_size": 2048, "head_dim": 128, "moe_num_experts": 16, "moe_intermediate_size": 512,
+    "num_hidden_layers": 6, "moe_layer_end_index": 5,
+}  # fmt: skip
+SMALL = {"num_hidden_layers": 4, "moe_layer_end_index": 3}
+LORA = {"fine_tuning": "LoRA", "lora_rank": 16}
+COMMON = {
+    "model_name_or_path": "../base", "output_dir": "run", "stage": "SFT", "fine_tuning": "Full", "compute_type": "fp32",
+    "train_dataset_path": "../train.jsonl", "max_seq_len": 512, "max_steps": 3, "batch_size": 4, "learning_rate": 1e-4,
+    "save_strategy": "no", "moe_health_steps": 0,
+}  # fmt: skip
+CASES: dict[str, dict[str, Any]] = {
+    "full": {},
+    "full_recomputed": {"recompute": True},
+    "full_accumulated": {"batch_size": 2, "gradient_accumulation_steps": 2},
+    "lora": LORA,
+    "wint8_lora": {**LORA, "compute_type": "wint8"},
+    "wint4/8_lora": {**LORA, "compute_type": "wint4/8"},
+    "dpo": {"stage": "DPO"},
+    "dpo_lora": {"stage": "DPO", **LORA},
+}
+LOADS = ("wint8", "wint4/8", "nf4")
+
+CARD = 80e9
+PUBLISHED = (  # model, keys, row length, cards that ERNIEKit's documentation names as the least
+    ("ERNIE-4.5-300B-A47B", {"fine_tuning": "Full"}, 8192, 96),
+    ("ERNIE-4.5-300B-A47B", {"fine_tuning": "Full"}, 32768, 112),
+    ("ERNIE-4.5-300B-A47B", {"fine_tuning": "LoRA", "compute_type": "wint4/8"}, 8192, 4),
+    ("ERNIE-4.5-300B-A47B", {"fine_tuning": "LoRA", "compute_type": "wint4/8"}, 32768, 8),
+    ("ERNIE-4.5-300B-A47B", {"fine_tuning": "Full", "stage": "DPO"}, 8192, 112),
+    ("ERNIE-4.5-300B-A47B", {"fine_tuning": "LoRA", "stage": "DPO"}, 8192, 16),
+    ("ERNIE-4.5-21B-A3B", {"fine_tuning": "Full"}, 8192, 8),
+    ("ERNIE-4.5-21B-A3B", {"fine_tuning": "Full"}, 131072, 8),
+    ("ERNIE-4.5-21B-A3B", {"fine_tuning": "LoRA", "compute_type": "wint4/8"}, 8192, 1),
+    ("ERNIE-4.5-21B-A3B", {"fine_tuning": "Full", "stage": "DPO"}, 8192, 8),
+    ("ERNIE-4.5-21B-A3B", {"fine_tuning": "LoRA", "stage": "DPO"}, 8192, 1),
+    ("ERNIE-4.5-0.3B", {"fine_tuning": "Full"}, 8192, 1),
+)
+
+
+def published() -> list[dict[str, Any]]:
+    """The budget of every published setting and its share of a card, in GB."""
+    from erniekit.config.families import family
+    from erniekit.config.load import load_config
+    from erniekit.training.budget import run_budget
+
+    rows = []
+    for name, keys, length, cards in PUBLISHED:
+        cfg = load_config({"compute_type": "bf16", "lora_rank": 32, "recompute": True, "max_seq_len": length} | keys)
+        needed = run_budget(cfg, family(name), on_gpu=True)
+        parts = {part: round(size / 1e9, 1) for part, size in dataclasses.asdict(needed).items()}
+        share = (needed.peak + needed.kernels) / cards
+        rows.append({
+            "model": name, **keys, "max_seq_len": length, "cards": cards, "gb": parts,
+            "gb_of_a_card": round(share / 1e9, 1), "fits": share < CARD,
+        })  # fmt: skip
+    return rows
+
+
+# ---------------------------------------------------------------------- measuring
+def prepare(folder: Path, *, small: bool) -> None:
+    """Random text, a tokenizer for it, and a random model of the sizes above."""
+    rng = random.Random(0)
+    words = ["".join(rng.choices("abcdefghiklmnoprstuvw", k=rng.randint(2, 7))) for _ in range(3000)]
+
+    def said(count: int) -> str:
+        return " ".join(rng.choices(words, k=count))
+
+    rows = [{"src": [said(20)], "tgt": [said(60)]} for _ in range(300)]
+    pairs = [{"question": said(40), "chosen": said(30), "rejected": said(30)} for _ in range(300)]
+    for name, lines in (("train", rows), ("pairs", pairs)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines), encoding="utf-8")
+    command = erniekit("init", "--family", "tiny-moe", "--train-tokenizer", "train.jsonl", "--out", "tokenizer")
+    subprocess.run(command, cwd=folder, env=environment(), check=True, stdout=subprocess.DEVNULL)
+    work("--make", str(folder), str(int(small)))
+
+
+def make(folder: Path, *, small: bool) -> None:
+    """Write the model."""
+    import numpy as np
+
+    from erniekit.checkpoint.folder import Folder
+    from erniekit.checkpoint.model_io import save_model
+    from erniekit.models.decoder import ErnieForCausalLM
+
+    base, generator = Folder.open(folder / "tokenizer"), np.random.default_rng(0)
+    model = ErnieForCausalLM(base.config.replace(**SIZES | (SMALL if small else {})))
+    for name, p in model.named_parameters():
+        drawn = generator.normal(0.0, 0.02, p.shape) if p.ndim > 1 else np.ones(p.shape)
+        p.set_value((drawn * ("bias" not in name)).astype("float32"))
+    save_model(model, folder / "base", dtype="float32", base=base)
+
+
+def load(folder: Path, kind: str) -> dict[str, int]:
+    """The peak of a quantised load; its budget is what stays, and the largest weight that goes through dense."""
+    import math
+
+    from erniekit.checkpoint.folder import Folder
+    from erniekit.checkpoint.model_io import build_model
+    from erniekit.config.load import load_config
+    from erniekit.config.packing import packing_of
+    from erniekit.training.budget import Formats, Parameters
+    from erniekit.training.memory import MemoryWatch
+
+    cfg, base = load_config({"compute_type": kind, "fine_tuning": "LoRA"}), Folder.open(folder / "base")
+    parameters = Parameters.of(load_config({}), base.config, head_bias=False)
+    kept = sum(parameters.num_bytes(name, Formats.of(cfg, on_gpu=False)) for name in parameters.shapes)
+    dense = max(4 * math.prod(shape[-2:]) for name, shape in parameters.shapes.items() if "embed" not in name)
+    watch = MemoryWatch()
+    build_model(base, base.config, pack=packing_of(cfg))
+    return {"budget": kept, "kernels": dense, "tensors": watch.tensors, "process": watch.process}
+
+
+def work(*arguments: str) -> str:
+    """This script's own process with other arguments."""
+    command = [sys.executable, __file__, *arguments]
+    return subprocess.run(command, env=environment() | TIDY, check=True, capture_output=True, text=True).stdout
+
+
+def train(folder: Path, keys: dict[str, Any], *, name: str) -> dict[str, int]:
+    """What a run tells of its memory."""
+    place = folder / name
+    place.mkdir()
+    own = {"train_dataset_path": "../pairs.jsonl"} if keys.get("stage") == "DPO" else {}
+    (place / "run.yaml").write_text(json.dumps(COMMON | own | keys), encoding="utf-8")
+    done = subprocess.run(
+        erniekit("train", "run.yaml"), cwd=place, env=environment() | TIDY, capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        sys.exit(f"{name}: erniekit train ended with {done.returncode}:\n{done.stdout}{done.stderr}")
+    return json.loads((place / "run" / "training" / "story.json").read_bytes())["memory"]
+
+
+def compared(found: list[dict[str, int]]) -> dict[str, Any]:
+    """Budget over measurement, and the figures of the rounds in MB; the first round's figures but for the process."""
+    process = [round_["process"] for round_ in found]
+    middle, first = statistics.median(process), found[0]
+    return {
+        "mb": {name: round(size / 1e6, 1) for name, size in first.items()} | {"process": round(middle / 1e6, 1)},
+        "process_mb_of_rounds": [round(size / 1e6, 1) for size in process],
+        "budget_over_tensors": round(first["budget"] / first["tensors"], 3),
+        "budget_and_kernels_over_process": round((first["budget"] + first["kernels"]) / middle, 3),
+    }
+
+
+def bench(options: argparse.Namespace) -> dict[str, Any]:
+    """Every case in turn."""
+    import importlib.metadata
+
+    versions = {name: importlib.metadata.version(name) for name in ("paddlepaddle", "numpy")}
+    result: dict[str, Any] = {"commit": commit(), "machine": machine(), "versions": versions, "rounds": options.rounds}
+    result |= {"sizes": SIZES | (SMALL if options.small else {}), "cases": {}}
+    with tempfile.TemporaryDirectory() as folder:
+        if options.only:
+            prepare(Path(folder), small=options.small)
+        for name in options.only:
+            rounds = range(options.rounds)
+            if name in CASES:
+                path = name.replace("/", "")
+                found = [train(Path(folder), CASES[name], name=f"{path}-{number}") for number in rounds]
+            else:
+                kind = name.removeprefix("load_")
+                found = [json.loads(work("--load", folder, kind).splitlines()[-1]) for _ in rounds]
+            result["cases"][name] = compared(found)
+    return result | {"published": published()}
+
+
+def main() -> None:
+    """Measure, print the figures as JSON."""
+    sys.path.insert(0, str(ROOT))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    names = [*CASES, *(f"load_{kind}" for kind in LOADS)]
+    parser.add_argument("--out", type=Path, help="also write the figures to this file")
+    parser.add_argument("--only", nargs="*", choices=names, default=names, metavar="CASE")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--small", action="store_true", help="a model of four layers in place of six")
+    parser.add_argument("--make", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--load", nargs=2, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.make:
+        make(Path(options.make[0]), small=options.make[1] == "1")
+        return
+    if options.load:
+        print(json.dumps(load(Path(options.load[0]), options.load[1])))
+        return
+    text = json.dumps(bench(options), indent=1)
+    print(text)
+    if options.out:
+        options.out.write_text(text + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
