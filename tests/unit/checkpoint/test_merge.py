@@ -11,12 +11,16 @@ import pytest
 from safetensors.numpy import save_file
 
 from erniekit.base.errors import CheckpointError, ConfigError
+from erniekit.checkpoint.adapter import memory_adapter
 from erniekit.checkpoint.adapter_folder import AdapterFolder
+from erniekit.checkpoint.adapter_save import write_adapter
 from erniekit.checkpoint.convert import write_converted
+from erniekit.checkpoint.ernie45 import memory_table
 from erniekit.checkpoint.folder import Folder
 from erniekit.checkpoint.hf_files import SafetensorsFile
 from erniekit.checkpoint.merge import METHODS, Merged, Recipe
 from erniekit.checkpoint.model_io import load_model
+from erniekit.config.adapter import AdapterConfig
 
 CASES = {
     "moe": ("peft/moe", "moe/shared_tied/pt", "peft/moe/expected", ("input_ids", "logits")),
@@ -84,6 +88,8 @@ ONE, TWO = np.float32([[4, -1, 0.5, 2]]), np.float32([[-1, -3, 2, 0.25]])
         (Recipe((0.7, 0.3), "ties", 0.5), [[2.8, -0.9, 0.6, 1.4]]),
         # all of each: signs + - + +; the second number of both agrees, and the third, and the fourth
         (Recipe((0.7, 0.3), "ties", 1.0), [[2.8, -0.8, 0.475, 0.7375]]),
+        # signs are elected before weights count: the first number of the second adapter does not outweigh
+        (Recipe((0.1, 0.9), "ties", 1.0), [[0.4, -1.4, 0.925, 0.2125]]),
         (Recipe((0.7, 0.3), "dare", 1.0), [[2.5, -1.6, 0.95, 1.475]]),
         (Recipe((0.7, 0.3), "dare_ties", 1.0), [[2.8, -0.8, 0.475, 0.7375]]),
     ],
@@ -125,3 +131,23 @@ def test_adapters_with_different_targets_are_refused(golden, merged):
     assert "other holds the whole of 'm'" in str(error.value)
     with pytest.raises(ConfigError, match="density 0"):
         Recipe((1.0,), "ties", 0.0)
+
+
+def test_adapters_of_multi_token_prediction_are_merged(golden, tmp_path):
+    base = Folder.open(golden / "paddle_real" / "moe_mtp")
+    target, rng = "model.mtp_block.0.self_attn.v_proj", np.random.default_rng(0)
+    config = AdapterConfig(rank=2, alpha=2, targets=(target,))
+    atom = f"{target}.weight"
+    out, into = base.table.atoms[atom].shape
+    a, b = rng.standard_normal((into, 2)).astype(np.float32), rng.standard_normal((2, out)).astype(np.float32)
+    arrays = {f"{target}.adapter.lora_A": a, f"{target}.adapter.lora_B": b}
+    adapter = memory_adapter(config, arrays, memory_table(base.config, head_bias=False))
+    write_adapter(tmp_path / "adapter", adapter, form="erniekit", base=base, dtype="float32")
+    again = AdapterFolder.open(tmp_path / "adapter").on(base.disk_config, mtp_layers=base.form.mtp_layers)
+    write_converted(tmp_path / "out", base, to="pt", source=Merged(base, [again]))
+    merged = Folder.open(tmp_path / "out")
+    merged.check()
+    assert merged.form.mtp_layers == base.form.mtp_layers == 1
+    np.testing.assert_allclose(merged.read_atom(atom), base.read_atom(atom) + b.T @ a.T, rtol=0, atol=1e-6)
+    others = [name for name in base.table.atoms if name != atom]
+    assert all(np.array_equal(merged.read_atom(name), base.read_atom(name)) for name in others)
