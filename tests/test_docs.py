@@ -18,7 +18,10 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 TRANSLATED = {
     f"{name}.md"
-    for name in ("getting-started", "data", "config", "checkpoints", "training", "troubleshooting", "serving", "verbs")
+    for name in (
+        "getting-started", "data", "config", "checkpoints", "training", "lora", "preferences",
+        "troubleshooting", "serving", "verbs",
+    )
 }
 CHINESE = sorted((ROOT / "docs" / "zh").glob("*.md"))
 PATH = re.compile(r"`((?:erniekit|scripts|tests|examples|docs)/[\w./-]*)`")

@@ -7,8 +7,9 @@ in, rank] and so on; PiSSA adds `initial_A` and `initial_B`, which never change.
 
 from __future__ import annotations
 
+import functools
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import numpy as np
@@ -49,7 +50,7 @@ def add_adapters(model: ErnieForCausalLM, config: AdapterConfig, *, seed: int, d
         made = _adapter(modules[owner], name, config, dtype=dtype)
         setattr(modules[owner], name, made)
         if draw:
-            _draw(made, _weight(modules[owner], name), config, path=path, seed=seed)
+            _draw(made, functools.partial(_weight, modules[owner], name), config, path=path, seed=seed)
     parameters = dict(model.named_parameters())
     whole = [name for name in parameters if name.startswith(tuple(f"{path}." for path in config.modules_to_save))]
     base = {name: parameters[name].detach().clone() for name in whole}
@@ -122,22 +123,27 @@ def _adapter(owner: nn.Layer, name: str, config: AdapterConfig, *, dtype: str) -
 
 
 def _weight(owner: nn.Layer, name: str) -> paddle.Tensor:
-    """The base's weight under an adapter, [in, out] or [experts, in, out]; not of packed experts."""
-    if isinstance(owner, Experts):
-        return owner.gate_up_proj if name == "gate_up_adapter" else owner.down_proj
-    return dense_weight(owner)
+    """The base's weight under an adapter, [in, out] or [experts, in, out], dense."""
+    if not isinstance(owner, Experts):
+        return dense_weight(owner)
+    packed, weight = (getattr(owner, name.replace("adapter", kind)) for kind in ("packed", "proj"))
+    return weight if packed is None else paddle.stack([packed.dense(e) for e in range(owner.num_experts)])
 
 
 @paddle.no_grad()
-def _draw(adapter: Adapter, weight: paddle.Tensor, config: AdapterConfig, *, path: str, seed: int) -> None:
-    """A uniform within 1 / sqrt(in) (PEFT's Kaiming with a = sqrt(5)) and B zero; or PiSSA's singular vectors."""
+def _draw(
+    adapter: Adapter, weight: Callable[[], paddle.Tensor], config: AdapterConfig, *, path: str, seed: int
+) -> None:
+    """A uniform within 1 / sqrt(in) (PEFT's Kaiming with a = sqrt(5)) and B zero; or PiSSA's singular vectors. Only who
+    needs the `weight` makes it dense."""
     if config.init == "pissa":
-        if config.rank > min(weight.shape[-2:]):
+        made = weight().astype("float32").numpy()
+        if config.rank > min(made.shape[-2:]):
             raise ConfigError(
                 f"lora_rank: {config.rank} and lora_init: pissa exclude each other: the weight of {path} has "
-                f"{min(weight.shape[-2:])} singular vectors; lower lora_rank, or set lora_init to default"
+                f"{min(made.shape[-2:])} singular vectors; lower lora_rank, or set lora_init to default"
             )
-        u, sigma, v = np.linalg.svd(weight.astype("float32").numpy(), full_matrices=False)
+        u, sigma, v = np.linalg.svd(made, full_matrices=False)
         root = np.sqrt(sigma[..., : config.rank] / np.float32(config.scaling))
         for factor, first in (
             (u[..., : config.rank] * root[..., None, :], (adapter.lora_A, adapter.initial_A)),
@@ -151,7 +157,7 @@ def _draw(adapter: Adapter, weight: paddle.Tensor, config: AdapterConfig, *, pat
         drawn = generator.random(adapter.lora_A.shape, np.float32) * np.float32(2.0) - np.float32(1.0)
         _set(adapter.lora_A, drawn / np.float32(np.sqrt(adapter.lora_A.shape[-2])))
     if isinstance(adapter, DoraAdapter):
-        _set(adapter.magnitude, paddle.sqrt(paddle.square(weight.astype("float32")).sum(0)).numpy())
+        _set(adapter.magnitude, paddle.sqrt(paddle.square(weight().astype("float32")).sum(0)).numpy())
 
 
 def _set(p: paddle.Tensor, array: np.ndarray) -> None:

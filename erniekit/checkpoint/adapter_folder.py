@@ -39,6 +39,7 @@ from erniekit.config.architecture import ErnieConfig
 
 _FORMATS = ("F32", "BF16", "U16", "F16")
 _SPLIT = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "up_gate_proj": ("gate_proj", "up_proj")}
+_EXPERT = re.compile(r"\.experts\.\d+\..*")  # a part of the one module that the experts of a layer are
 _SAMPLE = 64
 
 
@@ -101,7 +102,7 @@ class AdapterFolder:
         alpha = settings.alpha
         if rank != settings.rank or scaling != settings.scaling_of(""):
             alpha = alpha_of(scaling, rank, rslora=settings.rslora)
-        owners = dict.fromkeys(name.rpartition(".")[0] for name in self.names.whole)
+        owners = dict.fromkeys(_EXPERT.sub(".experts", name.rpartition(".")[0]) for name in self.names.whole)
         return AdapterConfig(
             rank=rank, alpha=alpha, dropout=settings.dropout, rslora=settings.rslora, dora=settings.dora,
             targets=tuple(sorted(widths, key=_natural)), modules_to_save=tuple(owners),

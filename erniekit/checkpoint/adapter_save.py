@@ -92,7 +92,7 @@ def _peft(adapter: Adapter, ram: Table, pt: Table, *, tied: bool) -> tuple[Array
         for name in (name for name in pt.tensors if name.startswith(module + ".")):
             arrays[PEFT_PREFIX + name] = pt.tensors[name].shape, adapter.whole[name]
         if module.endswith(".experts"):
-            raise CheckpointError(f"{module}: experts that are trained whole have no place in PEFT's form; merge them.")
+            notice(f"{module}: PEFT has no place for experts that are trained whole; they are in the folder.")
     if tied and EMBEDDING in adapter.whole:  # PEFT saves the head that is tied to it as well
         arrays[PEFT_PREFIX + HEAD] = pt.tensors[EMBEDDING].shape, adapter.whole[EMBEDDING]
     if any(map(is_mtp, config.targets)):
@@ -153,8 +153,8 @@ def _peft_targets(targets: Sequence[str], ram: Table, *, dora: bool) -> tuple[li
             parameters.append(f"{target}.weight")
         else:
             modules.append(target)
-    linear = [name.removesuffix(".weight") for name in ram.tensors if name.endswith("_proj.weight")]
-    return _shortened(modules, linear), _shortened(parameters, list(ram.tensors))
+    everything = [name.removesuffix(".weight") for name in ram.tensors]
+    return _shortened(modules, everything), _shortened(parameters, list(ram.tensors))
 
 
 def _shortened(paths: Sequence[str], everything: Sequence[str]) -> list[str]:
@@ -191,14 +191,17 @@ def _erniekit(adapter: Adapter, table: Table, *, dtype: str) -> tuple[Arrays, di
         for which, (part, shape) in enumerate({"lora_A": (into, rank), "lora_B": (rank, out)}.items()):
             arrays[f"{module}.{part}"] = shape, functools.partial(_paddle_pair, adapter, table, module, rank, which)
     whole = _paddle_whole(adapter, table)
-    kinds = {f".*{module.rpartition('.')[2]}.*" for module in adapted}
-    all_linear = [name.removesuffix(".weight") for name in table.tensors if name.endswith("_proj.weight")]
-    wide = [kind for kind in sorted(kinds) if all(m in adapted for m in all_linear if m.endswith(kind[2:-2]))]
-    named = [m.replace(".", r"\.") for m in adapted if f".*{m.rpartition('.')[2]}.*" not in wide]
+    ends = {module: module.rpartition(".")[2] for module in adapted}
+    linear = [name.removesuffix(".weight") for name in table.tensors if name.endswith("_proj.weight")]
+    wide = [
+        end for end in sorted(set(ends.values()))
+        if end.endswith("_proj") and all(module in adapted for module in linear if module.endswith(end))
+    ]  # fmt: skip
+    named = [module.replace(".", r"\.") for module, end in ends.items() if end not in wide]
     alpha = config.alpha if rank == config.rank else alpha_of(config.scaling, rank, rslora=rslora)
     return arrays | whole, {
         "r": rank, "lora_alpha": alpha, "rslora": rslora, "scaling": config.scaling, "lora_dropout": config.dropout,
-        "dtype": dtype, "target_modules": wide + named,
+        "dtype": dtype, "target_modules": [f".*{end}.*" for end in wide] + named,
         "trainable_modules": [name.replace(".", r"\.") for name in whole] or None,
     }  # fmt: skip
 

@@ -54,8 +54,9 @@ def export(
     name = "adapter-export" if adapter_only else "export"
     target = Path(out) if out else run / (name if step is None else f"{name}-{step}")
     adapter = source if is_adapter(source) else _lora_path(cfg) if step is None else None
-    if several or adapter:
-        picked = several or Several(((adapter or source, 1.0),))
+    picked = several or (Several(((adapter, 1.0),)) if adapter else None)
+    if picked:
+        exported = ", ".join(str(path) for path, _ in picked.adapters)
         require_empty(target)
         base = Folder.open(base_of(picked.adapters[0][0], cfg))
         base.check()
@@ -66,14 +67,15 @@ def export(
     elif adapter_only:
         raise ConfigError(f"{source} holds no adapter to export; leave --adapter out to export a whole model.")
     else:
+        exported = str(source)
         convert(trained_model(cfg, step=step), target, to=to, max_shard_bytes=cfg.export.max_shard_size * GB)
-    print(f"exported {adapter or source} to {target} ({_FORMS[to] if adapter_only else to} layout)", flush=True)
+    print(f"exported {exported} to {target} ({_FORMS[to] if adapter_only else to} layout)", flush=True)
     return target
 
 
 def _lora_path(cfg: RunConfig) -> Path | None:
-    """The adapter that is named, where the run left none and is not a whole model."""
-    asked = cfg.lora.lora_path if cfg.model.fine_tuning == "LoRA" else None
+    """The adapter that a config which does not train names; one that trains names where its run starts."""
+    asked = cfg.lora.lora_path if cfg.model.fine_tuning == "LoRA" and not cfg.data.train_dataset_path else None
     return Path(asked) if asked else None
 
 
@@ -107,25 +109,34 @@ def _merge(cfg: RunConfig, base: Folder, picked: Several, target: Path, *, to: s
         "base": str(base.path), "base_mark": mark_of(base), **asdict(recipe),
         "adapters": [str(adapter.path) for adapter in adapters],
     }  # fmt: skip
-    prove = _proof(cfg, source)
+    prove = _proof(cfg, source) if cfg.export.merge_proof else None
+    if prove is None:
+        warn("merge_proof is off: that the merged model is what base and adapter are was not looked at.")
 
     def last(stage: Path) -> None:
-        write_json(stage / MERGE_FILE, {**facts, "proof": prove(stage)})
+        write_json(stage / MERGE_FILE, {**facts, "proof": prove(stage) if prove else None})
 
     write_converted(target, base, to=to, source=source, max_shard_bytes=cfg.export.max_shard_size * GB, last=last)
 
 
 def _proof(cfg: RunConfig, source: Merged) -> Callable[[Path], dict[str, object]]:
     """Ask base and adapter now; the returned function asks the merged folder, compares, and raises if it is too far."""
+    from erniekit.adapters.lora import adapters_off
     from erniekit.checkpoint.load import load_for_answers, load_merged
     from erniekit.rollout.merge_proof import TOLERANCES, difference, logits_of, require_close, token_rows
 
     base, single = source.base, source.recipe == Recipe(seed=source.recipe.seed)
     held, ids = _held_out(cfg, base)
     rows = token_rows(ids)
-    alone = logits_of(load_for_answers(base.path), rows)
-    path = Path(source.adapters[0].name)
-    expected = logits_of(load_for_answers(base.path, adapter=path) if single else load_merged(source), rows)
+    if single:
+        model = load_for_answers(base.path, adapter=Path(source.adapters[0].name))
+        with adapters_off(model):
+            alone = logits_of(model, rows)
+    else:
+        alone = logits_of(load_for_answers(base.path), rows)
+        model = load_merged(source)
+    expected = logits_of(model, rows)
+    del model  # one at a time
     moved = difference(alone, expected)
     dtype = base.config.dtype
     tolerance = TOLERANCES[dtype] if cfg.export.merge_tolerance is None else cfg.export.merge_tolerance

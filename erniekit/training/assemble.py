@@ -85,12 +85,15 @@ def adapter_of(base: Folder, arch: ErnieConfig, cfg: RunConfig) -> AdapterConfig
 
 
 def check_names(base: Folder, arch: ErnieConfig, cfg: RunConfig) -> None:
-    """Raise ConfigError for every pattern that picks no parameter, before anything is read, written or built."""
-    names = list(memory_table(arch, head_bias=base.has_head_bias).tensors)
-    adapter = adapter_of(base, arch, cfg)
+    """Raise ConfigError for every pattern that picks no parameter, and for weights that cannot be packed as
+    `compute_type` says, before anything is read, written or built."""
+    table = memory_table(arch, head_bias=base.has_head_bias)
+    names = list(table.tensors)
+    adapter, packing, problems = adapter_of(base, arch, cfg), packing_of(cfg), list[str]()
+    if packing:
+        packing.check({name.removesuffix(".weight"): tensor.shape for name, tensor in table.tensors.items()})
     if adapter:
         names = adapter_names(adapter, names)
-    problems: list[str] = []
     for judge in (trained_names, functools.partial(rate_factors, num_layers=arch.num_hidden_layers)):
         try:
             judge(names, keys=cfg.optimizer)

@@ -63,6 +63,9 @@ def test_a_merge_that_is_too_far_leaves_nothing(trained, run, tmp_path):
     _, err = run("export", trained, "merge_tolerance=1e-12", "--out", tmp_path / "merged", code=2)
     assert "The merged model is not what base and adapter are" in err and "merge_tolerance" in err
     assert not (tmp_path / "merged").exists()
+    _, err = run("export", trained, "merge_proof=false", "--out", tmp_path / "merged")
+    assert "was not looked at" in err
+    assert json.loads((tmp_path / "merged" / "erniekit_merge.json").read_text())["proof"] is None
 
 
 def test_the_documented_way_of_erniekit(trained, adapter, bench, run, tmp_path):
@@ -76,6 +79,10 @@ def test_the_documented_way_of_erniekit(trained, adapter, bench, run, tmp_path):
     run("export", config, "lora=True", f"lora_path={adapter}", f"output_dir={tmp_path / 'elsewhere'}")
     second = Folder.open(tmp_path / "elsewhere" / "export")
     assert all(np.array_equal(first.read_tensor(name), second.read_tensor(name)) for name in first.names)
+    # A run that starts from lora_path, and left nothing yet.
+    data = f"train_dataset_path={bench.folder / 'train.jsonl'}"
+    words = ("lora=True", f"lora_path={adapter}", data, f"output_dir={tmp_path / 'begun'}")
+    assert "there is nothing to export" in run("export", config, *words, code=2)[1]
     _, err = run("export", config, "lora=True", f"output_dir={tmp_path / 'empty'}", code=2)
     assert "does not exist: there is nothing to export" in err
 

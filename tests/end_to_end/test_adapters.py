@@ -24,6 +24,7 @@ CASES = {
         "moe_use_aux_free": True,
     },
     "quantised": {"compute_type": "wint4/8", "lora_target_modules": "[attention, experts]"},
+    "quantised, dora": {"compute_type": "nf4", "group_size": 16, "dora": True, "lora_target_modules": "attention"},
     "text": {"stage": "PT", "lora_target_modules": "[q_proj, v_proj]", "lora_plus_scale": 4},
 }  # fmt: skip
 

@@ -323,3 +323,20 @@ def test_an_embedding_that_is_the_head_is_stored_twice_for_peft(golden, tmp_path
     write_raw(file, {name: value for name, value in raw.items() if "lm_head" not in name})
     AdapterFolder.open(tmp_path / "peft").on(base.disk_config)
     assert "PEFT went on with the old head" in capsys.readouterr().err
+
+
+def test_a_projection_that_ends_in_a_number_is_named_whole(golden, tmp_path):
+    base = Folder.open(golden / "paddle_real" / "moe_mtp")
+    table = memory_table(base.disk_config, head_bias=False)
+    target = "model.mtp_linear_proj.0"
+    into, out = table.tensors[f"{target}.weight"].shape
+    arrays = {f"{target}.adapter.lora_A": np.ones((into, 2), np.float32)}
+    arrays[f"{target}.adapter.lora_B"] = np.ones((2, out), np.float32)
+    adapter = memory_adapter(AdapterConfig(rank=2, alpha=2, targets=(target,)), arrays, table)
+    for form, file in (("peft", "adapter_config.json"), ("erniekit", "lora_config.json")):
+        write_adapter(tmp_path / form, adapter, form=form, base=base, dtype="float32")
+        wanted = "mtp_linear_proj.0" if form == "peft" else r"ernie\.mtp_linear_proj\.0"
+        assert json.loads((tmp_path / form / file).read_text())["target_modules"] == [wanted]
+        again = AdapterFolder.open(tmp_path / form).on(base.disk_config, mtp_layers=1)
+        found = again.applied(f"{target}.weight", np.zeros((out, into), np.float32))
+        assert np.array_equal(found, np.full((out, into), 2, np.float32))

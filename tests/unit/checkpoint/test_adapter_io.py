@@ -81,6 +81,21 @@ def test_an_adapter_comes_back_from_disk(golden, tmp_path, form, start):
             assert np.array_equal(p.numpy(), adapter_parameters(model)[name].numpy()), name
 
 
+@pytest.mark.parametrize("form", ["peft", "erniekit"])
+def test_experts_and_routers_trained_whole_come_back(golden, tmp_path, form):
+    base = Folder.open(golden / "moe" / "shared_tied" / "pt")
+    saved = ("model.layers.1.mlp.experts", "model.layers.2.mlp.gate")
+    config = AdapterConfig(rank=2, alpha=4, targets=TARGETS[:3], modules_to_save=saved)
+    model = build_model(base, base.config)
+    add_adapters(model, config, seed=1)
+    for p in adapter_parameters(model).values():
+        p.set_value(p + 0.1 * paddle.randn(p.shape))
+    save_adapter(model, tmp_path / "adapter", config=config, form=form, base=base, dtype="float32")
+    folder, ids = AdapterFolder.open(tmp_path / "adapter"), np.arange(3, 27).reshape(2, 12)
+    assert folder.config.modules_to_save == saved
+    assert np.abs(logits(adapted(base, folder), ids) - logits(model, ids)).max() <= 2e-5
+
+
 def test_another_adapter_than_the_models_is_refused(golden):
     base, folder = Folder.open(golden / "moe" / "shared_tied" / "pt"), AdapterFolder.open(golden / "peft" / "moe")
     model = build_model(base, base.config)

@@ -24,7 +24,7 @@ OWN = {  # ours, or of ERNIEKit versions after 1.3
     "validation_split", "max_dropped_fraction", "check_leaks", "cache_data", "data_cache_dir",
     "share_prompt",
     "lora_dropout", "lora_target_modules", "modules_to_save", "dora", "lora_init", "group_size",
-    "kto_desirable_weight", "kto_undesirable_weight", "merge_tolerance",
+    "kto_desirable_weight", "kto_undesirable_weight", "merge_tolerance", "merge_proof",
 }  # fmt: skip
 
 
