@@ -59,7 +59,7 @@ _PARTS = {"attention": r"\.self_attn\.", "experts": r"\.mlp\.experts\.", "other 
 
 
 def errors(model: ErnieForCausalLM, packed: ErnieForCausalLM) -> dict[str, Any]:
-    """Relative error |dense - weight| / |weight| (Frobenius) of every packed weight, and of each kind of layer."""
+    """Relative error |dense - weight| / |weight| (Frobenius) of every packed weight, kind of layer and layer."""
     parameters = dict(model.named_parameters())
     squares: dict[str, tuple[float, float]] = {}
     for name, layer in packed_weights(packed).items():
@@ -71,11 +71,14 @@ def errors(model: ErnieForCausalLM, packed: ErnieForCausalLM) -> dict[str, Any]:
         return math.sqrt(sum(squares[n][0] for n in names) / sum(squares[n][1] for n in names))
 
     parts: dict[str, list[str]] = {}
+    layers: dict[str, list[str]] = {}
     for name in squares:
         parts.setdefault(next(part for part, pattern in _PARTS.items() if re.search(pattern, name)), []).append(name)
+        layers.setdefault(".".join(name.split(".")[:3]), []).append(name)
     return {
         "weights": {name: round(share([name]), 6) for name in squares},
         "parts": {part: round(share(names), 6) for part, names in parts.items()},
+        "layers": {layer: round(share(names), 6) for layer, names in layers.items()},
         "all": round(share(list(squares)), 6),
     }
 
