@@ -175,3 +175,21 @@ def test_python_examples_use_what_is_there(page: Path) -> None:
             if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "erniekit"
         }
         assert used <= set(erniekit.__all__)
+
+
+def test_rows_of_preferences_are_read(tmp_path: Path) -> None:
+    from erniekit.data.sources import RowReport, list_sources, read_samples
+
+    shown = [
+        (row, "KTO" if "judged" in name else "DPO")
+        for language, name, text in fences(ROOT / "docs" / "preferences.md")
+        if language == "json"
+        for row in text.splitlines()
+    ]
+    for row, stage in shown:
+        (tmp_path / "row.jsonl").write_text(row, encoding="utf-8")
+        (source,) = list_sources([str(tmp_path / "row.jsonl")], None, None, stage=stage, key="train_dataset")
+        report = RowReport()
+        assert len(list(read_samples(source, report, stage=stage))) == 1, report.bad
+        assert report.unused_keys == set()
+    assert len(shown) == 8
