@@ -82,7 +82,8 @@ def published() -> list[dict[str, Any]]:
     for name, keys, length, cards in PUBLISHED:
         cfg = load_config({"compute_type": "bf16", "lora_rank": 32, "recompute": True, "max_seq_len": length} | keys)
         needed = run_budget(cfg, family(name), on_gpu=True)
-        parts = {part: round(size / 1e9, 1) for part, size in dataclasses.asdict(needed).items()}
+        counts = ("numbers", "trained")
+        parts = {part: round(n / 1e9, 1) for part, n in dataclasses.asdict(needed).items() if part not in counts}
         share = (needed.peak + needed.kernels) / cards
         rows.append({
             "model": name, **keys, "max_seq_len": length, "cards": cards, "gb": parts,
@@ -100,8 +101,9 @@ def prepare(folder: Path, *, small: bool) -> None:
     def said(count: int) -> str:
         return " ".join(rng.choices(words, k=count))
 
-    rows = [{"src": [said(20)], "tgt": [said(60)]} for _ in range(300)]
-    pairs = [{"question": said(40), "chosen": said(30), "rejected": said(30)} for _ in range(300)]
+    # Short ones: packed rows are full then, as the budget takes them to be.
+    rows = [{"src": [said(4)], "tgt": [said(8)]} for _ in range(2000)]
+    pairs = [{"question": said(4), "chosen": said(6), "rejected": said(6)} for _ in range(1500)]
     for name, lines in (("train", rows), ("pairs", pairs)):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines), encoding="utf-8")
     command = erniekit("init", "--family", "tiny-moe", "--train-tokenizer", "train.jsonl", "--out", "tokenizer")

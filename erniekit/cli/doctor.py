@@ -13,14 +13,17 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import metadata
+from typing import TYPE_CHECKING
 
 from erniekit.base import packages, resources, runtime
 from erniekit.base.errors import ErnieKitError
 from erniekit.base.resources import GIB
 from erniekit.cli.arguments import Arguments
-from erniekit.config.budget import Budget, architecture_of, budget
 from erniekit.config.load import load_config
 from erniekit.config.run import RunConfig
+
+if TYPE_CHECKING:
+    from erniekit.training.budget import Budget
 
 OK, WARNING, PROBLEM = "ok", "warning", "problem"
 _PYTHON = ((3, 10), (3, 13))
@@ -209,6 +212,8 @@ def _disk(config: RunConfig | None) -> Iterator[Finding]:
 
 # ---------------------------------------------------------------------- one run on it
 def _run(config: RunConfig) -> Iterator[Finding]:
+    from erniekit.training.budget import architecture_of, disk_of, run_budget  # here: numpy may be what is broken
+
     arch = architecture_of(config)
     if arch is None:
         yield Finding(
@@ -216,32 +221,36 @@ def _run(config: RunConfig) -> Iterator[Finding]:
             "give a model folder with config.json, or a published name",
         )  # fmt: skip
         return
+    if arch.is_vl:
+        yield Finding(WARNING, "run", "vision-language models cannot be trained yet", "choose a text model")
+        return
     gpus = resources.gpus() if packages.version("paddlepaddle-gpu") else []
-    needed = budget(config, arch, on_gpu=bool(gpus))
+    needed = run_budget(config, arch, on_gpu=bool(gpus))
     yield _memory_of(needed, max(gpu.num_bytes for gpu in gpus) if gpus else resources.memory()[1], on_gpu=bool(gpus))
-    yield _disk_of(needed, config)
+    yield _disk_of(*disk_of(config, arch, needed), config)
 
 
 def _memory_of(needed: Budget, offered: int, *, on_gpu: bool) -> Finding:
+    total = needed.peak + needed.kernels
     text = (
-        f"{needed.parameters / 1e9:.2f} billion parameters: {needed.memory / GIB:.1f} GiB for weights "
-        f"({needed.weights / GIB:.1f}), gradients ({needed.gradients / GIB:.1f}) and optimizer states "
-        f"({needed.states / GIB:.1f}), activations on top; {offered / GIB:.1f} GiB "
-        f"{'on the GPU' if on_gpu else 'of memory free'}"
+        f"{needed.numbers / 1e9:.2f} billion parameters: {total / GIB:.1f} GiB at most at once for weights "
+        f"({needed.weights / GIB:.1f}), gradients ({needed.gradients / GIB:.1f}), optimizer states "
+        f"({needed.states / GIB:.1f}) and activations of full rows ({needed.activations / GIB:.1f}); "
+        f"{offered / GIB:.1f} GiB {'on the GPU' if on_gpu else 'of memory free'}"
     )
-    cure = "use_lowprecision_moment=true halves the moments; or a smaller model, or a larger machine"
-    if needed.memory > offered:
+    cure = "recompute=true, a smaller max_seq_len or batch_size, fine_tuning=LoRA; or a smaller model, a larger machine"
+    if total > offered:
         return Finding(PROBLEM, "run", text, cure)
-    return Finding(WARNING, "run", text, cure) if needed.memory > 0.8 * offered else Finding(OK, "run", text)
+    return Finding(WARNING, "run", text, cure) if total > 0.8 * offered else Finding(OK, "run", text)
 
 
-def _disk_of(needed: Budget, config: RunConfig) -> Finding:
+def _disk_of(checkpoint: int, model: int, config: RunConfig) -> Finding:
     train = config.train
     kept = 0 if train.save_strategy == "no" else (train.save_total_limit or 0) + 1
-    total = kept * needed.checkpoint + needed.model
+    total = kept * checkpoint + model
     free, _ = resources.free_disk(train.output_dir or ".")
     every = "every checkpoint is kept" if kept == 1 else f"at most {kept} at a time"
-    text = f"{needed.checkpoint / GIB:.1f} GiB for a checkpoint ({every}), {needed.model / GIB:.1f} for the model"
+    text = f"{checkpoint / GIB:.1f} GiB for a checkpoint ({every}), {model / GIB:.1f} for the model"
     if total > free:
         cure = "save_total_limit=1, or another output_dir"
         return Finding(PROBLEM, "run", f"{text}; {free / GIB:.1f} GiB free", cure)

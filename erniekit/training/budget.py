@@ -11,11 +11,14 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from erniekit.adapters.targets import adapter_config, slot
+from erniekit.base.errors import ErnieKitError
 from erniekit.checkpoint.ernie45 import memory_table
 from erniekit.config.adapter import AdapterConfig
 from erniekit.config.architecture import ErnieConfig
+from erniekit.config.families import family
 from erniekit.config.packing import Packing, packing_of
 from erniekit.config.run import RunConfig
 from erniekit.data.batch import ROW_MULTIPLE
@@ -31,7 +34,8 @@ _ALWAYS_FP32 = (".gate.weight", _NEVER_TRAINED)
 @dataclass(frozen=True)
 class Budget:
     """Bytes. `activations` are kept between the passes of a micro-batch; `peak` is the most of tensors at once, which
-    is less than the sum of its parts, for gradients come as activations go; `kernels` is what kernels take inside."""
+    is less than the sum of its parts, for gradients come as activations go; `kernels` is what kernels take inside.
+    `numbers` counts the numbers of all parameters, `trained` of those that are trained."""
 
     weights: int
     gradients: int
@@ -39,6 +43,8 @@ class Budget:
     activations: int
     peak: int
     kernels: int
+    numbers: int
+    trained: int
 
     @property
     def text(self) -> str:
@@ -154,6 +160,22 @@ def _terms(cfg: RunConfig, arch: ErnieConfig) -> Terms:
     return Terms(balance)
 
 
+def disk_of(cfg: RunConfig, arch: ErnieConfig, needed: Budget) -> tuple[int, int]:
+    """Bytes of a checkpoint, and of what a finished run leaves: all weights, or the adapter alone."""
+    kept = needed.trained if cfg.model.fine_tuning == "LoRA" else needed.numbers
+    states = Formats.of(cfg, on_gpu=False).states  # masters are what a checkpoint's weights are
+    return kept * 4 + needed.trained * states, kept * (2 if arch.dtype == "bfloat16" else 4)
+
+
+def architecture_of(cfg: RunConfig) -> ErnieConfig | None:
+    """The architecture of the config's model: from its folder, else from its name; None if neither tells."""
+    name = cfg.model.model_name_or_path or ""
+    try:
+        return ErnieConfig.from_folder(Path(name)) if (Path(name) / "config.json").is_file() else family(name)
+    except ErnieKitError:
+        return None
+
+
 def _row_length(cfg: RunConfig, lengths: Sequence[int]) -> int:
     most = cfg.data.max_seq_len
     if not len(lengths):
@@ -174,10 +196,12 @@ def budget(
         arch, load, gradients, recompute=recompute, adapter=parameters.adapter, terms=terms, number=formats.weight,
         packed=lambda module: packing is not None and packing.kind_of(module) is not None,
     ).step()  # fmt: skip
-    states = sum(math.prod(parameters.shapes[name]) for name in gradients) * formats.states
+    trained = sum(math.prod(parameters.shapes[name]) for name in gradients)
+    states = trained * formats.states
     working = max(tape.walk(again=micro_batches > 1).total, sum(gradients.values()))
     chunk = min(CHUNK_TOKENS, load.labelled) * (arch.hidden_size + arch.vocab_size) * 4
     return Budget(
         weights=sum(sizes.values()), gradients=sum(gradients.values()), states=states, activations=tape.kept(),
-        peak=sum(sizes.values()) + states + working, kernels=chunk,
+        peak=sum(sizes.values()) + states + working, kernels=chunk, trained=trained,
+        numbers=sum(math.prod(shape) for shape in parameters.shapes.values()),
     )  # fmt: skip

@@ -11,7 +11,6 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from erniekit.adapters.lora import adapter_config_of
 from erniekit.base.console import notice
 from erniekit.base.errors import ConfigError
 from erniekit.config.optimizer import OptimizerConfig
@@ -46,6 +45,8 @@ def trained_names(names: Sequence[str], keys: OptimizerConfig) -> set[str]:
 
 def freeze(model: ErnieForCausalLM, keys: OptimizerConfig) -> None:
     """Take the gradient flag from every parameter that the run does not train."""
+    from erniekit.adapters.lora import adapter_config_of  # here: names are picked without Paddle
+
     parameters = dict(model.named_parameters())
     usual = {name for name, p in parameters.items() if not p.stop_gradient}
     # Beside adapters the base is frozen as it is: a pattern must pick something among what they train.

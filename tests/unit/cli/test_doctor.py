@@ -108,16 +108,21 @@ def test_a_terminal_that_shows_no_chinese(machine, run, monkeypatch):
 
 def test_a_run_that_fits_and_one_that_does_not(machine, run, tmp_path):
     (tmp_path / "run.yaml").write_text("model_name_or_path: baidu/ERNIE-4.5-0.3B-PT\noutput_dir: out\n")
-    out = run("run.yaml", "save_total_limit=2")
-    assert "ok       run        0.36 billion parameters: 5.4 GiB for weights (1.3), gradients (1.3)" in out
+    machine["memory"] = (64 * GIB, 64 * GIB)
+    out = run("run.yaml", "save_total_limit=2", "max_seq_len=128")
+    assert "ok       run        0.36 billion parameters: 5.8 GiB at most at once" in out
+    assert "weights (1.3), gradients (1.3), optimizer states (2.7)" in out
     assert "4.0 GiB for a checkpoint (at most 3 at a time)" in out
-    machine["memory"] = (16 * GIB, 6 * GIB)
-    assert "warning  run        0.36 billion" in run("run.yaml")
-    machine["memory"] = (16 * GIB, 5 * GIB)
-    assert "problem  run        0.36 billion" in run("run.yaml", code=2)
+    machine["memory"] = (16 * GIB, 7 * GIB)
+    assert "warning  run        0.36 billion" in run("run.yaml", "max_seq_len=128")
+    assert "problem  run        0.36 billion" in run("run.yaml", "max_seq_len=4096", code=2)
+    machine["memory"] = (16 * GIB, 3 * GIB)
+    lora = run("run.yaml", "fine_tuning=LoRA", "compute_type=wint8", "max_seq_len=128")
+    assert "gradients (0.0), optimizer states (0.0)" in lora and "0.0 for the model" in lora
     machine.update(memory=(64 * GIB, 64 * GIB), disk=(8 * GIB, True))
     assert "8.0 GiB free" in run("run.yaml", "save_total_limit=3", code=2)
     assert "is not known" in run("run.yaml", "model_name_or_path=apples")
+    assert "cannot be trained yet" in run("run.yaml", "model_name_or_path=ERNIE-4.5-VL-28B-A3B")
 
 
 def test_the_range_of_paddle_is_that_of_setup_py():

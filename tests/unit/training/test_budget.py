@@ -6,6 +6,7 @@ Models are small and steps are real. Nothing in the formula is fitted, so that w
 from __future__ import annotations
 
 import gc
+import json
 
 import numpy as np
 import paddle
@@ -15,13 +16,14 @@ from paddle.base import core
 from erniekit.adapters.lora import add_adapters
 from erniekit.adapters.targets import adapter_config
 from erniekit.config.architecture import ErnieConfig
-from erniekit.config.families import family
+from erniekit.config.families import count_parameters, family
+from erniekit.config.load import load_config
 from erniekit.config.lora import LoraConfig
 from erniekit.data.batch import Batch
 from erniekit.models.decoder import ErnieForCausalLM
 from erniekit.parallel.recompute import apply_recompute
 from erniekit.training.activations import Load, Terms
-from erniekit.training.budget import Budget, Formats, Parameters, budget
+from erniekit.training.budget import Budget, Formats, Parameters, architecture_of, budget, run_budget
 from erniekit.training.objective import LanguageModelObjective, LossWeights
 from erniekit.training.optimizer import AdamWSettings, Optimizer
 from erniekit.training.router import RouterUpkeep
@@ -153,3 +155,39 @@ def test_what_a_layer_keeps(arch, lora, rows, length):
     found = [run.between_the_passes() for run in runs]
     extra = arch.is_moe * 2 * rows * length * arch.moe_num_experts * 4  # logits, which losses read, and their softmax
     assert kept[1] - kept[0] + extra == pytest.approx(found[1] - found[0], rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("keys", "on_gpu", "weights", "gradients", "states"),
+    [
+        ({}, False, 4, 4, 8),
+        ({}, True, 2, 2, 12),
+        ({"compute_type": "fp32"}, True, 4, 4, 8),
+        ({"use_lowprecision_moment": True}, False, 4, 4, 4),
+        ({"optim": "adamw_16bit_moment", "ema_decay": 0.99}, False, 4, 4, 8),
+    ],
+)
+def test_bytes_of_a_parameter(keys, on_gpu, weights, gradients, states):
+    needed, count = run_budget(load_config(keys), family("0.3B"), on_gpu=on_gpu), count_parameters(family("0.3B"))
+    assert (needed.numbers, needed.trained) == (count, count)
+    found = (needed.weights, needed.gradients, needed.states)
+    assert found == tuple(count * part for part in (weights, gradients, states))
+
+
+def test_adapters_on_a_quantised_base():
+    """wint4/8: the routed experts take half a byte a number, other linear layers one, the rest its own format."""
+    keys = {"fine_tuning": "LoRA", "lora_rank": 8, "compute_type": "wint4/8", "max_seq_len": 128}
+    needed, plain = run_budget(load_config(keys), MOE), run_budget(load_config({"max_seq_len": 128}), MOE)
+    assert needed.weights < 0.4 * plain.weights
+    assert needed.trained < 0.2 * plain.trained
+    assert needed.states == 8 * needed.trained
+
+
+def test_the_architecture_of_a_folder_or_of_a_name(tmp_path):
+    assert architecture_of(load_config({"model_name_or_path": "baidu/ERNIE-4.5-0.3B-Paddle"})) == family("0.3B")
+    (tmp_path / "config.json").write_text(json.dumps(family("micro-moe").to_dict("pt")))
+    found = architecture_of(load_config({"model_name_or_path": tmp_path}))
+    assert found is not None and count_parameters(found) == count_parameters(family("micro-moe"))
+    assert architecture_of(load_config({"model_name_or_path": "apples"})) is None
+    (tmp_path / "config.json").write_text("[")
+    assert architecture_of(load_config({"model_name_or_path": tmp_path})) is None
