@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -26,27 +25,11 @@ from erniekit.checkpoint.adapter_save import write_adapter
 from erniekit.checkpoint.ernie45 import HEAD_BIAS, Table, memory_table
 from erniekit.checkpoint.folder import Folder
 from erniekit.checkpoint.keys import assign
-from erniekit.checkpoint.model_io import host_array
+from erniekit.checkpoint.model_io import HostParameters
 from erniekit.config.adapter import AdapterConfig
 from erniekit.models.decoder import ErnieForCausalLM
 
 __all__ = ["AdapterFolder", "check_base", "load_adapter", "save_adapter"]
-
-
-class _Parameters(Mapping[str, np.ndarray]):
-    """Parameters by name, each fetched when it is asked for."""
-
-    def __init__(self, parameters: Mapping[str, paddle.Tensor]) -> None:
-        self._parameters = parameters
-
-    def __getitem__(self, name: str) -> np.ndarray:
-        return host_array(self._parameters[name])
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._parameters)
-
-    def __len__(self) -> int:
-        return len(self._parameters)
 
 
 def save_adapter(
@@ -59,7 +42,7 @@ def save_adapter(
     parameters = adapter_parameters(model)
     for target, (a, b) in plain_factors(model).items():
         parameters |= {f"{slot(target)}.lora_A": a, f"{slot(target)}.lora_B": b}
-    adapter = memory_adapter(plain_config(config), _Parameters(parameters), _table(model))
+    adapter = memory_adapter(plain_config(config), HostParameters(parameters), _table(model))
     write_adapter(path, adapter, form=form, base=base, dtype=dtype)
 
 

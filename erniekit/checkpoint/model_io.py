@@ -37,10 +37,10 @@ def host_array(tensor: paddle.Tensor) -> np.ndarray:
 
 
 class HostParameters(Mapping[str, np.ndarray]):
-    """A model's parameters by name, each fetched when it is asked for."""
+    """Parameters by name, each fetched when it is asked for."""
 
-    def __init__(self, model: ErnieForCausalLM) -> None:
-        self._parameters = dict(model.named_parameters())
+    def __init__(self, parameters: Mapping[str, paddle.Tensor]) -> None:
+        self._parameters = parameters
 
     def __getitem__(self, name: str) -> np.ndarray:
         return host_array(self._parameters[name])
@@ -159,6 +159,6 @@ def save_model(
     """
     dtype = dtype or model.config.dtype
     save_folder(
-        path, HostParameters(model), cfg=model.config, layout=layout, dtype=dtype, base=base,
+        path, HostParameters(dict(model.named_parameters())), cfg=model.config, layout=layout, dtype=dtype, base=base,
         max_shard_bytes=max_shard_bytes,
     )  # fmt: skip

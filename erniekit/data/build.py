@@ -10,7 +10,7 @@ import hashlib
 import itertools
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from erniekit.config.align import AlignConfig
@@ -103,12 +103,6 @@ class TrainData:
         rows = self.rows(step)
         return list(make_batches(rows, batch_size=batch_size, pad_id=self._pad_id, max_seq_len=self._max_seq_len))
 
-    def samples_in_all(self, *, batch_size: int) -> Iterator[Batch]:
-        """Every sample of the files once, in file order, `batch_size` rows at a time."""
-        lengths = self.store.lengths()
-        packed = pack_in_order(range(len(lengths)), lengths, row_len=self._max_seq_len)
-        return _batches(self.store, packed, batch_size=batch_size, pad_id=self._pad_id, max_seq_len=self._max_seq_len)
-
     def sample_names(self, step: int) -> list[str]:
         """file:line of the samples of a step, in the order of its rows."""
         return [document.name for row in self.rows(step) for document in row.documents]
@@ -155,8 +149,10 @@ class EvalData:
     def batches(self, batch_size: int, *, source: int | None = None) -> Iterator[Batch]:
         """All rows, or those of one source, `batch_size` at a time; the last batch may be short."""
         picked = self._rows if source is None else [self._rows[source]]
-        rows = itertools.chain.from_iterable(picked)
-        return _batches(self.store, rows, batch_size=batch_size, pad_id=self._pad_id, max_seq_len=self._max_seq_len)
+        waiting = itertools.chain.from_iterable(picked)
+        while group := list(itertools.islice(waiting, batch_size)):
+            rows = [self.store.row(samples) for samples in group]
+            yield from make_batches(rows, batch_size=batch_size, pad_id=self._pad_id, max_seq_len=self._max_seq_len)
 
     def prompts(self, num_prompts: int) -> list[Prompt]:
         """What the first dialogues ask for (-1: all of them): their last answer, and each one before it that calls
@@ -190,15 +186,6 @@ def _preferred(content: Answers, name: str, *, stage: str) -> Iterator[Prompt]:
     good = [answer for answer in content.answers if answer.score] if stage == "KTO" else content.answers[:1]
     for answer in good:
         yield Prompt(list(content.prompt), answer.messages[0], content.tools, name)
-
-
-def _batches(
-    store: SampleStore, rows: Iterable[list[int]], *, batch_size: int, pad_id: int, max_seq_len: int
-) -> Iterator[Batch]:
-    waiting = iter(rows)
-    while group := list(itertools.islice(waiting, batch_size)):
-        documents = [store.row(samples) for samples in group]
-        yield from make_batches(documents, batch_size=batch_size, pad_id=pad_id, max_seq_len=max_seq_len)
 
 
 def build_train_data(

@@ -17,6 +17,8 @@ from erniekit.config.architecture import ErnieConfig
 from erniekit.config.sizes import expert_groups
 from erniekit.training.tape import Tape, Value
 
+Head = Literal["tokens", "answers", "none"]  # cross-entropy, log-probabilities of answers, rewards without a head
+
 _INDEX = 8  # bytes of an int64
 
 
@@ -36,12 +38,10 @@ class Load:
 
 @dataclass(frozen=True)
 class Terms:
-    """What a step computes beside the layers: the routers' balance loss, what the head is there for, and, before the
-    backward pass, log-probabilities of the base without adapters (`reference`)."""
+    """What a step computes beside the layers: the routers' balance loss, and what the head is there for."""
 
     balance: bool = True
-    head: Literal["tokens", "answers", "none"] = "tokens"
-    reference: bool = False
+    head: Head = "tokens"
 
 
 @dataclass
@@ -197,14 +197,12 @@ class Writer:
         self.tape.add(hidden, makes=4, beside=hidden.num_bytes + sum(trains.values()), trains=trains)
 
     def _log_probs(self, hidden: Value) -> None:
-        """Those of the labelled rows; the reference runs while the policy's activations are there."""
+        """Those of the labelled rows. The reference has run before, when there were no activations."""
         count, trains = self.load.labelled, self._trained(*self._head)
         rows = self.tape.add(
             hidden, makes=hidden.num_bytes // self.load.tokens * count, beside=2 * count * _INDEX
         )  # fmt: skip
-        logps = self.tape.add(rows, makes=4 * count, keeps=[rows], trains=trains)
-        reference = self.tape.forward_only() if self.terms.reference else 0
-        self.tape.add(logps, makes=4, forward=reference)
+        self.tape.add(rows, makes=4 * count, keeps=[rows], trains=trains)
 
     @property
     def _head(self) -> tuple[str, ...]:

@@ -22,7 +22,7 @@ from erniekit.config.families import family
 from erniekit.config.packing import Packing, packing_of
 from erniekit.config.run import RunConfig
 from erniekit.data.batch import ROW_MULTIPLE
-from erniekit.training.activations import Load, Terms, Writer
+from erniekit.training.activations import Head, Load, Terms, Writer
 from erniekit.training.selection import trained_names
 
 MB = 1e6
@@ -136,12 +136,14 @@ def _inside(name: str, modules: Sequence[str]) -> bool:
 
 
 def run_budget(
-    cfg: RunConfig, arch: ErnieConfig, *, head_bias: bool = False, lengths: Sequence[int] = (), on_gpu: bool = False
-) -> Budget:
-    """What the run takes. `lengths` are those of its samples; without them, rows are as long as they may be."""
+    cfg: RunConfig, arch: ErnieConfig, *, head_bias: bool = False, lengths: Sequence[int] = (), labelled: float = 1.0,
+    on_gpu: bool = False,
+) -> Budget:  # fmt: skip
+    """What the run takes. `lengths` are those of its samples; without them, rows are as long as they may be. `labelled`
+    is the share of positions that have a label."""
     train, length = cfg.train, _row_length(cfg, lengths)
     return budget(
-        arch, Load(train.batch_size, length, labelled=train.batch_size * length),
+        arch, Load(train.batch_size, length, labelled=math.ceil(train.batch_size * length * labelled)),
         Parameters.of(cfg, arch, head_bias=head_bias), formats=Formats.of(cfg, on_gpu=on_gpu),
         micro_batches=train.gradient_accumulation_steps, terms=_terms(cfg, arch),
         recompute=train.recompute_granularity if train.recompute else None,
@@ -151,13 +153,8 @@ def run_budget(
 def _terms(cfg: RunConfig, arch: ErnieConfig) -> Terms:
     weight = cfg.model.moe_aux_loss_lambda
     balance = bool(arch.extras.get("moe_aux_loss_lambda", 1e-5) if weight is None else weight)
-    stage = cfg.model.stage
-    if stage == "RM":
-        return Terms(balance, head="none")
-    if stage in ("DPO", "KTO"):
-        own = cfg.model.fine_tuning == "LoRA" and not cfg.align.reference_free
-        return Terms(balance, head="answers", reference=own)
-    return Terms(balance)
+    heads: dict[str, Head] = {"DPO": "answers", "KTO": "answers", "RM": "none"}
+    return Terms(balance, heads.get(cfg.model.stage, "tokens"))
 
 
 def disk_of(cfg: RunConfig, arch: ErnieConfig, needed: Budget) -> tuple[int, int]:

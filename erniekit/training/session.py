@@ -198,8 +198,10 @@ class _Session:
         """From the first step that is not taken yet to the result."""
         job, folder, cfg = self.job, self.folder, self.job.cfg
         watch = MemoryWatch()
+        store = job.data.store
         needed = run_budget(
-            cfg, job.arch, head_bias=job.base.has_head_bias, lengths=job.data.store.lengths(), on_gpu=watch.on_gpu
+            cfg, job.arch, head_bias=job.base.has_head_bias, lengths=store.lengths(),
+            labelled=store.num_trained / max(store.num_tokens, 1), on_gpu=watch.on_gpu,
         )  # fmt: skip
         print(needed.text, flush=True)
         model = job.weights.build(folder.checkpoint)

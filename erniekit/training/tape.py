@@ -38,6 +38,11 @@ class Operator:
     passes: bool = False
     inner: Tape | None = None
 
+    @property
+    def beside(self) -> int:
+        """What it makes beside its product to keep it; unrecorded, it is there while it runs."""
+        return sum(value.num_bytes for value in self.keeps if value is not self.makes and value not in self.reads)
+
 
 @dataclass
 class Peak:
@@ -98,12 +103,6 @@ class Tape:
         self._pass(peak, self.held, gradients=self.trained() if again else {})
         return peak
 
-    def forward_only(self) -> int:
-        """The most that a forward pass holds that records nothing."""
-        peak = Peak()
-        self._forward(peak, 0, gradients={}, keepers=Counter(), record=False)
-        return peak.total
-
     def _pass(self, peak: Peak, live: int, *, gradients: dict[str, int]) -> None:
         keepers: Counter[int] = Counter()
         live = self._forward(peak, live, gradients=gradients, keepers=keepers)
@@ -119,11 +118,13 @@ class Tape:
             live += op.makes.num_bytes
             if op.inner:
                 op.inner._forward(peak, live, gradients=gradients, keepers=Counter(), record=False)
-            for value in op.keeps if record and op.makes.learns else ():
+            recorded = record and op.makes.learns
+            for value in op.keeps if recorded else ():
                 known = readers[id(value)] or keepers[id(value)] or value is op.makes
                 live += 0 if known else value.num_bytes
                 keepers[id(value)] += 1
-            peak.see(live, gradients=gradients, more=op.forward)
+            inside = 0 if recorded else op.beside
+            peak.see(live, gradients=gradients, more=op.forward + inside)
             for value in op.reads:
                 readers[id(value)] -= 1
                 needed = readers[id(value)] or keepers[id(value)] or id(value) not in own

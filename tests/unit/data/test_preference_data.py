@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,10 @@ from erniekit.base.errors import DataError
 from erniekit.config.align import AlignConfig
 from erniekit.config.data import DataConfig
 from erniekit.data import cache, tokenising
-from erniekit.data.batch import CHOSEN, MISMATCHED, NO_ANSWER, REJECTED, Document, PreferenceBatch
+from erniekit.data.batch import CHOSEN, MISMATCHED, NO_ANSWER, REJECTED, Batch, Document, PreferenceBatch, make_batches
 from erniekit.data.build import EvalData, TrainData, build_eval_data, build_train_data, leaks
 from erniekit.data.chat import UNTRAINED
+from erniekit.data.packing import pack_in_order
 from erniekit.data.store import SampleStore
 from erniekit.data.tokenizer import Tokenizer
 
@@ -41,6 +42,13 @@ def judgement(number: int) -> dict[str, Any]:
         "completion": f"answer {number} " * (1 + number % 4),
         "label": number % 2 == 0,
     }
+
+
+def samples_once(data: TrainData, *, batch_size: int) -> Iterator[Batch]:
+    """Every sample once, in file order."""
+    lengths = data.store.lengths()
+    rows = [data.store.row(row) for row in pack_in_order(range(len(lengths)), lengths, row_len=data.row_length)]
+    return make_batches(rows, batch_size=batch_size, pad_id=0, max_seq_len=data.row_length)
 
 
 @pytest.fixture
@@ -103,9 +111,9 @@ def test_trees_are_packed_whole_and_each_once_an_epoch(
     assert list(seen.values()).count(2) < 2 * len(batch.names) + 1
 
 
-def test_every_sample_comes_once_for_a_reference(config: DataConfig, bytewise: Tokenizer) -> None:
+def test_samples_and_answers_are_numbered(config: DataConfig, bytewise: Tokenizer) -> None:
     data = build(config, bytewise)
-    batches = list(data.samples_in_all(batch_size=2))
+    batches = list(samples_once(data, batch_size=2))
     assert [sample for batch in batches for sample in batch.samples] == list(range(40))
     assert all(len(batch.input_ids) <= 2 for batch in batches)
     for batch in batches[:2]:
@@ -272,7 +280,7 @@ class TestMismatched:
     @pytest.mark.parametrize("share", [True, False])
     def test_every_sample_has_one(self, *, config: DataConfig, bytewise: Tokenizer, share: bool) -> None:
         data = build(config, bytewise, stage="KTO", share_prompt=share)
-        (batch,) = data.samples_in_all(batch_size=100)
+        (batch,) = samples_once(data, batch_size=100)
         texts = [text.strip() for text in answers_of(batch, bytewise)]
         own = [texts[number] for number in batch.judged]
         assert own == [judgement(number)["completion"].strip() for number in range(12)]
@@ -304,7 +312,7 @@ class TestMismatched:
             (CHOSEN,) * count + (MISMATCHED,) for count in (2, 1, 2)
         ]
         assert list(data.store.lengths()) == [sum(document.parts) for document in found]
-        (batch,) = data.samples_in_all(batch_size=9)
+        (batch,) = samples_once(data, batch_size=9)
         said = answers_of(batch, bytewise)
         assert batch.num_answers == 6
         assert [[text in said[number] for text in "245678"] for number in batch.judged] == [
@@ -329,7 +337,7 @@ class TestMismatched:
         lengths = data.store.lengths()
         assert max(lengths) == 110
         assert f"{list(lengths).count(110)} of them cut to fit 110 tokens" in data.summary
-        assert all(len(batch.input_ids[0]) <= 110 for batch in data.samples_in_all(batch_size=3))
+        assert all(len(batch.input_ids[0]) <= 110 for batch in samples_once(data, batch_size=3))
 
     def test_one_sample_alone_is_refused(self, write_jsonl: Write, bytewise: Tokenizer) -> None:
         config = DataConfig(train_dataset_path=[write_jsonl("k.jsonl", [judgement(0)])])

@@ -15,24 +15,28 @@ from paddle.base import core
 
 from erniekit.adapters.lora import add_adapters
 from erniekit.adapters.targets import adapter_config
+from erniekit.config.align import AlignConfig
 from erniekit.config.architecture import ErnieConfig
 from erniekit.config.families import count_parameters, family
 from erniekit.config.load import load_config
 from erniekit.config.lora import LoraConfig
-from erniekit.data.batch import Batch
+from erniekit.data.batch import Batch, PreferenceBatch
 from erniekit.models.decoder import ErnieForCausalLM
 from erniekit.parallel.recompute import apply_recompute
 from erniekit.training.activations import Load, Terms
 from erniekit.training.budget import Budget, Formats, Parameters, architecture_of, budget, run_budget
 from erniekit.training.objective import LanguageModelObjective, LossWeights
 from erniekit.training.optimizer import AdamWSettings, Optimizer
+from erniekit.training.preference import preference_objective
+from erniekit.training.reference import base_log_probs
 from erniekit.training.router import RouterUpkeep
-from erniekit.training.step import Totals, train_step
+from erniekit.training.step import Objective, Totals, train_step
 
 DENSE = family("micro-dense").replace(hidden_size=128, intermediate_size=320, head_dim=32, num_hidden_layers=3)
 MOE = family("micro-moe").replace(
     hidden_size=128, intermediate_size=320, head_dim=32, moe_intermediate_size=96, num_hidden_layers=3
 )
+TERMS = Terms()
 OBJECTIVE = LanguageModelObjective(LossWeights(balance=1e-5))
 
 
@@ -64,6 +68,20 @@ class Measured:
         positions = np.arange(length)[None].repeat(rows, 0)
         return Batch(ids[:, :-1], ids[:, 1:], positions, np.ones_like(positions))
 
+    def pairs(self) -> PreferenceBatch:
+        """A pair in every row: a quarter of it the prompt, the rest two answers with a label on every position."""
+        whole, (rows, length) = self.batch(), (self.load.rows, self.load.length)
+        place = np.arange(length)[None].repeat(rows, 0)
+        side = np.digitize(place, [length // 4, 5 * length // 8])  # 1 chosen, 2 rejected
+        ids = np.where(side, side - 1 + 2 * np.arange(rows)[:, None], -1).astype("int32")
+        ends = np.where(side == 1, 5 * length // 8, length).astype("int32")
+        numbers = np.arange(rows)
+        return PreferenceBatch(
+            whole.input_ids, np.where(side, whole.labels, -100), whole.position_ids, whole.segment_ids, ends, ids,
+            chosen=2 * numbers, rejected=2 * numbers + 1, mismatched=np.full(rows, -1), samples=numbers,
+            score_delta=np.ones(rows, "float32"), names=("",) * rows,
+        )  # fmt: skip
+
     def between_the_passes(self) -> int:
         """What the forward pass leaves."""
         batch = self.batch()
@@ -73,21 +91,21 @@ class Measured:
         losses.total.backward()
         return found
 
-    def peak(self, *, micro_batches: int) -> int:
+    def peak(self, *, micro_batches: int, objective: Objective = OBJECTIVE, batch: Batch | None = None) -> int:
         """The most of a step that is not the first, which makes the optimizer's states."""
         optimizer = Optimizer(self.model.named_parameters(), AdamWSettings())
         upkeep = RouterUpkeep(self.model, bias_coefficient=0.0, orthogonal_lambda=0.0)
         for _ in range(2):
             core.host_memory_stat_reset_peak_value("Allocated", 0)
             train_step(
-                self.model, optimizer, batches=[self.batch()] * micro_batches, objective=OBJECTIVE, upkeep=upkeep,
-                learning_rate=1e-3, row_length=self.load.length,
+                self.model, optimizer, batches=[batch or self.batch()] * micro_batches, objective=objective,
+                upkeep=upkeep, learning_rate=1e-3, row_length=self.load.length,
             )  # fmt: skip
         return core.host_memory_stat_peak_value("Allocated", 0) - self._before
 
-    def budget(self, *, micro_batches: int = 1) -> Budget:
+    def budget(self, *, micro_batches: int = 1, terms: Terms = TERMS) -> Budget:
         return budget(
-            self.arch, self.load, self.parameters, formats=Formats(), terms=Terms(), micro_batches=micro_batches,
+            self.arch, self.load, self.parameters, formats=Formats(), terms=terms, micro_batches=micro_batches,
             recompute=self.recompute,
         )  # fmt: skip
 
@@ -138,6 +156,19 @@ def test_the_peak_of_adapters(lora):
 def test_the_peak_of_adapters_with_recomputation():
     run = Measured(MOE, load(2, 256), lora={}, recompute="full")
     assert run.budget().peak == pytest.approx(run.peak(micro_batches=1), rel=0.05)
+
+
+@pytest.mark.parametrize("lora", [None, {}], ids=["full", "lora"])
+@pytest.mark.parametrize("recompute", [None, "full"])
+def test_the_peak_of_pairs(lora, recompute):
+    """With adapters the base runs as the reference in every step; else its log-probabilities are numbers."""
+    run = Measured(MOE, Load(2, 256, labelled=384), lora=lora, recompute=recompute)
+    batch = run.pairs()
+    numbers = paddle.zeros([batch.num_answers], "float64")
+    reference = (lambda _model, _batch: numbers) if lora is None else base_log_probs
+    objective = preference_objective("DPO", AlignConfig(), LossWeights(balance=1e-5), reference=reference)
+    needed = run.budget(terms=Terms(head="answers")).peak
+    assert needed == pytest.approx(run.peak(micro_batches=1, objective=objective, batch=batch), rel=0.05)
 
 
 @pytest.mark.parametrize(
