@@ -11,7 +11,9 @@ ROOT = Path(__file__).resolve().parents[2]
 CARD = "examples/configs/ERNIE-4.5-300B-A47B"
 FILES = ("sft/run_sft_wint8mix_lora_8k.yaml", "dpo/run_dpo_wint8mix_lora_8k.yaml")
 # for time alone
-SMALL = ("max_steps=2", "gradient_accumulation_steps=1", "max_seq_len=256", "num_samples_each_epoch=50", "report_samples=0")
+SMALL = (
+    "max_steps=2", "gradient_accumulation_steps=1", "max_seq_len=256", "num_samples_each_epoch=50", "report_samples=0",
+)  # fmt: skip
 
 
 @pytest.fixture
