@@ -187,8 +187,9 @@ def test_eval_before_training_leaves_the_output_folder_usable(trained, run, tmp_
 def test_selftest(run, tmp_path):
     out, _ = run("selftest", "--keep", tmp_path / "kept")
     rows = out.splitlines()
-    assert rows[0].split() == ["check", "seconds", "result"] and len(rows) == 10
+    assert rows[0].split() == ["check", "seconds", "result"] and len(rows) == 13
     assert all("passed" in row for row in rows[1:])
-    assert rows[-2].endswith("passed  What color is the sky? The sky is blue.")
+    assert rows[8].endswith("passed  What color is the sky? The sky is blue.")
+    assert rows[11].startswith("DPO: ") and "loss 0.69 ->" in rows[11]
     assert (tmp_path / "kept" / "whole" / "export" / "model.safetensors").is_file()
     assert "not empty" in run("selftest", "--keep", tmp_path / "kept", code=2)[1]
