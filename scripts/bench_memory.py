@@ -37,9 +37,14 @@ SIZES = {
     "num_hidden_layers": 6, "moe_layer_end_index": 5,
 }  # fmt: skip
 SMALL = {"num_hidden_layers": 4, "moe_layer_end_index": 3}
+LARGE = {  # for loads: what the interpreter and its libraries take at first use, 15 MB, is little beside it
+    "hidden_size": 1024, "intermediate_size": 4096, "moe_num_experts": 32, "moe_intermediate_size": 768,
+    "num_hidden_layers": 5, "moe_layer_end_index": 4,
+}  # fmt: skip
+MODELS = {"base": SIZES, "small": SIZES | SMALL, "large": SIZES | LARGE}
 LORA = {"fine_tuning": "LoRA", "lora_rank": 16}
 COMMON = {
-    "model_name_or_path": "../base", "output_dir": "run", "stage": "SFT", "fine_tuning": "Full", "compute_type": "fp32",
+    "output_dir": "run", "stage": "SFT", "fine_tuning": "Full", "compute_type": "fp32",
     "train_dataset_path": "../train.jsonl", "max_seq_len": 512, "max_steps": 3, "batch_size": 4, "learning_rate": 1e-4,
     "save_strategy": "no", "moe_health_steps": 0,
 }  # fmt: skip
@@ -93,8 +98,8 @@ def published() -> list[dict[str, Any]]:
 
 
 # ---------------------------------------------------------------------- measuring
-def prepare(folder: Path, *, small: bool) -> None:
-    """Random text, a tokenizer for it, and a random model of the sizes above."""
+def prepare(folder: Path) -> None:
+    """Random text and a tokenizer for it."""
     rng = random.Random(0)
     words = ["".join(rng.choices("abcdefghiklmnoprstuvw", k=rng.randint(2, 7))) for _ in range(3000)]
 
@@ -108,11 +113,10 @@ def prepare(folder: Path, *, small: bool) -> None:
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines), encoding="utf-8")
     command = erniekit("init", "--family", "tiny-moe", "--train-tokenizer", "train.jsonl", "--out", "tokenizer")
     subprocess.run(command, cwd=folder, env=environment(), check=True, stdout=subprocess.DEVNULL)
-    work("--make", str(folder), str(int(small)))
 
 
-def make(folder: Path, *, small: bool) -> None:
-    """Write the model."""
+def make(folder: Path, model_name: str) -> None:
+    """Write a random model of the sizes above."""
     import numpy as np
 
     from erniekit.checkpoint.folder import Folder
@@ -120,11 +124,11 @@ def make(folder: Path, *, small: bool) -> None:
     from erniekit.models.decoder import ErnieForCausalLM
 
     base, generator = Folder.open(folder / "tokenizer"), np.random.default_rng(0)
-    model = ErnieForCausalLM(base.config.replace(**SIZES | (SMALL if small else {})))
+    model = ErnieForCausalLM(base.config.replace(**MODELS[model_name]))
     for name, p in model.named_parameters():
         drawn = generator.normal(0.0, 0.02, p.shape) if p.ndim > 1 else np.ones(p.shape)
         p.set_value((drawn * ("bias" not in name)).astype("float32"))
-    save_model(model, folder / "base", dtype="float32", base=base)
+    save_model(model, folder / model_name, dtype="float32", base=base)
 
 
 def load(folder: Path, kind: str) -> dict[str, int]:
@@ -138,7 +142,7 @@ def load(folder: Path, kind: str) -> dict[str, int]:
     from erniekit.training.budget import Formats, Parameters
     from erniekit.training.memory import MemoryWatch
 
-    cfg, base = load_config({"compute_type": kind, "fine_tuning": "LoRA"}), Folder.open(folder / "base")
+    cfg, base = load_config({"compute_type": kind, "fine_tuning": "LoRA"}), Folder.open(folder / "large")
     parameters = Parameters.of(load_config({}), base.config, head_bias=False)
     kept = sum(parameters.num_bytes(name, Formats.of(cfg, on_gpu=False)) for name in parameters.shapes)
     dense = max(4 * math.prod(shape[-2:]) for name, shape in parameters.shapes.items() if "embed" not in name)
@@ -153,11 +157,13 @@ def work(*arguments: str) -> str:
     return subprocess.run(command, env=environment() | TIDY, check=True, capture_output=True, text=True).stdout
 
 
-def train(folder: Path, keys: dict[str, Any], *, name: str) -> dict[str, int]:
+def train(folder: Path, keys: dict[str, Any], *, name: str, model: str) -> dict[str, int]:
     """What a run tells of its memory."""
     place = folder / name
     place.mkdir()
-    own = {"train_dataset_path": "../pairs.jsonl"} if keys.get("stage") == "DPO" else {}
+    own = {"model_name_or_path": f"../{model}"}
+    if keys.get("stage") == "DPO":
+        own["train_dataset_path"] = "../pairs.jsonl"
     (place / "run.yaml").write_text(json.dumps(COMMON | own | keys), encoding="utf-8")
     done = subprocess.run(
         erniekit("train", "run.yaml"), cwd=place, env=environment() | TIDY, capture_output=True, text=True, check=False
@@ -185,15 +191,19 @@ def bench(options: argparse.Namespace) -> dict[str, Any]:
 
     versions = {name: importlib.metadata.version(name) for name in ("paddlepaddle", "numpy")}
     result: dict[str, Any] = {"commit": commit(), "machine": machine(), "versions": versions, "rounds": options.rounds}
-    result |= {"sizes": SIZES | (SMALL if options.small else {}), "cases": {}}
+    model = "small" if options.small else "base"
+    result |= {"sizes": {"trained": MODELS[model], "loaded": MODELS["large"]}, "cases": {}}
     with tempfile.TemporaryDirectory() as folder:
         if options.only:
-            prepare(Path(folder), small=options.small)
+            prepare(Path(folder))
+        for wanted, names in ((model, CASES), ("large", [f"load_{kind}" for kind in LOADS])):
+            if set(names) & set(options.only):
+                work("--make", folder, wanted)
         for name in options.only:
             rounds = range(options.rounds)
             if name in CASES:
                 path = name.replace("/", "")
-                found = [train(Path(folder), CASES[name], name=f"{path}-{number}") for number in rounds]
+                found = [train(Path(folder), CASES[name], name=f"{path}-{number}", model=model) for number in rounds]
             else:
                 kind = name.removeprefix("load_")
                 found = [json.loads(work("--load", folder, kind).splitlines()[-1]) for _ in rounds]
@@ -214,7 +224,7 @@ def main() -> None:
     parser.add_argument("--load", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.make:
-        make(Path(options.make[0]), small=options.make[1] == "1")
+        make(Path(options.make[0]), options.make[1])
         return
     if options.load:
         print(json.dumps(load(Path(options.load[0]), options.load[1])))

@@ -8,8 +8,8 @@ English and Chinese. What is too long for a row is left out; 30 % are held out, 
     python scripts/prove_align.py [--out FILE] [--only dpo kto ...] [--seeds 3] [--model DIR] [--data DIR]
 
 Told of each run: the loss in its first and last fifth, the held-out figures, and of accuracies the number of held-out
-samples and the standard error. Before training every margin is 0, so that a preference loss begins at ln 2 and an
-accuracy at 1/2. Two yardsticks for the pairs: choosing the longer answer, a logistic regression on counts of tokens.
+samples and the standard error. A model that cannot tell good from bad has the loss ln 2 (DPO, RM) or 1/2 (KTO) and the
+accuracy 1/2; the policy of DPO and KTO begins there, at its reference. Two yardsticks for the pairs: choosing the longer answer, a logistic regression on counts of tokens.
 The run is then cut short, killed in the middle and started again, and its files compared with an untouched one's.
 """
 
@@ -52,6 +52,7 @@ COMMON: dict[str, Any] = {
     "lr_scheduler_type": "cosine", "warmup_steps": 5, "weight_decay": 0.0, "evaluation_strategy": "epoch",
     "save_strategy": "no", "report_samples": 0, "check_leaks": False, "moe_health_steps": 0,
 }  # fmt: skip
+BLIND = {"DPO": math.log(2), "KTO": 0.5, "RM": math.log(2)}  # the loss where nothing is told apart
 LORA: dict[str, Any] = {"fine_tuning": "LoRA", "lora_rank": 16}
 
 
@@ -211,7 +212,7 @@ def prove(case: Case, folder: Path, *, seeds: list[int], model: Path, more: dict
     for seed in seeds if case.every_seed else seeds[:1]:
         place = folder / f"seed-{seed}"
         write_config(place, case, data=folder.parent / f"data-{seed}", model=model, seed=seed, more=more)
-        before = eval_loss(place) if case.stage == "SFT" else math.log(2)
+        before = eval_loss(place) if case.stage == "SFT" else BLIND[case.stage]
         seconds = train(place)
         runs.append({"seed": seed, "held_out_loss_before": before, "seconds": round(seconds, 1)} | figures(place))
     found: dict[str, Any] = {"keys": case.keys, "runs": runs}

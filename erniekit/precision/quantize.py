@@ -18,7 +18,7 @@ KERNEL_KINDS: dict[Kind, int] = {"int8": INT8, "int4": INT4, "nf4": NF4}
 _LARGEST: dict[Kind, int] = {"int8": 127, "int4": 7, "nf4": 1}
 _MIDDLES = (NORMAL_FLOAT[1:] + NORMAL_FLOAT[:-1]) / 2
 _LEAST_SCALE = np.finfo(np.float32).tiny  # of groups of zeros: nothing is divided by zero, and zeros stay zeros
-_BLOCK = 1 << 20  # numbers that a thread works on at a time
+_BLOCK = 1 << 17  # numbers that a thread works on at a time: what it makes beside them stays small
 
 
 def code_rows(kind: Kind, num_in: int) -> int:
