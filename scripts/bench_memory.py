@@ -132,7 +132,8 @@ def make(folder: Path, model_name: str) -> None:
 
 
 def load(folder: Path, kind: str) -> dict[str, int]:
-    """The peak of a quantised load; its budget is what stays, and the largest weight that goes through dense."""
+    """The peak of a quantised load. Its budget is what stays; through the kernels goes a weight at a time, the largest
+    of which is held dense, as codes, and as a tensor of codes."""
     import math
 
     from erniekit.checkpoint.folder import Folder
@@ -144,11 +145,15 @@ def load(folder: Path, kind: str) -> dict[str, int]:
 
     cfg, base = load_config({"compute_type": kind, "fine_tuning": "LoRA"}), Folder.open(folder / "large")
     parameters = Parameters.of(load_config({}), base.config, head_bias=False)
-    kept = sum(parameters.num_bytes(name, Formats.of(cfg, on_gpu=False)) for name in parameters.shapes)
-    dense = max(4 * math.prod(shape[-2:]) for name, shape in parameters.shapes.items() if "embed" not in name)
+    kept, through = 0, 0
+    for name, shape in parameters.shapes.items():
+        held = parameters.num_bytes(name, Formats.of(cfg, on_gpu=False))
+        kept += held
+        if "embed" not in name:
+            through = max(through, 4 * math.prod(shape[-2:]) + 2 * held // math.prod(shape[:-2]))
     watch = MemoryWatch()
     build_model(base, base.config, pack=packing_of(cfg))
-    return {"budget": kept, "kernels": dense, "tensors": watch.tensors, "process": watch.process}
+    return {"budget": kept, "kernels": through, "tensors": watch.tensors, "process": watch.process}
 
 
 def work(*arguments: str) -> str:

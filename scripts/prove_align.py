@@ -9,7 +9,9 @@ English and Chinese. What is too long for a row is left out; 30 % are held out, 
 
 Told of each run: the loss in its first and last fifth, the held-out figures, and of accuracies the number of held-out
 samples and the standard error. A model that cannot tell good from bad has the loss ln 2 (DPO, RM) or 1/2 (KTO) and the
-accuracy 1/2; the policy of DPO and KTO begins there, at its reference. Two yardsticks for the pairs: choosing the longer answer, a logistic regression on counts of tokens.
+accuracy 1/2; the policy of DPO and KTO begins there, at its reference. Two yardsticks for the pairs: choosing the
+longer answer, a logistic regression on counts of tokens.
+
 The run is then cut short, killed in the middle and started again, and its files compared with an untouched one's.
 """
 

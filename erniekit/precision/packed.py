@@ -53,7 +53,8 @@ class Codes:
     def put(self, index: int, weight_DF: np.ndarray, *, name: str) -> None:
         """See Store."""
         codes, scales = pack(weight_DF, self.kind, self.group_size, name=name)
-        self.codes[index], self.scales[index] = paddle.to_tensor(codes), paddle.to_tensor(scales)
+        for stored, made in ((self.codes, codes), (self.scales, scales)):
+            stored[index].copy_(paddle.to_tensor(made), True)  # an assignment would copy once more
 
     def dense(self, index: int) -> paddle.Tensor:
         """See Store."""
