@@ -48,6 +48,7 @@ def prepare() -> None:
     """Set what Paddle needs to be fast, unless the user has set it. Call before Paddle is loaded."""
     for name, value in _wanted().items():
         os.environ.setdefault(name, value)
+    os.environ.setdefault("GLOG_minloglevel", "1")  # Paddle tells of every connection between ranks otherwise
     warnings.filterwarnings("ignore", message="No ccache found")
     if sys.platform.startswith("linux"):
         _tell_malloc()
@@ -76,6 +77,11 @@ def cpu_flags() -> str:
             return next((line for line in file if line.startswith(("flags", "Features"))), "")
     except OSError:
         return ""
+
+
+def tell_paddle_rank(rank: int, world: int) -> None:
+    """Paddle's process groups ask the environment which rank they are in."""
+    os.environ.update(PADDLE_TRAINER_ID=str(rank), PADDLE_TRAINERS_NUM=str(world))
 
 
 def no_color() -> bool:

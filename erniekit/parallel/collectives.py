@@ -1,0 +1,242 @@
+"""What ranks can say to each other: the only file that calls Paddle's collectives.
+
+A `Channel` connects the ranks of one group. NCCL has everything. Gloo, on CPUs, lacks reduce-scatter and all-to-all:
+stand-ins are made of what it has, so the same program runs on a laptop, if not as fast. `Traffic` counts what is handed
+to channels, in bytes that the algorithm needs, whatever a stand-in really moves.
+
+Tensors are contiguous. `sum` and `max` are the reductions. Ranks count from 0 inside the group here.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+import paddle
+from paddle import distributed
+from paddle.base import core
+
+Reduction = Literal["sum", "max"]
+
+
+class Handle:
+    """A collective under way. `wait` returns its result, which must not be touched before."""
+
+    def __init__(self, result: paddle.Tensor, wait: Callable[[], Any] | None = None) -> None:
+        self._result, self._wait = result, wait
+
+    def wait(self) -> paddle.Tensor:
+        """The result, once it is there."""
+        if self._wait is not None:
+            self._wait()
+            self._wait = None
+        return self._result
+
+
+class Channel(Protocol):
+    """The collectives of one group; every member calls the same ones in the same order."""
+
+    def all_reduce(self, tensor: paddle.Tensor, op: Reduction) -> Handle:
+        """Reduce in place."""
+
+    def all_gather(self, tensor: paddle.Tensor) -> Handle:
+        """[n, ...] of every rank -> [ranks * n, ...] in rank order."""
+
+    def reduce_scatter(self, tensor: paddle.Tensor) -> Handle:
+        """Sum [ranks * n, ...]; every rank gets its [n, ...]."""
+
+    def all_to_all(self, tensor: paddle.Tensor, send: Sequence[int], receive: Sequence[int]) -> Handle:
+        """The first send[0] rows go to rank 0, the next send[1] to rank 1; what arrives lies in rank order."""
+
+    def broadcast(self, tensor: paddle.Tensor, source: int) -> Handle:
+        """What rank `source` holds, in place."""
+
+
+class GlooChannel:
+    """Gloo, on CPUs: everything is finished when a call returns. It gives up after 30 seconds, which cannot be set."""
+
+    def __init__(self, store: Any, *, index: int, size: int, number: int) -> None:
+        """`store` is a TCPStore that no other group uses: gloo's keys carry no name of the group."""
+        self.index, self.size = index, size
+        self._group = core.ProcessGroupGloo.create(store, index, size, number)
+
+    def all_reduce(self, tensor: paddle.Tensor, op: Reduction) -> Handle:
+        """See Channel."""
+        kind = {"sum": core.ReduceOp.SUM, "max": core.ReduceOp.MAX}[op]
+        self._group.all_reduce(tensor, kind, True).wait()
+        return Handle(tensor)
+
+    def all_gather(self, tensor: paddle.Tensor) -> Handle:
+        """See Channel."""
+        out = paddle.empty([self.size * tensor.shape[0], *tensor.shape[1:]], tensor.dtype)
+        if out.size:
+            self._group.all_gather_into_tensor(out, tensor, True).wait()
+        return Handle(out)
+
+    def reduce_scatter(self, tensor: paddle.Tensor) -> Handle:
+        """See Channel: an all-reduce of which a rank keeps its part."""
+        whole = self.all_reduce(tensor.clone(), "sum").wait()
+        size = tensor.shape[0] // self.size
+        return Handle(whole[self.index * size : (self.index + 1) * size].clone())
+
+    def all_to_all(self, tensor: paddle.Tensor, send: Sequence[int], receive: Sequence[int]) -> Handle:
+        """See Channel: all rows go everywhere, padded to those of the rank that sends most."""
+        counts = self.all_gather(paddle.to_tensor([list(send)], "int64")).wait().tolist()
+        assert [row[self.index] for row in counts] == list(receive), "ranks disagree on what is sent"
+        most = max(sum(row) for row in counts)
+        padded = paddle.zeros([most, *tensor.shape[1:]], tensor.dtype)
+        padded[: tensor.shape[0]] = tensor
+        everything = self.all_gather(padded).wait()
+        parts = []
+        for rank, row in enumerate(counts):
+            start = rank * most + sum(row[: self.index])
+            parts.append(everything[start : start + row[self.index]])
+        return Handle(paddle.concat(parts) if sum(receive) else tensor[:0].clone())
+
+    def broadcast(self, tensor: paddle.Tensor, source: int) -> Handle:
+        """See Channel."""
+        self._group.broadcast(tensor, source, True).wait()
+        return Handle(tensor)
+
+
+class NCCLChannel:
+    """NCCL, on GPUs: calls return at once. Not run: no machine with several GPUs was at hand."""
+
+    def __init__(self, ranks: Sequence[int]) -> None:
+        """`ranks` of the world; every rank of the world makes every group, in the same order."""
+        self._group = distributed.new_group(list(ranks))
+        self.size = len(ranks)
+
+    def all_reduce(self, tensor: paddle.Tensor, op: Reduction) -> Handle:
+        """See Channel."""
+        kind = {"sum": distributed.ReduceOp.SUM, "max": distributed.ReduceOp.MAX}[op]
+        return Handle(tensor, distributed.all_reduce(tensor, kind, group=self._group, sync_op=False).wait)
+
+    def all_gather(self, tensor: paddle.Tensor) -> Handle:
+        """See Channel."""
+        out = paddle.empty([self.size * tensor.shape[0], *tensor.shape[1:]], tensor.dtype)
+        return Handle(out, distributed.stream.all_gather(out, tensor, group=self._group, sync_op=False).wait)
+
+    def reduce_scatter(self, tensor: paddle.Tensor) -> Handle:
+        """See Channel."""
+        out = paddle.empty([tensor.shape[0] // self.size, *tensor.shape[1:]], tensor.dtype)
+        task = distributed.stream.reduce_scatter(out, tensor, group=self._group, sync_op=False)
+        return Handle(out, task.wait)
+
+    def all_to_all(self, tensor: paddle.Tensor, send: Sequence[int], receive: Sequence[int]) -> Handle:
+        """See Channel."""
+        out = paddle.empty([sum(receive), *tensor.shape[1:]], tensor.dtype)
+        task = distributed.stream.alltoall_single(
+            out, tensor, list(receive), list(send), group=self._group, sync_op=False
+        )
+        return Handle(out, task.wait)
+
+    def broadcast(self, tensor: paddle.Tensor, source: int) -> Handle:
+        """See Channel."""
+        first = self._group.ranks[source]
+        return Handle(tensor, distributed.broadcast(tensor, first, group=self._group, sync_op=False).wait)
+
+
+@dataclass
+class Traffic:
+    """Bytes that this rank handed to collectives, by "axis/collective". An all-gather counts what a rank gives, the
+    others what it passes in."""
+
+    sent: Counter[str] = field(default_factory=Counter)
+
+    def add(self, axis: str, collective: str, tensor: paddle.Tensor) -> None:
+        """Count one call."""
+        self.sent[f"{axis}/{collective}"] += tensor.size * tensor.element_size()
+
+
+class Axis:
+    """The group of ranks along one axis of a mesh, as one of them sees it. With one rank, nothing is sent: results are
+    what went in, so that nobody has to ask whether there are others."""
+
+    def __init__(
+        self, name: str, ranks: Sequence[int], *, index: int, channel: Channel | None, traffic: Traffic
+    ) -> None:
+        assert (channel is None) == (len(ranks) == 1), (name, ranks)
+        self.name, self.ranks, self.index = name, tuple(ranks), index
+        self._channel, self._traffic = channel, traffic
+
+    @property
+    def size(self) -> int:
+        """How many ranks there are."""
+        return len(self.ranks)
+
+    def all_reduce(self, tensor: paddle.Tensor, *, op: Reduction = "sum") -> paddle.Tensor:
+        """The reduction over all ranks, in place."""
+        return self.start_all_reduce(tensor, op=op).wait()
+
+    def all_gather(self, tensor: paddle.Tensor) -> paddle.Tensor:
+        """[n, ...] of every rank, all of one shape -> [ranks * n, ...]."""
+        return self.start_all_gather(tensor).wait()
+
+    def gather_uneven(self, tensor: paddle.Tensor, sizes: Sequence[int]) -> paddle.Tensor:
+        """[sizes[index], ...] of every rank -> [sum of sizes, ...]."""
+        if self.size == 1:
+            return tensor
+        most = max(sizes)
+        padded = paddle.zeros([most, *tensor.shape[1:]], tensor.dtype)
+        padded[: tensor.shape[0]] = tensor
+        found = self.all_gather(padded)
+        return paddle.concat([found[i * most : i * most + size] for i, size in enumerate(sizes)])
+
+    def reduce_scatter(self, tensor: paddle.Tensor) -> paddle.Tensor:
+        """The sum over all ranks of [ranks * n, ...], of which this rank gets its [n, ...]."""
+        return self.start_reduce_scatter(tensor).wait()
+
+    def all_to_all(self, tensor: paddle.Tensor, send: Sequence[int], receive: Sequence[int]) -> paddle.Tensor:
+        """Rows to every rank, `send` and `receive` many; what arrives lies in rank order."""
+        return self.start_all_to_all(tensor, send, receive).wait()
+
+    def broadcast(self, tensor: paddle.Tensor, *, source: int = 0) -> paddle.Tensor:
+        """What the rank with index `source` holds, in place."""
+        if self._channel is None:
+            return tensor
+        self._traffic.add(self.name, "broadcast", tensor)
+        return self._channel.broadcast(tensor, source).wait()
+
+    def start_all_reduce(self, tensor: paddle.Tensor, *, op: Reduction = "sum") -> Handle:
+        """`all_reduce`, not waited for."""
+        if self._channel is None:
+            return Handle(tensor)
+        self._traffic.add(self.name, "all_reduce", tensor)
+        return self._channel.all_reduce(tensor, op)
+
+    def start_all_gather(self, tensor: paddle.Tensor) -> Handle:
+        """`all_gather`, not waited for."""
+        if self._channel is None:
+            return Handle(tensor)
+        self._traffic.add(self.name, "all_gather", tensor)
+        return self._channel.all_gather(tensor)
+
+    def start_reduce_scatter(self, tensor: paddle.Tensor) -> Handle:
+        """`reduce_scatter`, not waited for."""
+        if self._channel is None:
+            return Handle(tensor)
+        assert tensor.shape[0] % self.size == 0, (tensor.shape, self.size)
+        self._traffic.add(self.name, "reduce_scatter", tensor)
+        return self._channel.reduce_scatter(tensor)
+
+    def start_all_to_all(self, tensor: paddle.Tensor, send: Sequence[int], receive: Sequence[int]) -> Handle:
+        """`all_to_all`, not waited for."""
+        assert len(send) == len(receive) == self.size and sum(send) == tensor.shape[0], (send, receive, tensor.shape)
+        if self._channel is None:
+            return Handle(tensor)
+        self._traffic.add(self.name, "all_to_all", tensor)
+        return self._channel.all_to_all(tensor, send, receive)
+
+    def shares(self, total: int) -> list[int]:
+        """How many of `total` things each rank takes, as evenly as can be: the first ones take one more."""
+        base, more = divmod(total, self.size)
+        return [base + (rank < more) for rank in range(self.size)]
+
+    def share(self, total: int) -> slice:
+        """Which of `total` things this rank takes."""
+        ends = [0, *itertools.accumulate(self.shares(total))]
+        return slice(ends[self.index], ends[self.index + 1])

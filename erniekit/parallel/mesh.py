@@ -1,0 +1,108 @@
+"""The mesh: this rank's place among all ranks, and the groups that it talks to.
+
+It is opened once and handed to whoever needs it. A mesh of one rank is an ordinary mesh whose axes have size 1.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import paddle
+from paddle import distributed
+
+from erniekit.base import runtime
+from erniekit.config.layout import AXES, Coordinates, Layout
+from erniekit.parallel.collectives import Axis, Channel, GlooChannel, NCCLChannel, Traffic
+from erniekit.parallel.store import Words, free_port, open_store
+
+_FAREWELL = 0.2  # seconds that rank 0, where the store lives, stays after the last word
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a process stands: its number among all ranks, where rank 0 listens, under which name others reach it."""
+
+    rank: int = 0
+    world: int = 1
+    master: str = ""  # host:port
+    host: str = "127.0.0.1"
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """What a rank knows of the others."""
+
+    layout: Layout
+    rank: int
+    words: Words
+    axes: dict[str, Axis]
+    traffic: Traffic = field(default_factory=Traffic)
+
+    @classmethod
+    def single(cls) -> Mesh:
+        """One rank and nobody else."""
+        traffic = Traffic()
+        axes = {name: Axis(name, [0], index=0, channel=None, traffic=traffic) for name in AXES}
+        return cls(Layout(), 0, Words(None, rank=0, world=1), axes, traffic)
+
+    @property
+    def coordinates(self) -> Coordinates:
+        """Where this rank stands."""
+        return self.layout.coordinates(self.rank)
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the rank that speaks for all."""
+        return self.rank == 0
+
+    def axis(self, name: str) -> Axis:
+        """The group along an axis (config/layout.py names them)."""
+        return self.axes[name]
+
+    def meet(self, name: str) -> None:
+        """Go on when all ranks have come here, however long that takes (store.py)."""
+        self.words.meet(name)
+
+    def close(self) -> None:
+        """The last word: nobody leaves before all are here, rank 0 last."""
+        self.meet("close")
+        if self.first and self.layout.world > 1:
+            time.sleep(_FAREWELL)
+
+
+def open_mesh(layout: Layout, place: Place) -> Mesh:
+    """Connect this process with the others, each of which calls this with the same layout. Raises MeshError."""
+    assert place.world == layout.world, (place, layout)
+    if place.world == 1:
+        return Mesh.single()
+    runtime.tell_paddle_rank(place.rank, place.world)
+    words = Words(open_store(place.master, rank=place.rank, world=place.world), rank=place.rank, world=place.world)
+    on_gpu = paddle.device.is_compiled_with_cuda() and paddle.get_device().startswith("gpu")
+    if on_gpu:
+        distributed.init_parallel_env()
+    traffic = Traffic()
+    channels: dict[tuple[int, ...], Channel] = {}  # axes may have groups in common
+    axes = {}
+    for name in AXES:
+        for group in layout.groups(name):
+            key, mine = tuple(group), place.rank in group
+            if len(group) > 1 and key not in channels and (mine or on_gpu):
+                channels[key] = NCCLChannel(group) if on_gpu else _gloo(group, place, words, number=len(channels))
+            if mine:
+                channel = channels.get(key)
+                axes[name] = Axis(name, group, index=group.index(place.rank), channel=channel, traffic=traffic)
+    words.meet("mesh")
+    return Mesh(layout, place.rank, words, axes, traffic)
+
+
+def _gloo(group: list[int], place: Place, words: Words, *, number: int) -> GlooChannel:
+    """A channel with a store of its own, which its first rank opens and tells the others of."""
+    index, key = group.index(place.rank), "group/" + ",".join(map(str, group))
+    store: Any = words.store
+    if index == 0:
+        store.set(key, f"{place.host}:{free_port()}")
+    master = store.get(key).decode()
+    own = open_store(master, rank=index, world=len(group))
+    return GlooChannel(own, index=index, size=len(group), number=number)

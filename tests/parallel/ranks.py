@@ -1,0 +1,76 @@
+"""Run a function on several ranks, forked from this process: Paddle is loaded already, so that takes half a second."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import pickle
+import signal
+import time
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from multiprocessing.connection import wait as ready
+from typing import Any
+
+from erniekit.config.layout import Layout
+from erniekit.parallel.mesh import Mesh, Place, open_mesh
+from erniekit.parallel.store import free_port
+
+
+def run_ranks(function: Callable[..., Any], layout: Layout, *arguments: Any, seconds: float = 60) -> list[Any]:
+    """What `function(mesh, *arguments)` returns on every rank, in rank order; results must be picklable.
+
+    Raises AssertionError with the traceback of the first rank that failed, or if not all are done in time.
+    """
+    context, master = multiprocessing.get_context("fork"), f"127.0.0.1:{free_port()}"
+    pipes, processes = {}, []
+    for rank in range(layout.world):
+        ours, theirs = context.Pipe(duplex=False)
+        place = Place(rank, layout.world, master)
+        process = context.Process(target=_work, args=(theirs, function, layout, place, arguments), daemon=True)
+        process.start()
+        theirs.close()
+        pipes[ours] = rank
+        processes.append(process)
+    try:
+        return _gathered(pipes, deadline=time.monotonic() + seconds)
+    finally:
+        for process in processes:
+            process.join(2)
+            if process.is_alive():
+                process.kill()
+
+
+def _work(pipe: Connection, function: Callable[..., Any], layout: Layout, place: Place, arguments: tuple) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        mesh = open_mesh(layout, place)
+        result = (True, function(mesh, *arguments))
+        mesh.close()
+    except BaseException:  # noqa: BLE001 - whatever it is, the test must see it
+        result = (False, traceback.format_exc())
+    pipe.send_bytes(pickle.dumps(result))
+    pipe.close()
+    os._exit(0)  # the parent's exit handlers are not ours
+
+
+def _gathered(pipes: dict[Connection, int], *, deadline: float) -> list[Any]:
+    found: dict[int, Any] = {}
+    while len(found) < len(pipes):
+        waiting = [pipe for pipe, rank in pipes.items() if rank not in found]
+        arrived = ready(waiting, timeout=max(deadline - time.monotonic(), 0))
+        assert arrived, f"ranks {[pipes[pipe] for pipe in waiting]} are not done in time"
+        for pipe in arrived:
+            try:
+                good, value = pickle.loads(pipe.recv_bytes())
+            except EOFError:
+                good, value = False, "the process ended without a word"
+            assert good, f"rank {pipes[pipe]}:\n{value}"
+            found[pipes[pipe]] = value
+    return [found[rank] for rank in sorted(found)]
+
+
+def axis_of(mesh: Mesh, name: str) -> list[int]:
+    """The ranks of this rank's group along an axis."""
+    return list(mesh.axis(name).ranks)
