@@ -17,10 +17,12 @@ import dataclasses
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from erniekit.base.errors import CheckpointError
 from erniekit.checkpoint.keys import View, columns, expert, head_triplets, split_heads, transposed, whole
 from erniekit.config.architecture import ErnieConfig
+from erniekit.config.cut import WHOLE, Cut, size
 from erniekit.config.sizes import VisionSizes, expert_groups
 
 DISK_LAYOUTS = ("pt", "paddle")
@@ -142,22 +144,31 @@ class Tensor:
 
 @dataclass
 class Table:
-    """One layout of one model. Tensors are in model order."""
+    """One layout of one model. Tensors are in model order.
+
+    In memory, of a rank that holds a part: tensors and atoms have the sizes of the part, and `held` says which part of
+    an atom that is, as the atom's view shows it (atoms that are whole are not named).
+    """
 
     atoms: dict[str, Atom] = field(default_factory=dict)
     places: dict[str, Place] = field(default_factory=dict)
     tensors: dict[str, Tensor] = field(default_factory=dict)
+    held: dict[str, tuple[slice, ...]] = field(default_factory=dict)
 
 
-def layout_table(cfg: ErnieConfig, layout: str, form: Form) -> Table:
-    """The map of `cfg` in "pt", "paddle" or "ram"."""
+def layout_table(cfg: ErnieConfig, layout: str, form: Form, *, cut: Cut = WHOLE) -> Table:
+    """The map of `cfg` in "pt", "paddle" or "ram"; in memory, of what `cut` holds."""
     assert layout in (*DISK_LAYOUTS, "ram"), layout
+    assert layout == "ram" or cut == WHOLE, "files hold whole models"
     if cfg.is_vl and layout == "ram":
         raise CheckpointError(
             "vision-language models can be converted, verified and initialised, but not loaded into memory yet."
         )
-    builder = _Builder(cfg, layout)
-    builder.add(EMBEDDING, (cfg.vocab_size, cfg.hidden_size), tensor=builder.stored(EMBEDDING), view=whole)
+    builder = _Builder(cfg, layout, cut)
+    rows = cut.part(cfg.vocab_size)
+    builder.add(
+        EMBEDDING, (size(rows), cfg.hidden_size), tensor=builder.stored(EMBEDDING), view=whole, held=(rows,)
+    )  # fmt: skip
     for i in range(cfg.num_hidden_layers):
         builder.decoder_layer(f"model.layers.{i}.", sparse=cfg.is_sparse(i), correction_bias=form.correction_bias)
     builder.vector("model.norm.weight", cfg.hidden_size)
@@ -170,17 +181,25 @@ def layout_table(cfg: ErnieConfig, layout: str, form: Form) -> Table:
     return builder.table
 
 
-def memory_table(cfg: ErnieConfig, *, head_bias: bool) -> Table:
-    """The parameters of a model in memory."""
+def memory_table(cfg: ErnieConfig, *, head_bias: bool, cut: Cut = WHOLE) -> Table:
+    """The parameters of a model in memory, as far as `cut` holds them."""
     form = Form.usual(cfg, "ram", mtp_layers=cfg.num_nextn_predict_layers)
-    return layout_table(cfg, "ram", dataclasses.replace(form, head_bias=head_bias))
+    return layout_table(cfg, "ram", dataclasses.replace(form, head_bias=head_bias), cut=cut)
+
+
+class Part(NamedTuple):
+    """A projection of `width` outs in `heads` (0: they have none), and which heads or outs are held."""
+
+    width: int
+    heads: int
+    held: slice
 
 
 class _Builder:
     """Adds the modules of a model to a table, in one layout."""
 
-    def __init__(self, cfg: ErnieConfig, layout: str) -> None:
-        self.cfg, self.layout, self.table = cfg, layout, Table()
+    def __init__(self, cfg: ErnieConfig, layout: str, cut: Cut) -> None:
+        self.cfg, self.layout, self.cut, self.table = cfg, layout, cut, Table()
 
     # ---- tensors
     def stored(self, name: str) -> str:
@@ -189,10 +208,12 @@ class _Builder:
 
     def add(
         self, atom: str, shape: tuple[int, ...], *, tensor: str, view: View, stored: tuple[int, ...] = (),
-        fp32: bool = False,
+        fp32: bool = False, held: tuple[slice, ...] = (),
     ) -> None:  # fmt: skip
         """Place an atom. The first place of an atom is where it is read; all of them are written."""
         table = self.table
+        if held and self.cut != WHOLE:
+            table.held[atom] = held
         table.atoms.setdefault(atom, Atom(shape, fp32))
         table.places.setdefault(atom, Place(tensor, view))
         table.tensors.setdefault(tensor, Tensor(stored or shape)).parts.append((atom, view))
@@ -200,31 +221,33 @@ class _Builder:
     def vector(self, name: str, width: int) -> None:
         self.add(name, (width,), tensor=self.stored(name), view=whole)
 
-    def matrix(self, name: str, out_features: int, in_features: int, *, fp32: bool = False) -> None:
+    def matrix(
+        self, name: str, out_features: int, in_features: int, *, fp32: bool = False, held: tuple[slice, ...] = ()
+    ) -> None:
         """A matrix that -PT stores [out, in] and the others [in, out]."""
         shape, flip = (out_features, in_features), self.layout != "pt"
         self.add(
             name, shape, tensor=self.stored(name), view=transposed if flip else whole,
-            stored=shape[::-1] if flip else shape, fp32=fp32,
+            stored=shape[::-1] if flip else shape, fp32=fp32, held=held,
         )  # fmt: skip
 
-    def linear(self, name: str, out_features: int, in_features: int, *, bias: bool) -> None:
-        self.matrix(name + ".weight", out_features, in_features)
+    def linear(
+        self, name: str, out_features: int, in_features: int, *, bias: bool, held: tuple[slice, ...] = ()
+    ) -> None:
+        """`held` is about the weight: nobody holds a part of this bias."""
+        self.matrix(name + ".weight", out_features, in_features, held=held)
         if bias:
             self.vector(name + ".bias", out_features)
 
-    def fused(self, prefix: str, parts: Mapping[str, tuple[int, int]], *, into: str, bias: bool) -> None:
-        """Projections from the hidden state that -Paddle fuses on the out axis.
-
-        `parts` maps a name to (width, heads); heads is 0 where the width has no heads.
-        """
-        total = sum(width for width, _ in parts.values())
+    def fused(self, prefix: str, parts: Mapping[str, Part], *, into: str, bias: bool) -> None:
+        """Projections from the hidden state that -Paddle fuses on the out axis."""
+        total = sum(part.width for part in parts.values())
         # The real ERNIEKit stores (q, k, v) head by head when every head has its own key and value.
-        triplets = len(parts) == 3 and len(set(parts.values())) == 1
+        triplets = len(parts) == 3 and len({(part.width, part.heads) for part in parts.values()}) == 1
         for kind, inputs in (("weight", (self.cfg.hidden_size,)), ("bias", ()))[: 1 + bias]:
             start = 0
-            for which, (part, (width, heads)) in enumerate(parts.items()):
-                atom, shape = f"{prefix}{part}.{kind}", (width, *inputs)
+            for which, (name, (width, heads, held)) in enumerate(parts.items()):
+                atom, shape = f"{prefix}{name}.{kind}", (width, *inputs)
                 tensor, stored = self.stored(atom), shape
                 view: View = whole
                 if self.layout == "paddle":
@@ -234,26 +257,37 @@ class _Builder:
                     stored, view = shape[::-1], transposed
                 if heads and not (triplets and self.layout == "paddle"):
                     view = split_heads(view, heads)
-                self.add(atom, shape, tensor=tensor, view=view, stored=stored)
+                self.add(atom, shape, tensor=tensor, view=view, stored=stored, held=(held,))
                 start += width
 
     # ---- modules
     def decoder_layer(self, prefix: str, *, sparse: bool, correction_bias: bool) -> None:
         cfg = self.cfg
         self.vector(prefix + "input_layernorm.weight", cfg.hidden_size)
-        query, other = (cfg.q_dim, cfg.num_attention_heads), (cfg.kv_dim, cfg.num_key_value_heads)
+        query = self._heads(self.cut.part(cfg.num_attention_heads))
+        other = self._heads(self.cut.kv_heads(cfg.num_key_value_heads))
         parts = {"q_proj": query, "k_proj": other, "v_proj": other}
         self.fused(prefix + "self_attn.", parts, into="qkv_proj", bias=cfg.use_bias)
-        self.linear(prefix + "self_attn.o_proj", cfg.hidden_size, cfg.q_dim, bias=cfg.use_bias)
+        ins = slice(query.held.start * cfg.head_dim, query.held.stop * cfg.head_dim)
+        self.linear(
+            prefix + "self_attn.o_proj", cfg.hidden_size, query.width, bias=cfg.use_bias, held=(slice(None), ins)
+        )  # fmt: skip
         self.vector(prefix + "post_attention_layernorm.weight", cfg.hidden_size)
         if sparse:
             self.mixture(prefix + "mlp.", correction_bias=correction_bias)
         else:
             self.mlp(prefix + "mlp.", cfg.intermediate_size, bias=cfg.use_bias)
 
-    def mlp(self, prefix: str, width: int, *, bias: bool) -> None:
-        self.fused(prefix, {"gate_proj": (width, 0), "up_proj": (width, 0)}, into="up_gate_proj", bias=bias)
-        self.linear(prefix + "down_proj", self.cfg.hidden_size, width, bias=bias)
+    def _heads(self, held: slice) -> Part:
+        return Part(size(held) * self.cfg.head_dim, size(held), held)
+
+    def mlp(self, prefix: str, whole_width: int, *, bias: bool) -> None:
+        held = self.cut.part(whole_width)
+        part = Part(size(held), 0, held)
+        self.fused(prefix, {"gate_proj": part, "up_proj": part}, into="up_gate_proj", bias=bias)
+        self.linear(
+            prefix + "down_proj", self.cfg.hidden_size, part.width, bias=bias, held=(slice(None), held)
+        )  # fmt: skip
 
     def mixture(self, prefix: str, *, correction_bias: bool) -> None:
         cfg = self.cfg
@@ -271,25 +305,26 @@ class _Builder:
             name, shape = prefix + CORRECTION_BIAS, (len(groups), groups[0][0])
             self.add(name, shape, tensor=self.stored(name), view=whole, fp32=True)
         widths = [width for experts, width in groups for _ in range(experts)]
-        for index, width in enumerate(widths):
+        for index in self.cut.experts(len(widths)):
             if self.layout == "ram":
-                self.stacked_expert(prefix + "experts.", index, width=width, experts=len(widths))
+                self.stacked_expert(prefix + "experts.", index, whole_width=widths[index], experts=len(widths))
             else:
-                self.mlp(f"{prefix}experts.{index}.", width, bias=False)
+                self.mlp(f"{prefix}experts.{index}.", widths[index], bias=False)
         if cfg.moe_num_shared_experts:
             self.mlp(prefix + "shared_experts.", cfg.shared_intermediate_size, bias=cfg.use_bias)
 
-    def stacked_expert(self, prefix: str, index: int, *, width: int, experts: int) -> None:
+    def stacked_expert(self, prefix: str, index: int, *, whole_width: int, experts: int) -> None:
         """In memory the experts of a layer are stacked: gate_up_proj [E, H, 2I] (gate first), down_proj [E, I, H]."""
-        hidden = self.cfg.hidden_size
+        hidden, held, all_held = self.cfg.hidden_size, self.cut.expert_part(whole_width), self.cut.experts(experts)
+        width, place, count = size(held), index - all_held.start, len(all_held)
         for part, start in (("gate_proj", 0), ("up_proj", width)):
             self.add(
                 f"{prefix}{index}.{part}.weight", (width, hidden), tensor=prefix + "gate_up_proj",
-                view=expert(index, columns(start, start + width)), stored=(experts, hidden, 2 * width),
+                view=expert(place, columns(start, start + width)), stored=(count, hidden, 2 * width), held=(held,),
             )  # fmt: skip
         self.add(
             f"{prefix}{index}.down_proj.weight", (hidden, width), tensor=prefix + "down_proj",
-            view=expert(index, transposed), stored=(experts, width, hidden),
+            view=expert(place, transposed), stored=(count, width, hidden), held=(slice(None), held),
         )  # fmt: skip
 
     def mtp(self, index: int, form: Form) -> None:
@@ -311,14 +346,15 @@ class _Builder:
         if cfg.is_reward:
             self.matrix(SCORE, 1, cfg.hidden_size)
             return
-        rows = (cfg.vocab_size, cfg.hidden_size)
+        held = self.cut.part(cfg.vocab_size)
+        rows = (size(held), cfg.hidden_size)
         if form.head or form.head_copy:
             self.add(
                 HEAD if form.head else EMBEDDING, rows, tensor=HEAD, view=whole if form.head_rows else transposed,
-                stored=rows if form.head_rows else rows[::-1],
+                stored=rows if form.head_rows else rows[::-1], held=(held,),
             )  # fmt: skip
         if form.head_bias:
-            self.vector(HEAD_BIAS, cfg.vocab_size)
+            self.add(HEAD_BIAS, (size(held),), tensor=self.stored(HEAD_BIAS), view=whole, held=(held,))
 
     def vision_tower(self) -> None:
         vision = VisionSizes.of(self.cfg)

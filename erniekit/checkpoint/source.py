@@ -22,6 +22,22 @@ class Source(Protocol):
         """The atom will not be read again soon."""
 
 
+class Held:
+    """The parts of atoms that one rank holds, out of a source of whole ones (`Table.held`): of a file, only the pages
+    of the part are touched."""
+
+    def __init__(self, source: Source, held: Mapping[str, tuple[slice, ...]]) -> None:
+        self._source, self._held = source, held
+
+    def read(self, atom: str) -> np.ndarray:
+        """The part, as the atom's view shows it."""
+        return self._source.read(atom)[self._held.get(atom, ())]
+
+    def release(self, atom: str) -> None:
+        """See Source."""
+        self._source.release(atom)
+
+
 def fill(target: np.ndarray, tensor: Tensor, source: Source) -> None:
     """Write every atom of `tensor` into `target`, converting formats."""
     for atom, view in tensor.parts:
