@@ -77,7 +77,7 @@ def expected(name: str, whole: np.ndarray, cut: Cut, folder: Folder) -> np.ndarr
     return whole
 
 
-@pytest.mark.parametrize(("path", "layout"), cases(), ids=str)
+@pytest.mark.parametrize(("path", "layout"), list(cases()), ids=str)
 def test_every_rank_gets_its_part_of_every_parameter(path: Path, layout: Layout) -> None:
     folder = Folder.open(path)
     whole = tensors(folder, WHOLE)
