@@ -32,6 +32,7 @@ from erniekit.checkpoint.ernie45 import (
 from erniekit.checkpoint.hf_files import BFLOAT16, INDEX_FILE, SINGLE_FILE, SafetensorsFile, open_shards, weight_files
 from erniekit.checkpoint.pdparams import read_pdparams
 from erniekit.config.architecture import ErnieConfig
+from erniekit.config.cut import WHOLE, Cut
 from erniekit.config.hubs import download_command, is_repository
 
 WEIGHT_FORMATS = {"BF16": "bfloat16", "U16": "bfloat16", "F32": "float32"}  # U16: Paddle's name for bfloat16 bits
@@ -252,17 +253,19 @@ def _absent(path: str) -> str:
 
 
 def plan_load(
-    folder: Folder, shapes: Mapping[str, Sequence[int]], *, cfg: ErnieConfig, mtp_init: str | None = None
-) -> dict[str, Tensor | None]:
-    """What fills each weight of a model in memory (`shapes`: all of them by name): a tensor of the folder's atoms, or
-    None for what is not stored.
+    folder: Folder, shapes: Mapping[str, Sequence[int]], *, cfg: ErnieConfig, cut: Cut = WHOLE,
+    mtp_init: str | None = None,
+) -> dict[str, Tensor | None]:  # fmt: skip
+    """What fills each weight of a model in memory (`shapes`: all of them by name, as far as `cut` holds them): a tensor
+    of the folder's atoms, or None for what is not stored.
 
     Raises CheckpointError unless every weight is stored and everything stored is used. Multi-token prediction weights
     may be unused, and with `mtp_init="random"` they may be absent. A correction bias may be absent: it is zeros. A
     reward model may be filled from a language model: the head is unused then, and the score absent.
     """
     folder.check()
-    table = memory_table(cfg, head_bias=HEAD_BIAS in shapes)
+    everything = memory_table(cfg, head_bias=HEAD_BIAS in shapes)
+    table = everything if cut == WHOLE else memory_table(cfg, head_bias=HEAD_BIAS in shapes, cut=cut)
     given = {name: tuple(shape) for name, shape in shapes.items()}
     assert given == {name: tensor.shape for name, tensor in table.tensors.items()}, (
         "the model does not match its config"
@@ -270,8 +273,8 @@ def plan_load(
 
     stored = folder.table.atoms
     problems, absent = [], set()
-    for atom in table.atoms.keys() - stored.keys():
-        absent.add(table.places[atom].tensor)
+    for atom in everything.atoms.keys() - stored.keys():
+        absent.add(everything.places[atom].tensor)
         if atom.endswith(CORRECTION_BIAS) and not folder.form.correction_bias:
             continue
         if atom == SCORE and not folder.config.is_reward:
@@ -285,7 +288,7 @@ def plan_load(
                 "num_nextn_predict_layers: 0."
             )
     may_stay = {HEAD, HEAD_BIAS} if cfg.is_reward and not folder.config.is_reward else set()
-    unused = [atom for atom in stored.keys() - table.atoms.keys() - may_stay if not is_mtp(atom)]
+    unused = [atom for atom in stored.keys() - everything.atoms.keys() - may_stay if not is_mtp(atom)]
     problems += [f"{folder.path}: '{atom}' is stored and the model has no place for it." for atom in unused]
     if problems:
         raise CheckpointError(listed(sorted(problems)))

@@ -15,14 +15,16 @@ import paddle
 from numpy.lib.stride_tricks import as_strided
 
 from erniekit.base.console import notice
-from erniekit.checkpoint.ernie45 import CORRECTION_BIAS, Tensor
+from erniekit.checkpoint.ernie45 import CORRECTION_BIAS, HEAD_BIAS, Table, Tensor, memory_table
 from erniekit.checkpoint.folder import Folder, plan_load
 from erniekit.checkpoint.save import MAX_SHARD_BYTES, save_folder
-from erniekit.checkpoint.source import fill
+from erniekit.checkpoint.source import Held, Memory, Source, fill
 from erniekit.config.architecture import ErnieConfig
+from erniekit.config.cut import WHOLE, Cut
 from erniekit.config.packing import Packing
 from erniekit.models.decoder import ErnieForCausalLM
 from erniekit.models.reward import ErnieForReward
+from erniekit.parallel.part import hold_part
 from erniekit.precision.packed import PackedExperts, PackedLinear, packed_weights, use_packed_weights
 
 
@@ -54,9 +56,10 @@ class HostParameters(Mapping[str, np.ndarray]):
 
 def build_model(
     folder: Folder, cfg: ErnieConfig, *, dtype: str = "float32", mtp_init: str | None = None, seed: int = 0,
-    pack: Packing | None = None,
+    pack: Packing | None = None, cut: Cut = WHOLE,
 ) -> ErnieForCausalLM:  # fmt: skip
-    """A model of architecture `cfg` with the weights of `folder`, in `dtype` ("float32" or "bfloat16").
+    """A model of architecture `cfg` with the weights of `folder`, in `dtype` ("float32" or "bfloat16"), as far as `cut`
+    holds them.
 
     `mtp_init="random"` draws multi-token prediction weights that the folder does not have, from `seed`; the score of
     a reward model that is made from a language model is always drawn. What `pack` names is quantised while it is read:
@@ -65,45 +68,55 @@ def build_model(
     """
     for text in folder.notices:
         notice(text)
-    # A lazy parameter has no memory until it is initialised: those that `pack` names never get any.
-    with paddle.LazyGuard() if pack else contextlib.nullcontext():
+    # A lazy parameter has no memory until it is initialised: what `pack` names, and what others hold, never gets any.
+    lazy = pack is not None or cut != WHOLE
+    with paddle.LazyGuard() if lazy else contextlib.nullcontext():
         if cfg.is_reward:
             model = ErnieForReward(cfg, dtype=dtype)
         else:
             model = ErnieForCausalLM(cfg, dtype=dtype, lm_head_bias=folder.has_head_bias)
+        if cut != WHOLE:
+            table = memory_table(cfg, head_bias=folder.has_head_bias, cut=cut)
+            hold_part(model, {name: tensor.shape for name, tensor in table.tensors.items()})
     if pack:
         use_packed_weights(model, pack, dtype=dtype)
-        for p in model.parameters():
-            p.initialize()
-    fill_model(model, folder, mtp_init=mtp_init, seed=seed)
+    for p in model.parameters() if lazy else ():
+        p.initialize()
+    fill_model(model, folder, mtp_init=mtp_init, seed=seed, cut=cut)
     return model
 
 
-def fill_model(model: ErnieForCausalLM, folder: Folder, *, mtp_init: str | None = None, seed: int = 0) -> None:
+def fill_model(
+    model: ErnieForCausalLM, folder: Folder, *, mtp_init: str | None = None, seed: int = 0, cut: Cut = WHOLE
+) -> None:
     """Put the weights of `folder` in the place of the model's; see `build_model`."""
     parameters, packed, cfg = dict(model.named_parameters()), packed_weights(model), model.config
     shapes = {name: p.shape for name, p in parameters.items()} | {name: layer.shape for name, layer in packed.items()}
-    for name, tensor in plan_load(folder, shapes, cfg=cfg, mtp_init=mtp_init).items():
-        source = _absent(name, tuple(shapes[name]), cfg, seed) if tensor is None else tensor
+    table = memory_table(cfg, head_bias=HEAD_BIAS in shapes, cut=cut)
+    atoms = Held(folder, table.held)
+    for name, tensor in plan_load(folder, shapes, cfg=cfg, cut=cut, mtp_init=mtp_init).items():
+        source = _absent(name, table, cfg, seed=seed, cut=cut) if tensor is None else tensor
         if name in packed:
-            _fill_packed(packed[name], source, folder)
+            _fill_packed(packed[name], source, atoms, path=folder.path)
         else:
-            _fill_parameter(parameters[name], source, folder)
+            _fill_parameter(parameters[name], source, atoms)
 
 
-def _fill_parameter(p: paddle.Tensor, source: Tensor | np.ndarray, folder: Folder) -> None:
-    """From the folder, or from an array that stands in for what it does not have."""
+def _fill_parameter(p: paddle.Tensor, source: Tensor | np.ndarray, atoms: Source) -> None:
+    """From the atoms, or from an array that stands in for what is not stored."""
     in_place = p.dtype == paddle.float32 and _writable(p)
     array = host_array(p) if in_place else np.empty(p.shape, np.float32)
     if isinstance(source, Tensor):
-        fill(array, source, folder)
+        fill(array, source, atoms)
     else:
         array[...] = source
     if not in_place:
         p.set_value(paddle.to_tensor(array).astype(p.dtype))
 
 
-def _fill_packed(layer: PackedLinear | PackedExperts, source: Tensor | np.ndarray, folder: Folder) -> None:
+def _fill_packed(
+    layer: PackedLinear | PackedExperts, source: Tensor | np.ndarray, atoms: Source, *, path: Path
+) -> None:
     """One expert after the other goes through the same memory."""
     count, *shape = layer.store.shape
     weight = np.empty(shape, np.float32)
@@ -114,8 +127,8 @@ def _fill_packed(layer: PackedLinear | PackedExperts, source: Tensor | np.ndarra
             stack = as_strided(weight, source.shape, (0, *weight.strides)[-len(source.shape) :])
             num_parts = len(source.parts) // count
             parts = source.parts[index * num_parts : (index + 1) * num_parts]
-            fill(stack, Tensor(source.shape, parts), folder)
-            names = f"{folder.path}: {' or '.join(atom for atom, _ in parts)}"
+            fill(stack, Tensor(source.shape, parts), atoms)
+            names = f"{path}: {' or '.join(atom for atom, _ in parts)}"
         else:
             weight[...] = source.reshape(layer.store.shape)[index]
         layer.store.put(index, weight, name=names)
@@ -126,14 +139,21 @@ def _writable(p: paddle.Tensor) -> bool:
     return p.place.is_cpu_place() and host_array(p).flags.writeable
 
 
-def _absent(name: str, shape: tuple[int, ...], cfg: ErnieConfig, seed: int) -> np.ndarray:
-    """What stands in for weights that may be absent."""
+def _absent(name: str, table: Table, cfg: ErnieConfig, *, seed: int, cut: Cut) -> np.ndarray:
+    """What stands in for weights that may be absent; of a drawn one that `cut` holds a part of, that part."""
+    part = table.tensors[name]
     if name.endswith(CORRECTION_BIAS):
-        return np.zeros(shape, np.float32)
+        return np.zeros(part.shape, np.float32)
     if "norm" in name:
-        return np.ones(shape, np.float32)
+        return np.ones(part.shape, np.float32)
+    everything = memory_table(cfg, head_bias=HEAD_BIAS in table.tensors)
     generator = np.random.Generator(np.random.PCG64([seed, zlib.crc32(name.encode())]))
-    return generator.standard_normal(shape, np.float32) * np.float32(cfg.initializer_range)
+    drawn = generator.standard_normal(everything.tensors[name].shape, np.float32) * np.float32(cfg.initializer_range)
+    if cut == WHOLE:
+        return drawn
+    array = np.empty(part.shape, np.float32)
+    fill(array, part, Held(Memory(everything, {name: drawn}), table.held))
+    return array
 
 
 def load_model(path: str | Path, dtype: str | None = None) -> ErnieForCausalLM:

@@ -13,6 +13,7 @@ from erniekit.checkpoint.adapter_forms import is_adapter
 from erniekit.checkpoint.ernie45 import memory_table
 from erniekit.checkpoint.folder import Folder
 from erniekit.checkpoint.hf_files import weight_files
+from erniekit.checkpoint.model_io import build_model
 from erniekit.checkpoint.source import Held, fill
 from erniekit.config.architecture import ErnieConfig
 from erniekit.config.cut import WHOLE, Cut
@@ -87,6 +88,33 @@ def test_every_rank_gets_its_part_of_every_parameter(path: Path, layout: Layout)
         assert mine.keys() == whole.keys()
         for name, array in mine.items():
             np.testing.assert_array_equal(array, expected(name, whole[name], cut, folder), err_msg=f"{name}, {rank}")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS[-2:], ids=str)
+def test_a_model_of_a_part_has_the_part_in_its_parameters(layout: Layout) -> None:
+    folder = Folder.open(next(path for path, _ in cases() if ErnieConfig.from_folder(path).is_moe))
+    for rank in range(layout.world):
+        cut = Cut.of(layout, rank)
+        model, wanted = build_model(folder, folder.config, cut=cut), tensors(folder, cut)
+        found = dict(model.named_parameters())
+        assert list(found) == list(dict(build_model(folder, folder.config).named_parameters()))
+        for name, p in found.items():
+            np.testing.assert_array_equal(p.numpy(), wanted[name], err_msg=name)
+        experts = next(layer.mlp.experts for layer in model.model.layers if layer.sparse)
+        assert [experts.num_experts, experts.width, experts.size] == experts.down_proj.shape
+        attention = model.model.layers[0].self_attn
+        assert [attention.q_proj.num_in, attention.q_proj.num_out] == attention.q_proj.weight.shape
+
+
+def test_drawn_weights_are_parts_of_the_whole_drawn_one() -> None:
+    folder = Folder.open(next(path for path, _ in cases() if ErnieConfig.from_folder(path).is_moe))
+    cfg = folder.config.replace(num_nextn_predict_layers=1)
+    whole = dict(build_model(folder, cfg, mtp_init="random", seed=5).named_parameters())
+    for rank in range(2):
+        cut = Cut.of(Layout(2, tensor=2), rank)
+        part = dict(build_model(folder, cfg, mtp_init="random", seed=5, cut=cut).named_parameters())
+        name = "model.mtp_block.0.self_attn.q_proj.weight"
+        np.testing.assert_array_equal(part[name].numpy(), np.split(whole[name].numpy(), 2, 1)[rank])
 
 
 def test_layouts_partition_the_world() -> None:
