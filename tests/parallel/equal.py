@@ -68,10 +68,10 @@ class Case:
         """What is built."""
         return architecture(self.weights, self.cfg)
 
-    def model(self) -> ErnieForCausalLM:
+    def model(self, mesh: Mesh) -> ErnieForCausalLM:
         """The model that a rank trains."""
         adapter = adapter_of(self.weights, self.arch, self.cfg)
-        return assemble_model(self.weights, self.arch, self.cfg, adapter=adapter)
+        return assemble_model(self.weights, self.arch, self.cfg, mesh=mesh, adapter=adapter)
 
     def objective(self) -> Objective:
         """What the stage minimises."""
@@ -116,7 +116,7 @@ def reduce_gradients(model: ErnieForCausalLM, mesh: Mesh) -> Numbers:
 def train(mesh: Mesh, case: Case, prepare: Callable[[], None] = lambda: None) -> Outcome:
     """Train with plain SGD, and keep what `prepare` makes of this process out of the others."""
     prepare()
-    model, objective = case.model(), case.objective()
+    model, objective = case.model(mesh), case.objective()
     model.train()
     upkeep, outcome = router_upkeep(model, case.cfg), Outcome()
     for step in case.steps:
