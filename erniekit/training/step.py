@@ -33,7 +33,7 @@ class Totals:
 
     trained: int  # positions with a label
     positions: int  # rows * max_seq_len
-    micro_batches: int  # of all data ranks
+    micro_batches: int  # those of all data ranks: each gives its share to what is a mean over them
     tokens: int  # positions that are not padding
     pairs: int = 0  # samples of a preference batch: pairs, or answers that are judged by themselves
 
@@ -99,14 +99,13 @@ class StepResult:
 def train_step(
     model: ErnieForCausalLM, optimizer: Optimizer, *,
     batches: Sequence[Batch], objective: Objective, upkeep: RouterUpkeep, learning_rate: float, row_length: int,
-    before_update: Callable[[float], None] | None = None, mesh: Mesh | None = None, sync: Sync | None = None,
+    before_update: Callable[[float], None] | None = None, mesh: Mesh = Mesh.single(), sync: Sync | None = None,
 ) -> StepResult:  # fmt: skip
     """Accumulate the gradients of all micro-batches, update the model once; `before_update` sees the loss before.
 
     `batches` are this rank's; the figures are those of the whole step, the same numbers on all ranks. Raises
     TrainingStopped, on all ranks, before anything is changed if the loss or the gradient norm is not finite.
     """
-    mesh = mesh or Mesh.single()
     started = time.perf_counter()
     totals = Totals.of(batches, row_length=row_length).over(mesh.axis("data"))
     loss, parts = 0.0, dict[str, float]()
