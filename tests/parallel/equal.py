@@ -98,11 +98,6 @@ def batches_of(step: Step, mesh: Mesh) -> list[Batch]:
     return [make_batch(rows[data.share(len(rows))], pad_id=0, max_seq_len=1024) for rows in step]
 
 
-def totals_of(step: Step) -> Totals:
-    """What is counted over all ranks."""
-    return Totals.of([make_batch(rows, pad_id=0, max_seq_len=1024) for rows in step], row_length=1024)
-
-
 def reduce_gradients(model: ErnieForCausalLM, mesh: Mesh) -> Numbers:
     """The gradients of what this rank holds, added up over those who hold it."""
     found = {}
@@ -120,7 +115,8 @@ def train(mesh: Mesh, case: Case, prepare: Callable[[], None] = lambda: None) ->
     model.train()
     upkeep, outcome = router_upkeep(model, case.cfg), Outcome()
     for step in case.steps:
-        batches, totals, loss = batches_of(step, mesh), totals_of(step), 0.0
+        batches, loss = batches_of(step, mesh), 0.0
+        totals = Totals.of(batches, row_length=1024).over(mesh.axis("data"))
         objective.begin(model, batches)
         for batch in batches:
             made = objective(model, batch, totals)
