@@ -9,6 +9,9 @@ from __future__ import annotations
 import os
 import sys
 import warnings
+from dataclasses import dataclass
+
+from erniekit.base.errors import MeshError
 
 _PLAIN_OPS, _NUMPY_OPS = "ERNIEKIT_PLAIN_OPS", "ERNIEKIT_NUMPY_OPS"
 
@@ -77,6 +80,39 @@ def cpu_flags() -> str:
             return next((line for line in file if line.startswith(("flags", "Features"))), "")
     except OSError:
         return ""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a process stands: its number among all ranks, where rank 0 listens, under which name others reach it."""
+
+    rank: int = 0
+    world: int = 1
+    master: str = ""  # host:port
+    host: str = "127.0.0.1"
+
+
+def rank_place() -> Place:
+    """The place that a launcher gave this process, by the variables of `paddle.distributed.launch`; alone without them.
+
+    Raises MeshError if they do not say all of it, or what cannot be.
+    """
+    names = ("PADDLE_TRAINERS_NUM", "PADDLE_TRAINER_ID", "PADDLE_MASTER")
+    told = {name: os.environ.get(name, "") for name in names}
+    if told["PADDLE_TRAINERS_NUM"] in ("", "1"):
+        return Place()
+    world, rank, master = told.values()
+    master = master or os.environ.get("PADDLE_TRAINER_ENDPOINTS", "").partition(",")[0]
+    is_placed = world.isdecimal() and rank.isdecimal() and int(rank) < int(world)
+    if not (is_placed and master.rpartition(":")[2].isdecimal()):
+        said = ", ".join(f"{name}={value or '(nothing)'}" for name, value in told.items())
+        raise MeshError(
+            f"{said}: these variables give this process no place among others. PADDLE_TRAINER_ID counts from 0 to "
+            "PADDLE_TRAINERS_NUM - 1, PADDLE_MASTER is the host:port of rank 0. `erniekit train ... --nproc N` sets "
+            "them; a process by itself needs none of them."
+        )
+    host = os.environ.get("PADDLE_CURRENT_ENDPOINT", "").rpartition(":")[0] or os.environ.get("POD_IP", "")
+    return Place(int(rank), int(world), master, host or Place.host)
 
 
 def tell_paddle_rank(rank: int, world: int) -> None:

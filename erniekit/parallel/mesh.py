@@ -13,21 +13,12 @@ import paddle
 from paddle import distributed
 
 from erniekit.base import runtime
+from erniekit.base.runtime import Place
 from erniekit.config.layout import AXES, Coordinates, Layout
 from erniekit.parallel.collectives import Axis, Channel, GlooChannel, NCCLChannel, Traffic
 from erniekit.parallel.store import Words, free_port, open_store
 
 _FAREWELL = 0.2  # seconds that rank 0, where the store lives, stays after the last word
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a process stands: its number among all ranks, where rank 0 listens, under which name others reach it."""
-
-    rank: int = 0
-    world: int = 1
-    master: str = ""  # host:port
-    host: str = "127.0.0.1"
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,9 @@
 """THE order in which a model for training comes together; the only file that knows all the parts.
 
-    build -> weights, quantised while they are read -> adapters -> freezing -> number formats of products ->
-    (tensor and expert shards) -> recomputation -> (pipeline) -> optimizer -> (optimizer shards)
+    build, each rank its part -> weights, quantised while they are read -> adapters -> freezing -> number formats of
+    products -> tensor and expert shards -> recomputation -> (pipeline) -> optimizer, sharded as the mesh says
 
-Steps in parentheses are later rooms; each takes its place here.
+The step in parentheses is a later room; it takes its place here.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from erniekit.adapters.targets import (
     started_config,
 )
 from erniekit.base.console import notice
-from erniekit.base.errors import ConfigError
+from erniekit.base.errors import ConfigError, MeshError
 from erniekit.checkpoint.adapter_folder import AdapterFolder
 from erniekit.checkpoint.adapter_io import load_adapter
 from erniekit.checkpoint.ernie45 import HEAD_BIAS, memory_table
@@ -35,10 +35,12 @@ from erniekit.checkpoint.folder import Folder
 from erniekit.checkpoint.model_io import build_model
 from erniekit.config.adapter import AdapterConfig
 from erniekit.config.architecture import ErnieConfig
+from erniekit.config.cut import Cut
 from erniekit.config.model import PREFERENCE_STAGES
 from erniekit.config.packing import packing_of
 from erniekit.config.run import RunConfig
 from erniekit.models.decoder import ErnieForCausalLM
+from erniekit.parallel.mesh import Mesh
 from erniekit.parallel.recompute import apply_recompute
 from erniekit.precision.products import use_bf16_products
 from erniekit.training.dropout import DropoutCourse
@@ -104,17 +106,18 @@ def check_names(base: Folder, arch: ErnieConfig, cfg: RunConfig) -> None:
 
 
 def assemble_model(
-    weights: Folder, arch: ErnieConfig, cfg: RunConfig, *, adapter: AdapterConfig | None = None,
-    trained: Path | None = None,
+    weights: Folder, arch: ErnieConfig, cfg: RunConfig, *, mesh: Mesh = Mesh.single(),
+    adapter: AdapterConfig | None = None, trained: Path | None = None,
 ) -> ErnieForCausalLM:  # fmt: skip
-    """The model that will be trained: `weights` is the base folder or a checkpoint. With `adapter`, always the base,
-    and `trained` is an adapter folder to go on from."""
+    """This rank's part of the model that will be trained: `weights` is the base folder or a checkpoint. With `adapter`,
+    always the base, and `trained` is an adapter folder to go on from."""
     on_gpu = paddle.device.is_compiled_with_cuda() and paddle.get_device().startswith("gpu")
     dtype = "bfloat16" if on_gpu and cfg.model.compute_type != "fp32" else "float32"
     if cfg.model.compute_type == "bf16" and not on_gpu and not cfg.model.cpu_bf16_matmul:
         notice("compute_type bf16: a CPU computes in fp32, with fp32 masters; only the saved model is rounded.")
     model = build_model(
-        weights, arch, dtype=dtype, mtp_init=cfg.model.mtp_init, seed=cfg.train.seed, pack=packing_of(cfg)
+        weights, arch, dtype=dtype, mtp_init=cfg.model.mtp_init, seed=cfg.train.seed, pack=packing_of(cfg),
+        cut=Cut.of(mesh.layout, mesh.rank),
     )  # fmt: skip
     if adapter:
         _adapt(model, adapter, trained, seed=cfg.train.seed)
@@ -123,9 +126,19 @@ def assemble_model(
         notice("cpu_bf16_matmul is about CPUs; on a GPU compute_type says how products are computed.")
     elif cfg.model.cpu_bf16_matmul:
         use_bf16_products(model)
+    _share(mesh)
     if cfg.train.recompute:
         apply_recompute(model, cfg.train.recompute_granularity)
     return model
+
+
+def _share(mesh: Mesh) -> None:
+    """Connect this rank's part with the others'."""
+    layout = mesh.layout
+    if layout.tensor > 1:
+        raise MeshError(f"tensor_parallel_degree {layout.tensor}: devices cannot share matrices yet. Set it to 1.")
+    if layout.expert > 1:
+        raise MeshError(f"expert_parallel_degree {layout.expert}: devices cannot share experts yet. Set it to 1.")
 
 
 def _adapt(model: ErnieForCausalLM, config: AdapterConfig, trained: Path | None, *, seed: int) -> None:
@@ -143,8 +156,10 @@ def _adapt(model: ErnieForCausalLM, config: AdapterConfig, trained: Path | None,
     )
 
 
-def assemble_optimizer(model: ErnieForCausalLM, cfg: RunConfig) -> Optimizer:
-    """AdamW or Muon as the run sets it."""
+def assemble_optimizer(model: ErnieForCausalLM, cfg: RunConfig, *, mesh: Mesh = Mesh.single()) -> Optimizer:
+    """AdamW or Muon as the run sets it, sharded as the mesh says."""
+    if mesh.layout.world > 1:
+        raise MeshError(f"{mesh.layout.world} ranks: gradients cannot be added up over ranks yet. Start one rank.")
     keys, adapted = cfg.optimizer, adapter_config_of(model) is not None
     names = [name for name, p in model.named_parameters() if not (adapted and p.stop_gradient)]
     if keys.moe_gate_lr_ratio is not None and not any(re.search(ROUTERS, name) for name in names):

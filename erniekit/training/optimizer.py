@@ -36,6 +36,19 @@ class AdamWSettings:
     max_grad_norm: float = 1.0
 
 
+@dataclass(frozen=True)
+class Piece:
+    """What a rank holds of one tensor of the state: the numbers [start, stop) of the rank's own block of a parameter,
+    the block taken as flat. With one rank, the block is the parameter and a piece is all of it."""
+
+    name: str  # of the parameter
+    part: str  # moment1, moment2, momentum, master, ema
+    tensor: paddle.Tensor  # of any shape, stop - start numbers
+    start: int
+    stop: int
+    first: bool  # whether this rank is the first of those that hold these numbers, so that each is written once
+
+
 def decays(name: str) -> bool:
     """Whether weight decay applies: not to norms and biases."""
     return not (name.endswith("bias") or "norm" in name)
@@ -137,6 +150,21 @@ class Optimizer:
         norms = self._clip.norms if self._clip else {}
         out |= {f"{name}.norm": paddle.to_tensor([norm]) for name, norm in norms.items()}
         return out | {f"{name}.ema": average for name, average in (self.averages() or {}).items()}
+
+    def pieces(self) -> list[Piece]:
+        """`state` as far as it is cut like the parameters: everything but `.norm`, not copied."""
+        whole = {key.rsplit(".", 1)[0]: None for key in self.state()}
+        parts = ("moment1", "moment2", "momentum", "master", "ema")
+        found = self.state()
+        return [
+            Piece(name, part, found[f"{name}.{part}"], 0, self.parameters[name].size, True)
+            for name in whole for part in parts if f"{name}.{part}" in found
+        ]  # fmt: skip
+
+    def held(self, name: str) -> tuple[int, int]:
+        """Which numbers of the rank's block of a parameter the state of this rank is about: [start, stop). That is
+        what `load_state` wants."""
+        return 0, self.parameters[name].size
 
     def load_state(self, state: Mapping[str, np.ndarray], *, num_steps: int, source: str) -> None:
         """Take over what `state` of an equal optimizer returned.
