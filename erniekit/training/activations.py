@@ -4,8 +4,8 @@ Each line says what one operator of `models/`, `ops/`, `adapters/` and `parallel
 a CPU; where one of them changes, its line here does, and tests/unit/training/test_budget.py measures both. A linear
 layer keeps its input only for the gradient of its weight: under an adapter the low-rank product keeps it instead.
 
-Of several ranks it is the pass of one: `cut` says which part of every matrix it has. As many rows are taken to come from
-other ranks as go there, as if all experts were chosen equally often.
+Of several ranks it is the pass of one: `cut` says which part of every matrix it has. As many rows are taken to come
+from other ranks as go there, as if all experts were chosen equally often.
 """
 
 from __future__ import annotations
