@@ -23,17 +23,17 @@ Reduction = Literal["sum", "max"]
 
 
 class Handle:
-    """A collective under way. `wait` returns its result, which must not be touched before."""
+    """A collective under way. `wait` returns its result, which has no content before."""
 
     def __init__(self, result: paddle.Tensor, wait: Callable[[], Any] | None = None) -> None:
-        self._result, self._wait = result, wait
+        self.result, self._wait = result, wait
 
     def wait(self) -> paddle.Tensor:
         """The result, once it is there."""
         if self._wait is not None:
             self._wait()
             self._wait = None
-        return self._result
+        return self.result
 
 
 class Channel(Protocol):
