@@ -170,13 +170,14 @@ class GradientSync:
             bucket.sum = self._over_tensor(bucket.sum, kind.block)
 
     def _over_tensor(self, mine: paddle.Tensor, block: Block) -> paddle.Tensor:
-        """The sum over the ranks that hold the same block: those of other blocks add to other places."""
+        """The sum over the ranks that hold the same block. Where these are not all, it is about a few key heads: they
+        need no group of their own."""
         axis = self._mesh.axis("tensor")
         if block.total == 1:
             return axis.all_reduce(mine)
-        places = paddle.zeros([block.total, *mine.shape], mine.dtype)
-        places[block.index] = mine
-        return axis.all_reduce(places)[block.index].clone()
+        copies = axis.size // block.total
+        first = block.index * copies
+        return axis.all_gather(mine.unsqueeze(0))[first : first + copies].sum(0)
 
     # ------------------------------------------------------------------ what a rank has of it
 

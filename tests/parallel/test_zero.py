@@ -59,7 +59,7 @@ class Found:
     losses: list[float] = field(default_factory=list)
     norms: list[float] = field(default_factory=list)
     gradients: dict[str, list[tuple[int, int, np.ndarray]]] = field(default_factory=dict)
-    state: list[tuple[str, str, int, int, bool, np.ndarray]] = field(default_factory=list)
+    state: list[tuple[str, int, int, bool, np.ndarray]] = field(default_factory=list)
     weights: dict[str, np.ndarray] = field(default_factory=dict)
     averages: dict[str, np.ndarray] = field(default_factory=dict)
     traffic: dict[str, int] = field(default_factory=dict)
@@ -106,7 +106,9 @@ def train(mesh: Mesh, case: Case) -> Found:
         else:
             sgd(optimizer, found.norms[-1], clip=case.clip)
     found.traffic = dict(mesh.traffic.sent)
-    found.state = [(p.name, p.part, p.start, p.stop, p.first, p.tensor.astype("float32").numpy().reshape(-1)) for p in optimizer.pieces()]
+    for piece in optimizer.pieces():
+        numbers = piece.tensor.astype("float32").numpy().reshape(-1)
+        found.state.append((f"{piece.name}.{piece.part}", piece.start, piece.stop, piece.first, numbers.copy()))
     with optimizer.whole_weights():
         found.weights = {name: p.numpy().copy() for name, p in model.named_parameters()}
     if case.ema:
