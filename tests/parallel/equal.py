@@ -75,9 +75,9 @@ class Case:
         adapter = adapter_of(self.weights, self.arch, self.cfg)
         return assemble_model(self.weights, self.arch, self.cfg, mesh=mesh, adapter=adapter)
 
-    def objective(self) -> Objective:
+    def objective(self, mesh: Mesh) -> Objective:
         """What the stage minimises."""
-        weights, stage = loss_weights(self.arch, self.cfg), self.cfg.model.stage
+        weights, stage = loss_weights(self.arch, self.cfg, mesh=mesh), self.cfg.model.stage
         if stage in ("PT", "SFT"):
             return LanguageModelObjective(weights)
         reference = None if self.cfg.align.loss_type in REFERENCE_FREE else base_log_probs
@@ -114,9 +114,9 @@ def reduce_gradients(model: ErnieForCausalLM, mesh: Mesh) -> Numbers:
 def train(mesh: Mesh, case: Case, prepare: Callable[[], None] = lambda: None) -> Outcome:
     """Train with plain SGD, and keep what `prepare` makes of this process out of the others."""
     prepare()
-    model, objective = case.model(mesh), case.objective()
+    model, objective = case.model(mesh), case.objective(mesh)
     model.train()
-    upkeep, outcome = router_upkeep(model, case.cfg), Outcome()
+    upkeep, outcome = router_upkeep(model, case.cfg, mesh=mesh), Outcome()
     for step in case.steps:
         batches, loss = batches_of(step, mesh), 0.0
         totals = Totals.of(batches, row_length=1024).over(mesh.axis("data"))
