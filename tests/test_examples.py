@@ -11,11 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from erniekit.base.errors import ConfigError
+from erniekit.base.errors import ConfigError, MeshError
 from erniekit.cli.main import main
 from erniekit.cli.verbs import VERBS
+from erniekit.config.layout import layout_of
 from erniekit.config.load import load_config
-from erniekit.config.parallel import DEVICE_DEGREES
+from erniekit.config.parallel import DEVICE_DEGREES, UNBUILT_DEGREES
 from erniekit.config.readiness import not_built, require_built
 from erniekit.config.run import RunConfig
 from erniekit.data.sources import RowReport, list_sources, read_samples
@@ -90,13 +91,24 @@ def test_our_own_configs_are_ready(path: Path, capsys: pytest.CaptureFixture[str
 @pytest.mark.parametrize("path", STAND_INS, ids=label)
 def test_train_refuses_by_name_what_it_cannot_do(path: Path) -> None:
     config, name = load_config(path), path.stem
-    wanted = {key for key in DEVICE_DEGREES if config.value(key) > 1}
+    wanted = {key for key in UNBUILT_DEGREES if config.value(key) > 1}
     wanted |= {"compute_type"} if "fp8" in name else set()
     wanted |= {"input_dir", "split"} if "offline" in name else set()
     if config.model.stage == "VL-SFT":  # and more
         assert {*wanted, "stage"} <= refused(config)
     elif verb_of(path) == "train":
         assert refused(config) == wanted
+
+
+@pytest.mark.parametrize("path", STAND_INS, ids=label)
+def test_degrees_ask_for_ranks(path: Path) -> None:
+    config = load_config(path)
+    built = set(DEVICE_DEGREES) - set(UNBUILT_DEGREES)
+    ranks = math.prod(config.value(name) for name in built if config.value(name) > 1)
+    assert layout_of(config, ranks).tensor == max(config.parallel.tensor_parallel_degree, 1)
+    if ranks > 1:
+        with pytest.raises(MeshError, match=f"{path} --nproc {ranks}; or set tensor_parallel_degree=1"):
+            layout_of(config, 1)
 
 
 # ---------------------------------------------------------------------- data

@@ -9,8 +9,15 @@ from __future__ import annotations
 import os
 import sys
 import warnings
+from dataclasses import dataclass
+from pathlib import Path
 
+from erniekit.base.errors import MeshError
+
+PULSE = "ERNIEKIT_PULSE"  # the folder in which ranks note what they are doing
 _PLAIN_OPS, _NUMPY_OPS = "ERNIEKIT_PLAIN_OPS", "ERNIEKIT_NUMPY_OPS"
+_JOB = "ERNIEKIT_JOB_FOLDER"
+JOB_VARIABLES = ("NNODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 # Environment name -> (the parameter's number in glibc's malloc.h, value): large blocks come from the heap and freed
 # memory stays there, because training asks for the same blocks in every step.
@@ -79,6 +86,40 @@ def cpu_flags() -> str:
         return ""
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where a process stands: its number among all ranks, where rank 0 listens, under which name others reach it."""
+
+    rank: int = 0
+    world: int = 1
+    master: str = ""  # host:port
+    host: str = "127.0.0.1"
+    pulse: str = ""  # a folder in which it notes what it is doing (parallel/pulse.py)
+
+
+def rank_place() -> Place:
+    """The place that a launcher gave this process, by the variables of `paddle.distributed.launch`; alone without them.
+
+    Raises MeshError if they do not say all of it, or what cannot be.
+    """
+    names = ("PADDLE_TRAINERS_NUM", "PADDLE_TRAINER_ID", "PADDLE_MASTER")
+    told = {name: os.environ.get(name, "") for name in names}
+    if told["PADDLE_TRAINERS_NUM"] in ("", "1"):
+        return Place()
+    world, rank, master = told.values()
+    master = master or os.environ.get("PADDLE_TRAINER_ENDPOINTS", "").partition(",")[0]
+    is_placed = world.isdecimal() and rank.isdecimal() and int(rank) < int(world)
+    if not (is_placed and master.rpartition(":")[2].isdecimal()):
+        said = ", ".join(f"{name}={value or '(nothing)'}" for name, value in told.items())
+        raise MeshError(
+            f"{said}: these variables give this process no place among others. PADDLE_TRAINER_ID counts from 0 to "
+            "PADDLE_TRAINERS_NUM - 1, PADDLE_MASTER is the host:port of rank 0. `erniekit train ... --nproc N` sets "
+            "them; a process by itself needs none of them."
+        )
+    host = os.environ.get("PADDLE_CURRENT_ENDPOINT", "").rpartition(":")[0] or os.environ.get("POD_IP", "")
+    return Place(int(rank), int(world), master, host or Place.host, os.environ.get(PULSE, ""))
+
+
 def tell_paddle_rank(rank: int, world: int) -> None:
     """Paddle's process groups ask the environment which rank they are in."""
     os.environ.update(PADDLE_TRAINER_ID=str(rank), PADDLE_TRAINERS_NUM=str(world))
@@ -112,3 +153,28 @@ def cache_folder() -> str:
     """Where compiled kernels are kept: $XDG_CACHE_HOME/erniekit or ~/.cache/erniekit."""
     base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
     return os.path.join(base, "erniekit")
+
+
+def job_folder() -> Path | None:
+    """Where the ranks of a job leave notes for the one who watches them (cli/launch.py); None if nobody does."""
+    found = os.environ.get(_JOB)
+    return Path(found) if found else None
+
+
+def job_variables() -> dict[str, str]:
+    """What the user says of a job on several machines; a variable that is not set is absent."""
+    return {name: os.environ[name] for name in JOB_VARIABLES if os.environ.get(name)}
+
+
+def visible_gpus() -> list[str] | None:
+    """The GPUs that CUDA_VISIBLE_DEVICES names; None if it is not set: all are visible then."""
+    asked = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return None if asked is None else [word for word in asked.split(",") if word.strip() not in ("", "-1")]
+
+
+def environment_of_rank(further: dict[str, str], *, folder: Path, num_sharing: int) -> dict[str, str]:
+    """The whole environment of a rank: this process's own, with the cores divided among the `num_sharing` ranks of this
+    machine. Paddle would take MASTER_ADDR for its own store, so what was said of the job stays here."""
+    mine = {name: value for name, value in os.environ.items() if name not in JOB_VARIABLES}
+    threads = {"MKL_NUM_THREADS": str(max(num_cores() // num_sharing, 1))}
+    return threads | mine | further | {_JOB: str(folder)}

@@ -8,7 +8,16 @@ tensor ranks, or by `expert` consecutive data ranks with the same tensor index.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal, cast
+
+from erniekit.base.errors import MeshError
+from erniekit.config.layout_rules import degrees_of, model_misfits, optimizer_misfits, world_misfits
+
+if TYPE_CHECKING:
+    from erniekit.config.architecture import ErnieConfig
+    from erniekit.config.run import RunConfig
+
+Stage = Literal[0, 1, 2, 3]
 
 AXES = ("world", "tensor", "data", "shard", "replica", "expert", "expert_copies", "expert_shard", "expert_replica")
 
@@ -26,13 +35,13 @@ class Coordinates:
 
 @dataclass(frozen=True)
 class Layout:
-    """Sizes of the axes. Degrees that do not fit each other are our mistake here: config/rules tells users."""
+    """Sizes of the axes. Degrees that do not fit each other are our mistake here: layout_of tells users."""
 
     world: int = 1
     tensor: int = 1
     expert: int = 1
     sharding: int = 1
-    stage: Literal[0, 1, 2, 3] = 0  # what is sharded: nothing, states, gradients too, weights too
+    stage: Stage = 0  # what is sharded: nothing, states, gradients too, weights too
     experts_over: Literal["data", "tensor"] = "data"
     sequence_parallel: bool = False
 
@@ -97,3 +106,27 @@ class Layout:
             "expert_shard": (at.tensor, at.replica, held),
             "expert_replica": (at.tensor, at.shard // over, held),
         }[axis]
+
+
+def layout_of(cfg: RunConfig, world: int, arch: ErnieConfig | None = None) -> Layout:
+    """The layout that the keys of a run ask for on `world` ranks; what they leave open is derived here and written back
+    nowhere. Raises MeshError with everything that does not fit; of a model that is not known yet, nothing is said.
+    """
+    problems = list(world_misfits(cfg, world))
+    asked = degrees_of(cfg, sparse=arch is None or arch.is_moe)
+    data = max(world // asked.tensor, 1)
+    sharding = asked.sharding or data
+    problems += optimizer_misfits(cfg, sharding)
+    if arch is not None:
+        problems += model_misfits(cfg, arch, data)
+    if problems:
+        raise MeshError(problems)
+    return Layout(
+        world=world,
+        tensor=asked.tensor,
+        expert=asked.tensor if asked.experts_over_tensor else asked.expert or data,
+        sharding=sharding,
+        stage=cast(Stage, asked.stage if sharding > 1 else 0),
+        experts_over="tensor" if asked.experts_over_tensor else "data",
+        sequence_parallel=cfg.parallel.sequence_parallel and asked.tensor > 1,
+    )

@@ -8,13 +8,14 @@ from __future__ import annotations
 import glob
 import os
 
-from erniekit.base.errors import ConfigError
+from erniekit.base.errors import ConfigError, MeshError
 from erniekit.base.files import nearest_sibling
 from erniekit.config.data import is_data_set
 from erniekit.config.hubs import DEFAULT_HUB, download_command, is_repository
 from erniekit.config.keys import RESULTS
+from erniekit.config.layout import layout_of
 from erniekit.config.model import REINFORCEMENT_STAGES, VISION_STAGES
-from erniekit.config.parallel import DEVICE_DEGREES
+from erniekit.config.parallel import DEVICE_DEGREES, UNBUILT_DEGREES
 from erniekit.config.run import KEYS, RunConfig
 from erniekit.config.values import text_of
 
@@ -51,8 +52,8 @@ _FEATURES = {
 
 
 def not_built(config: RunConfig) -> list[str]:
-    """Settings that change results and that this version does not know how to follow; degrees are not among them."""
-    return [_unbuilt_line(config, name) for name in _unbuilt(config, tuple(_READS)) if name not in DEVICE_DEGREES]
+    """Settings that change results and that this version does not know how to follow."""
+    return [_unbuilt_line(config, name) for name in _unbuilt(config, tuple(_READS))]
 
 
 def require_built(config: RunConfig, verb: str = "train") -> None:
@@ -95,9 +96,21 @@ def _repositories(config: RunConfig) -> list[str]:
     ]
 
 
-def require_ready(config: RunConfig, verb: str = "train") -> None:
-    """Raise ConfigError naming everything that keeps `verb` from starting: not built, not set, not there."""
-    _refuse([*_refused(config, verb), *_unset(config, verb), *absent_files(config, verb)])
+def require_ready(config: RunConfig, verb: str = "train", *, world: int = 1) -> None:
+    """Raise ConfigError naming everything that keeps `verb` from starting on `world` ranks: not built, not set, not
+    there, degrees of another number of ranks."""
+    found = [*_refused(config, verb), *_unset(config, verb), *absent_files(config, verb)]
+    if "parallel" in _READS[verb]:
+        found += _misfits(config, world)
+    _refuse(found)
+
+
+def _misfits(config: RunConfig, world: int) -> list[str]:
+    try:
+        layout_of(config, world)
+    except MeshError as error:
+        return error.problems
+    return []
 
 
 def _refuse(lines: list[str]) -> None:
@@ -134,8 +147,9 @@ def _stands_for_more(config: RunConfig, name: str) -> bool:
 
 def _unbuilt_line(config: RunConfig, name: str) -> str:
     key, value = KEYS[name], config.value(name)
-    if name in DEVICE_DEGREES:
-        return f"{_place(config, name)}: {value} needs {value} devices; this version runs on one. Set {name}=1."
+    if name in UNBUILT_DEGREES:
+        what = UNBUILT_DEGREES[name]
+        return f"{_place(config, name)}: {value} needs {what}, not built in this version. Set {name}=1."
     without = f"To go on without it, leave the key out or set it to {text_of(key.default)}."
     way_out = f"Built: {', '.join(key.choices)}." if key.choices else without
     feature = _FEATURES.get(name, {}).get(text_of(value))
@@ -147,7 +161,7 @@ def _degrees(config: RunConfig) -> list[str]:
     return [
         f"{_place(config, name)}: {config.value(name)} needs {config.value(name)} devices."
         for name in DEVICE_DEGREES
-        if KEYS[name].lacks(config.value(name))
+        if name not in UNBUILT_DEGREES and config.value(name) > 1
     ]
 
 

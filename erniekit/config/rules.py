@@ -12,6 +12,7 @@ from typing import Any
 from erniekit.base.errors import did_you_mean
 from erniekit.config.data import CHAT_TEMPLATES
 from erniekit.config.keys import INERT, SPEED, Key
+from erniekit.config.layout_rules import contradictions
 from erniekit.config.lora_rules import adapters
 from erniekit.config.model import QUANTISED
 from erniekit.config.preferences import preference_problems
@@ -37,7 +38,7 @@ def problems(config: RunConfig, failed: Collection[str]) -> list[str]:
     """Every contradiction between keys. Keys in `failed` have no readable value, so nothing is said about them."""
     kinds = (
         _template, _shares, _learning_rate, _schedule_steps, _patterns, _endless, _data_sets, _unjudged, _quantised,
-        adapters, preference_problems,
+        adapters, preference_problems, contradictions,
     )  # fmt: skip
     found = [finding for kind in kinds for finding in kind(config)]
     return [text for names, text in found if not set(names) & set(failed)]

@@ -1,6 +1,7 @@
 """The data of a run, built once: read, tokenised, its order fixed. The rest of the program comes in through this door.
 
-Knows neither the training loop nor ranks: whoever shares a step among ranks takes its part of `TrainData.rows`.
+Knows neither the training loop nor who talks to whom. Where several ranks see different rows, each asks for its part of
+every micro-batch: the parts of all of them are the rows that one process with the whole batch would see.
 """
 
 from __future__ import annotations
@@ -98,10 +99,13 @@ class TrainData:
         samples = self._rows.rows(step * self.rows_per_step, self.rows_per_step)
         return [self.store.row(row) for row in samples]
 
-    def micro_batches(self, step: int, *, batch_size: int) -> list[Batch]:
-        """The rows of a step, in order, `batch_size` at a time."""
-        rows = self.rows(step)
-        return list(make_batches(rows, batch_size=batch_size, pad_id=self._pad_id, max_seq_len=self._max_seq_len))
+    def micro_batches(self, step: int, *, batch_size: int, index: int = 0, parts: int = 1) -> list[Batch]:
+        """The rows of a step, in order: of every `parts` times `batch_size` of them, part `index`."""
+        rows, whole = self.rows(step), parts * batch_size
+        assert len(rows) % whole == 0 or parts == 1, f"{len(rows)} rows of a step for {parts} times {batch_size}"
+        firsts = range(index * batch_size, len(rows), whole)
+        own = [row for first in firsts for row in rows[first : first + batch_size]]
+        return list(make_batches(own, batch_size=batch_size, pad_id=self._pad_id, max_seq_len=self._max_seq_len))
 
     def sample_names(self, step: int) -> list[str]:
         """file:line of the samples of a step, in the order of its rows."""

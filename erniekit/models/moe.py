@@ -1,11 +1,13 @@
 """The mixture of experts: router, dispatcher, stacked experts, shared experts.
 
-One device holds all experts here. Expert parallelism slices `experts.*` and swaps `dispatcher`, from outside.
+One device holds all experts here. Expert parallelism slices `experts.*` and swaps `dispatcher`, from outside; while
+rows are under way to other devices the shared experts work.
 Shapes: B batch, S positions, M = B*S tokens, D hidden size, E experts, K experts per token, I expert width.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import paddle
@@ -100,11 +102,12 @@ class Experts(nn.Layer):
 class LocalDispatcher(nn.Layer):
     """Brings tokens to experts that live on this device, dropless, and sums their outputs. No parameters."""
 
-    def forward(self, x_MD: paddle.Tensor, routing: Routing, experts: Experts) -> paddle.Tensor:
-        """[M, D] -> [M, D]."""
+    def forward(self, x_MD: paddle.Tensor, routing: Routing, experts: Experts) -> Callable[[], paddle.Tensor]:
+        """Bring x [M, D] on its way. What is returned waits for it, lets the experts work and gives their sum [M, D]:
+        whatever else there is to compute has its place in between."""
         order = sort_by_expert(routing.experts_MK, num_experts=experts.num_experts)
-        y_TD = experts(permute(x_MD, order), order.counts)
-        return combine(y_TD, routing.weights_MK.astype(x_MD.dtype), order)
+        x_TD, weights_MK = permute(x_MD, order), routing.weights_MK.astype(x_MD.dtype)
+        return lambda: combine(experts(x_TD, order.counts), weights_MK, order)
 
 
 class MoE(nn.Layer):
@@ -124,7 +127,9 @@ class MoE(nn.Layer):
         """[B, S, D] -> ([B, S, D], Routing)."""
         x_MD = x_BSD.reshape([-1, x_BSD.shape[-1]])
         routing = self.gate(x_MD, self.moe_statics.e_score_correction_bias)
-        y_MD = self.dispatcher(x_MD, routing, self.experts)
-        if self.shared_experts is not None:
-            y_MD = y_MD + self.shared_experts(x_MD)
-        return y_MD.reshape(x_BSD.shape), routing
+        routed = self.dispatcher(x_MD, routing, self.experts)
+        shared_BSD = self.shared_experts(x_BSD) if self.shared_experts is not None else None
+        y_BSD = routed().reshape(x_BSD.shape)
+        if shared_BSD is not None:
+            y_BSD = y_BSD + shared_BSD
+        return y_BSD, routing

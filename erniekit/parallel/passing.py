@@ -17,13 +17,13 @@ Parts are as even as can be (Axis.shares). Knows tensors and axes, no model.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from paddle import Tensor
 from paddle.autograd import PyLayer
 
-from erniekit.parallel.collectives import Axis
+from erniekit.parallel.collectives import Axis, Handle
 
 
 def copy_in(x: Tensor, axis: Axis) -> Tensor:
@@ -62,14 +62,27 @@ def sum_over(x: Tensor, axis: Axis) -> Tensor:
     return x if axis.size == 1 else _SumOver.apply(x, axis)
 
 
-def exchange(x: Tensor, axis: Axis, *, send: Sequence[int], receive: Sequence[int]) -> Tensor:
-    """[sum of send, ...] -> [sum of receive, ...]: rows to every rank in order; gradients go the same way back."""
-    return x if axis.size == 1 else _Exchange.apply(x, axis, tuple(send), tuple(receive))
+def exchange(x: Tensor, axis: Axis, *, send: Sequence[int], receive: Sequence[int]) -> Callable[[], Tensor]:
+    """[sum of send, ...] -> [sum of receive, ...]: rows to every rank in order; gradients go the same way back.
+
+    The rows are under way when this returns; what it returns waits for them. Backward as well: gradients set out when
+    they reach the second half and are waited for in the first.
+    """
+    if axis.size == 1:
+        return lambda: x
+    way = _Way(axis, tuple(send), tuple(receive))
+    coming = _Depart.apply(x, way)
+    return lambda: _Arrive.apply(coming, way)
 
 
 # ---------------------------------------------------------------------- what both directions are made of
 def _summed(x: Tensor, axis: Axis) -> Tensor:
     return axis.all_reduce(x.detach().clone())
+
+
+def _again(x: Tensor) -> Tensor:
+    """x in the same memory: Paddle takes x itself for an update in place. (It makes no view of nothing.)"""
+    return x.detach().view(x.shape) if x.size else x.detach().clone()
 
 
 def _part(x: Tensor, axis: Axis, dim: int) -> Tensor:
@@ -100,7 +113,7 @@ class _CopyIn(PyLayer):
     @staticmethod
     def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
         ctx.axis = axis
-        return x.detach().view(x.shape)  # the same memory; Paddle takes x itself for an update in place
+        return _again(x)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
@@ -174,13 +187,49 @@ class _SumOver(PyLayer):
         return _summed(grad, ctx.axis)
 
 
-class _Exchange(PyLayer):
+class _Way:
+    """An exchange under way, from its first half to its second and, with gradients, back."""
+
+    def __init__(self, axis: Axis, send: tuple[int, ...], receive: tuple[int, ...]) -> None:
+        self.axis, self._there, self._back = axis, (send, receive), (receive, send)
+        self._going: tuple[Tensor, Handle] | None = None  # what is sent has to live until it is
+
+    def start(self, rows: Tensor, *, back: bool) -> Tensor:
+        """Send rows there, or gradients back; what will hold the ones that arrive here."""
+        assert self._going is None, "another exchange is under way"
+        rows = rows.detach().contiguous()
+        handle = self.axis.start_all_to_all(rows, *(self._back if back else self._there))
+        self._going = rows, handle
+        return handle.result
+
+    def arrived(self) -> Tensor:
+        """What was to arrive, once it is there."""
+        assert self._going is not None, "nothing is under way"
+        rows, self._going = self._going[1].wait(), None
+        return _again(rows)
+
+
+class _Depart(PyLayer):
+    """The first half. Its output has no content before the second half has waited for it."""
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, axis: Axis, send: tuple[int, ...], receive: tuple[int, ...]) -> Tensor:
-        ctx.facts = axis, send, receive
-        return axis.all_to_all(x.detach().contiguous(), send, receive)
+    def forward(ctx: Any, x: Tensor, way: _Way) -> Tensor:
+        ctx.way = way
+        return way.start(x, back=False)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # noqa: ARG004 - it is what the way brings
+        return ctx.way.arrived()
+
+
+class _Arrive(PyLayer):
+    """The second half."""
+
+    @staticmethod
+    def forward(ctx: Any, coming: Tensor, way: _Way) -> Tensor:  # noqa: ARG004
+        ctx.way = way
+        return way.arrived()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
-        axis, send, receive = ctx.facts
-        return axis.all_to_all(grad.contiguous(), receive, send)
+        return ctx.way.start(grad, back=True)

@@ -3,6 +3,9 @@
 Each line says what one operator of `models/`, `ops/`, `adapters/` and `parallel/recompute.py` reads, makes and keeps on
 a CPU; where one of them changes, its line here does, and tests/unit/training/test_budget.py measures both. A linear
 layer keeps its input only for the gradient of its weight: under an adapter the low-rank product keeps it instead.
+
+Of several ranks it is the pass of one: `cut` says which part of every matrix it has. As many rows are taken to come
+from other ranks as go there, as if all experts were chosen equally often.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ from typing import Literal
 from erniekit.adapters.targets import slot
 from erniekit.config.adapter import AdapterConfig
 from erniekit.config.architecture import ErnieConfig
+from erniekit.config.cut import WHOLE, Cut, size
 from erniekit.config.sizes import expert_groups
 from erniekit.training.tape import Tape, Value
 
@@ -47,7 +51,7 @@ class Terms:
 @dataclass
 class Writer:
     """Writes the operators of one model and one micro-batch to a tape. `gradients` are the bytes of the gradient of
-    every parameter that is trained, `number` those of an activation."""
+    every parameter that is trained, `number` those of an activation; `cut` is what the rank holds."""
 
     arch: ErnieConfig
     load: Load
@@ -57,10 +61,14 @@ class Writer:
     packed: Callable[[str], bool] = lambda _module: False
     terms: Terms = Terms()
     number: int = 4
+    cut: Cut = WHOLE
     tape: Tape = field(default_factory=Tape, init=False)
 
     def __post_init__(self) -> None:
         self._vectors = self.load.tokens * self.number  # bytes of one number for every token
+        self._ranks = self.cut.layout.tensor
+        # How many ranks share a row between blocks.
+        self._positions = self._ranks if self.cut.layout.sequence_parallel else 1
         self._slots = {slot(target) for target in self.adapter.targets} if self.adapter else set[str]()
 
     def step(self) -> Tape:
@@ -103,43 +111,85 @@ class Writer:
 
     def _norm(self, name: str, x: Value) -> Value:
         trains = self._trained(f"{name}.weight")
-        return self.tape.add(x, makes=x.num_bytes, keeps=[x], beside=self._vectors, trains=trains)
+        roots = x.num_bytes // self.arch.hidden_size
+        return self.tape.add(x, makes=x.num_bytes, keeps=[x], beside=roots, trains=trains)
+
+    def _enter(self, x: Value) -> Value:
+        """What a block that the tensor ranks share reads: all positions."""
+        return x if self._positions == 1 else self.tape.add(x, makes=x.num_bytes * self._positions)
+
+    def _leave(self, y: Value) -> Value:
+        """The sum of what the tensor ranks have made, of which each goes on with its positions."""
+        if self._ranks == 1:
+            return y
+        return self.tape.add(y, makes=y.num_bytes // self._positions, passes=self._positions == 1)
+
+    def _summed(self, y: Value) -> Value:
+        """The sum of what the tensor ranks have made, which each goes on with."""
+        return y if self._ranks == 1 else self.tape.add(y, makes=y.num_bytes, passes=True)
+
+    def _own_positions(self, y: Value) -> Value:
+        """Of all positions, those that the rank goes on with."""
+        return y if self._positions == 1 else self.tape.add(y, makes=y.num_bytes // self._positions)
 
     def _attention(self, name: str, x: Value) -> Value:
-        cfg = self.arch
-        q = self._linear(f"{name}.q_proj", x, cfg.q_dim)
-        k, v = (self._linear(f"{name}.{part}", x, cfg.kv_dim) for part in ("k_proj", "v_proj"))
-        sums = cfg.num_attention_heads * self._vectors
+        cfg, (heads, kv_heads), x = self.arch, self.cut.heads_of(self.arch), self._enter(x)
+        q = self._linear(f"{name}.q_proj", x, heads * cfg.head_dim)
+        k, v = (self._linear(f"{name}.{part}", x, kv_heads * cfg.head_dim) for part in ("k_proj", "v_proj"))
+        sums = heads * self._vectors
         out = self._again("core_attn", lambda *qkv: self.tape.add(
             *qkv, makes=q.num_bytes, keeps=qkv, product=True, beside=sums
         ), q, k, v)  # fmt: skip
-        return self._linear(f"{name}.o_proj", out, cfg.hidden_size)
+        return self._leave(self._linear(f"{name}.o_proj", out, cfg.hidden_size))
 
-    def _mlp(self, name: str, x: Value, width: int) -> Value:
+    def _mlp(self, name: str, x: Value, whole_width: int) -> Value:
+        """Without entering and leaving."""
+        width = size(self.cut.part(whole_width))
         gate, up = (self._linear(f"{name}.{part}", x, width) for part in ("gate_proj", "up_proj"))
         act = self.tape.add(gate, up, makes=gate.num_bytes, keeps=[gate, up])
         return self._linear(f"{name}.down_proj", act, self.arch.hidden_size)
 
     def _moe(self, name: str, x: Value) -> Value:
-        cfg, tape = self.arch, self.tape
+        cfg, tape, layout = self.arch, self.tape, self.cut.layout
+        x = x if layout.experts_over == "tensor" else self._enter(x)
         (experts, _), chosen = expert_groups(cfg)[0], cfg.moe_k
-        routed, indices = chosen * self._vectors, chosen * self.load.tokens * _INDEX
-        logits = tape.add(x, makes=experts * self._vectors, keeps=[x], trains=self._trained(f"{name}.gate.weight"))
+        vectors = x.num_bytes // cfg.hidden_size
+        routed, indices = chosen * vectors, chosen * vectors // self.number * _INDEX
+        logits = tape.add(x, makes=experts * vectors, keeps=[x], trains=self._trained(f"{name}.gate.weight"))
         probs = tape.add(logits, makes=logits.num_bytes, product=True)
         # Beside are kept the chosen, by what picks them, and by clip and division what they were before, and their sum.
-        beside = indices + routed + 2 * self._vectors
+        beside = indices + routed + 2 * vectors
         weights = tape.add(probs, makes=routed, keeps=[probs], product=True, beside=beside)
         # The router losses read the logits when all layers are done; the balance loss keeps a softmax of its own.
         tape.held += logits.num_bytes * (2 if self.terms.balance else 1)
-        rows = tape.add(x, makes=chosen * x.num_bytes, beside=indices)
-        made = self._experts(f"{name}.experts", rows)
-        y = tape.add(made, weights, makes=x.num_bytes, keeps=[made, weights])
+        y = self._routed(f"{name}.experts", x, weights)
         if cfg.moe_num_shared_experts:
-            y = self._added(y, self._mlp(f"{name}.shared_experts", x, cfg.shared_intermediate_size))
-        return y
+            entered = self._enter(x) if layout.experts_over == "tensor" else x
+            shared = self._mlp(f"{name}.shared_experts", entered, cfg.shared_intermediate_size)
+            y = self._added(y, self._leave(shared) if layout.experts_over == "tensor" else self._summed(shared))
+        return y if layout.experts_over == "tensor" else self._own_positions(y)
+
+    def _routed(self, name: str, x: Value, weights: Value) -> Value:
+        """To the experts, wherever they are, and back."""
+        tape, layout, whole = self.tape, self.cut.layout, x.num_bytes
+        parts = layout.tensor if layout.experts_over == "tensor" and self._positions == 1 else 1
+        if parts > 1:  # each tensor rank takes some of the tokens to the experts
+            x, weights = (tape.add(value, makes=value.num_bytes // parts) for value in (x, weights))
+        rows = tape.add(x, makes=self.arch.moe_k * x.num_bytes, beside=weights.num_bytes // self.number * _INDEX)
+        away = [tape.add] * 2 if layout.expert > 1 else []  # over to other ranks, and sorted there
+        for again in away:
+            rows = again(rows, makes=rows.num_bytes)
+        made = self._experts(name, rows)
+        for again in away:
+            made = again(made, makes=made.num_bytes)
+        y = tape.add(made, weights, makes=x.num_bytes, keeps=[made, weights])
+        if parts > 1:
+            return tape.add(y, makes=whole)
+        return y if layout.experts_over == "tensor" else self._summed(y)
 
     def _experts(self, name: str, rows: Value) -> Value:
-        width, routed = expert_groups(self.arch)[0][1], self.load.tokens * self.arch.moe_k
+        width, routed = expert_groups(self.arch)[0][1], rows.num_bytes // self.arch.hidden_size // self.number
+        width = size(self.cut.expert_part(width))
         gate_up, down = f"{name}.gate_up_proj", f"{name}.down_proj"
         trains, inside = self._trained(gate_up, down), 2 * width * routed * self.number
         in_slots = self._slots & {f"{name}.gate_up_adapter", f"{name}.down_adapter"}
@@ -164,7 +214,8 @@ class Writer:
         normed = self._norm(f"{name}.post_attention_layernorm", x)
         if sparse:
             return self._added(x, self._moe(f"{name}.mlp", normed))
-        return self._added(x, self._mlp(f"{name}.mlp", normed, self.arch.intermediate_size))
+        made = self._mlp(f"{name}.mlp", self._enter(normed), self.arch.intermediate_size)
+        return self._added(x, self._leave(made))
 
     def _again(self, kind: str, write: Callable[..., Value], *reads: Value) -> Value:
         """What `write` writes, recomputed in the backward pass if that is the kind of thing that is."""
@@ -188,7 +239,7 @@ class Writer:
 
     def _embedding(self) -> Value:
         table = self._trained("model.embed_tokens.weight")
-        return self.tape.add(makes=self.arch.hidden_size * self._vectors, trains=table)
+        return self._leave(self.tape.add(makes=self.arch.hidden_size * self._vectors, trains=table))
 
     # ------------------------------------------------------------------ losses
     def _cross_entropy(self, hidden: Value) -> None:

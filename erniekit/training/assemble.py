@@ -1,9 +1,9 @@
 """THE order in which a model for training comes together; the only file that knows all the parts.
 
-    build -> weights, quantised while they are read -> adapters -> freezing -> number formats of products ->
-    (tensor and expert shards) -> recomputation -> (pipeline) -> optimizer -> (optimizer shards)
+    build, each rank its part -> weights, quantised while they are read -> adapters -> freezing -> number formats of
+    products -> tensor and expert shards -> recomputation -> (pipeline) -> optimizer, sharded as the mesh says
 
-Steps in parentheses are later rooms; each takes its place here.
+The step in parentheses is a later room; it takes its place here.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from erniekit.adapters.targets import (
     started_config,
 )
 from erniekit.base.console import notice
-from erniekit.base.errors import ConfigError
+from erniekit.base.errors import ConfigError, MeshError
 from erniekit.checkpoint.adapter_folder import AdapterFolder
 from erniekit.checkpoint.adapter_io import load_adapter
 from erniekit.checkpoint.ernie45 import HEAD_BIAS, memory_table
@@ -35,11 +35,18 @@ from erniekit.checkpoint.folder import Folder
 from erniekit.checkpoint.model_io import build_model
 from erniekit.config.adapter import AdapterConfig
 from erniekit.config.architecture import ErnieConfig
+from erniekit.config.cut import Cut
 from erniekit.config.model import PREFERENCE_STAGES
 from erniekit.config.packing import packing_of
 from erniekit.config.run import RunConfig
 from erniekit.models.decoder import ErnieForCausalLM
+from erniekit.parallel.expert import use_expert_parallel
+from erniekit.parallel.layered import LayerShards
+from erniekit.parallel.mesh import Mesh
 from erniekit.parallel.recompute import apply_recompute
+from erniekit.parallel.tensor import use_tensor_parallel
+from erniekit.parallel.tokens import TokenRanks
+from erniekit.parallel.zero import FLAT_BYTES, GradientSync
 from erniekit.precision.products import use_bf16_products
 from erniekit.training.dropout import DropoutCourse
 from erniekit.training.health import RouterHealth
@@ -104,17 +111,18 @@ def check_names(base: Folder, arch: ErnieConfig, cfg: RunConfig) -> None:
 
 
 def assemble_model(
-    weights: Folder, arch: ErnieConfig, cfg: RunConfig, *, adapter: AdapterConfig | None = None,
-    trained: Path | None = None,
+    weights: Folder, arch: ErnieConfig, cfg: RunConfig, *, mesh: Mesh = Mesh.single(),
+    adapter: AdapterConfig | None = None, trained: Path | None = None,
 ) -> ErnieForCausalLM:  # fmt: skip
-    """The model that will be trained: `weights` is the base folder or a checkpoint. With `adapter`, always the base,
-    and `trained` is an adapter folder to go on from."""
+    """This rank's part of the model that will be trained: `weights` is the base folder or a checkpoint. With `adapter`,
+    always the base, and `trained` is an adapter folder to go on from."""
     on_gpu = paddle.device.is_compiled_with_cuda() and paddle.get_device().startswith("gpu")
     dtype = "bfloat16" if on_gpu and cfg.model.compute_type != "fp32" else "float32"
     if cfg.model.compute_type == "bf16" and not on_gpu and not cfg.model.cpu_bf16_matmul:
         notice("compute_type bf16: a CPU computes in fp32, with fp32 masters; only the saved model is rounded.")
     model = build_model(
-        weights, arch, dtype=dtype, mtp_init=cfg.model.mtp_init, seed=cfg.train.seed, pack=packing_of(cfg)
+        weights, arch, dtype=dtype, mtp_init=cfg.model.mtp_init, seed=cfg.train.seed, pack=packing_of(cfg),
+        cut=Cut.of(mesh.layout, mesh.rank),
     )  # fmt: skip
     if adapter:
         _adapt(model, adapter, trained, seed=cfg.train.seed)
@@ -123,6 +131,13 @@ def assemble_model(
         notice("cpu_bf16_matmul is about CPUs; on a GPU compute_type says how products are computed.")
     elif cfg.model.cpu_bf16_matmul:
         use_bf16_products(model)
+    if mesh.layout.tensor > 1 and (adapter or packing_of(cfg)):
+        raise MeshError(
+            "tensor_parallel_degree: adapters and quantised weights cannot be cut yet. Set it to 1, or fine_tuning to "
+            "Full and compute_type to bf16."
+        )
+    use_tensor_parallel(model, mesh)
+    use_expert_parallel(model, mesh)
     if cfg.train.recompute:
         apply_recompute(model, cfg.train.recompute_granularity)
     return model
@@ -143,8 +158,8 @@ def _adapt(model: ErnieForCausalLM, config: AdapterConfig, trained: Path | None,
     )
 
 
-def assemble_optimizer(model: ErnieForCausalLM, cfg: RunConfig) -> Optimizer:
-    """AdamW or Muon as the run sets it."""
+def assemble_optimizer(model: ErnieForCausalLM, cfg: RunConfig, *, mesh: Mesh = Mesh.single()) -> Optimizer:
+    """AdamW or Muon as the run sets it, sharded as the mesh says."""
     keys, adapted = cfg.optimizer, adapter_config_of(model) is not None
     names = [name for name, p in model.named_parameters() if not (adapted and p.stop_gradient)]
     if keys.moe_gate_lr_ratio is not None and not any(re.search(ROUTERS, name) for name in names):
@@ -159,8 +174,17 @@ def assemble_optimizer(model: ErnieForCausalLM, cfg: RunConfig) -> Optimizer:
         rates=rate_factors(names, num_layers=model.config.num_hidden_layers, keys=keys, b_rate=b_rate(cfg.lora)),
         matrices=matrices_inside(model) if keys.optim == "muon" else None,
         moments="bfloat16" if small else "float32", ema_decay=keys.ema_decay, ema_interval=keys.zcc_ema_interval,
-        adaptive_clip=bool(keys.adaptive_norm_clip),
+        adaptive_clip=bool(keys.adaptive_norm_clip), sync=_gradient_sync(model, cfg, mesh),
     )  # fmt: skip
+
+
+def _gradient_sync(model: ErnieForCausalLM, cfg: RunConfig, mesh: Mesh) -> GradientSync:
+    """What brings the gradients of all ranks together; at stage 3, it takes the layers' weights in hand."""
+    parameters = dict(model.named_parameters())
+    trained = {name: p for name, p in parameters.items() if not p.stop_gradient}
+    layers = LayerShards(model, mesh) if mesh.layout.stage == 3 else None
+    size = cfg.parallel.sharding_comm_buffer_size_MB
+    return GradientSync(trained, mesh, flat_bytes=size * 2**20 if size > 0 else FLAT_BYTES, layers=layers)
 
 
 def step_hooks(model: ErnieForCausalLM, cfg: RunConfig) -> tuple[Callable[[int], None], ...]:
@@ -169,7 +193,7 @@ def step_hooks(model: ErnieForCausalLM, cfg: RunConfig) -> tuple[Callable[[int],
     return (DropoutCourse.of(model, keys),) if keys.hidden_dropout_prob or keys.attention_probs_dropout_prob else ()
 
 
-def loss_weights(arch: ErnieConfig, cfg: RunConfig) -> LossWeights:
+def loss_weights(arch: ErnieConfig, cfg: RunConfig, *, mesh: Mesh = Mesh.single()) -> LossWeights:
     """Coefficients by precedence: the run's, the checkpoint's config.json, ERNIEKit's default."""
     model, extras = cfg.model, arch.extras
     decoupled = model.use_ortho_loss_callback
@@ -179,10 +203,11 @@ def loss_weights(arch: ErnieConfig, cfg: RunConfig) -> LossWeights:
         orthogonal=0.0 if decoupled else _orthogonal(arch, cfg),
         multi_token=_first(model.multi_token_pred_lambda, extras.get("multi_token_pred_lambda"), 0.3),
         token_balance=model.token_balance_loss,
+        ranks=TokenRanks(mesh),
     )
 
 
-def router_upkeep(model: ErnieForCausalLM, cfg: RunConfig) -> RouterUpkeep:
+def router_upkeep(model: ErnieForCausalLM, cfg: RunConfig, *, mesh: Mesh = Mesh.single()) -> RouterUpkeep:
     """The bias controller and the decoupled orthogonal step, as far as the run wants them.
 
     Beside adapters the correction bias stands still, even where the routers are trained whole: it belongs to the base,
@@ -194,13 +219,16 @@ def router_upkeep(model: ErnieForCausalLM, cfg: RunConfig) -> RouterUpkeep:
         model,
         bias_coefficient=cfg.model.moe_use_aux_free_update_coef if aux_free and not adapter_config_of(model) else 0.0,
         orthogonal_lambda=_orthogonal(model.config, cfg) if decoupled else 0.0,
-        health=_router_health(model, cfg),
+        health=_router_health(model, cfg, TokenRanks(mesh)),
+        ranks=TokenRanks(mesh),
     )
 
 
-def _router_health(model: ErnieForCausalLM, cfg: RunConfig) -> RouterHealth | None:
+def _router_health(model: ErnieForCausalLM, cfg: RunConfig, ranks: TokenRanks) -> RouterHealth | None:
     layers, window = sparse_layers(model), cfg.watch.moe_health_steps
-    return RouterHealth(layers, experts_per_token=model.config.moe_k, window=window) if layers and window else None
+    if not layers or not window:
+        return None
+    return RouterHealth(layers, experts_per_token=model.config.moe_k, window=window, ranks=ranks)
 
 
 def _orthogonal(arch: ErnieConfig, cfg: RunConfig) -> float:

@@ -1,4 +1,4 @@
-"""Memory of a training run on one device by formula, before anything is allocated.
+"""Memory of a training run on one device, or on one rank of many, by formula, before anything is allocated.
 
 Weights, gradients and optimizer states follow from the parameters' names and shapes; what a step holds beside them is
 found by walking through its operators on paper (activations.py, tape.py). Nothing is fitted, and nothing of a machine
@@ -18,6 +18,7 @@ from erniekit.base.errors import ErnieKitError
 from erniekit.checkpoint.ernie45 import memory_table
 from erniekit.config.adapter import AdapterConfig
 from erniekit.config.architecture import ErnieConfig
+from erniekit.config.cut import WHOLE, Cut, size
 from erniekit.config.families import family
 from erniekit.config.packing import Packing, packing_of
 from erniekit.config.run import RunConfig
@@ -99,9 +100,9 @@ class Parameters:
     adapter: AdapterConfig | None = None
 
     @classmethod
-    def of(cls, cfg: RunConfig, arch: ErnieConfig, *, head_bias: bool) -> Parameters:
-        """Those that the run has."""
-        table = memory_table(arch, head_bias=head_bias).tensors
+    def of(cls, cfg: RunConfig, arch: ErnieConfig, *, head_bias: bool, cut: Cut = WHOLE) -> Parameters:
+        """Those that the run has, as far as `cut` holds them."""
+        table = memory_table(arch, head_bias=head_bias, cut=cut).tensors
         shapes, names = {name: tensor.shape for name, tensor in table.items()}, list(table)
         if cfg.model.fine_tuning != "LoRA":
             return cls(shapes, trained_names(names, keys=cfg.optimizer))
@@ -137,16 +138,16 @@ def _inside(name: str, modules: Sequence[str]) -> bool:
 
 def run_budget(
     cfg: RunConfig, arch: ErnieConfig, *, head_bias: bool = False, lengths: Sequence[int] = (), labelled: float = 1.0,
-    on_gpu: bool = False,
+    on_gpu: bool = False, cut: Cut = WHOLE,
 ) -> Budget:  # fmt: skip
-    """What the run takes. `lengths` are those of its samples; without them, rows are as long as they may be. `labelled`
-    is the share of positions that have a label."""
+    """What a rank takes that holds `cut`. `lengths` are those of the run's samples; without them, rows are as long as
+    they may be. `labelled` is the share of positions that have a label."""
     train, length = cfg.train, _row_length(cfg, lengths)
     return budget(
         arch, Load(train.batch_size, length, labelled=math.ceil(train.batch_size * length * labelled)),
-        Parameters.of(cfg, arch, head_bias=head_bias), formats=Formats.of(cfg, on_gpu=on_gpu),
+        Parameters.of(cfg, arch, head_bias=head_bias, cut=cut), formats=Formats.of(cfg, on_gpu=on_gpu),
         micro_batches=train.gradient_accumulation_steps, terms=_terms(cfg, arch),
-        recompute=train.recompute_granularity if train.recompute else None,
+        recompute=train.recompute_granularity if train.recompute else None, cut=cut,
     )  # fmt: skip
 
 
@@ -183,7 +184,7 @@ def _row_length(cfg: RunConfig, lengths: Sequence[int]) -> int:
 
 def budget(
     arch: ErnieConfig, load: Load, parameters: Parameters, *, formats: Formats, terms: Terms, micro_batches: int = 1,
-    recompute: str | None = None,
+    recompute: str | None = None, cut: Cut = WHOLE,
 ) -> Budget:  # fmt: skip
     """The same from plain values."""
     sizes = {name: parameters.num_bytes(name, formats) for name in parameters.shapes}
@@ -191,12 +192,12 @@ def budget(
     packing = formats.packing
     tape = Writer(
         arch, load, gradients, recompute=recompute, adapter=parameters.adapter, terms=terms, number=formats.weight,
-        packed=lambda module: packing is not None and packing.kind_of(module) is not None,
+        packed=lambda module: packing is not None and packing.kind_of(module) is not None, cut=cut,
     ).step()  # fmt: skip
     trained = sum(math.prod(parameters.shapes[name]) for name in gradients)
     states = trained * formats.states
     working = max(tape.walk(again=micro_batches > 1).total, sum(gradients.values()))
-    chunk = min(CHUNK_TOKENS, load.labelled) * (arch.hidden_size + arch.vocab_size) * 4
+    chunk = min(CHUNK_TOKENS, load.labelled) * (arch.hidden_size + size(cut.part(arch.vocab_size))) * 4
     return Budget(
         weights=sum(sizes.values()), gradients=sum(gradients.values()), states=states, activations=tape.kept(),
         peak=sum(sizes.values()) + states + working, kernels=chunk, trained=trained,

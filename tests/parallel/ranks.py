@@ -13,8 +13,9 @@ from multiprocessing.connection import Connection
 from multiprocessing.connection import wait as ready
 from typing import Any
 
+from erniekit.base.runtime import Place
 from erniekit.config.layout import Layout
-from erniekit.parallel.mesh import Mesh, Place, open_mesh
+from erniekit.parallel.mesh import Mesh, open_mesh
 from erniekit.parallel.store import free_port
 
 

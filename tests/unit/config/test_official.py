@@ -5,7 +5,7 @@ import pytest
 
 from erniekit.base.errors import ConfigError
 from erniekit.config.load import load_config
-from erniekit.config.readiness import not_built, not_checked_here, require_built
+from erniekit.config.readiness import not_built, not_checked_here, require_built, require_ready
 
 COMMON = """
 seed: 23
@@ -234,10 +234,11 @@ def test_train_refuses_the_others_by_name(tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text(VISION)
     with pytest.raises(ConfigError) as caught:
-        require_built(load_config(path))
+        require_ready(load_config(path))
     text = "\n".join(caught.value.problems)
-    for name in (*UNBUILT["vision"][1], "tensor_parallel_degree"):
+    for name in UNBUILT["vision"][1]:
         assert f": {name}: " in text
+    assert "tensor_parallel_degree: 4" in text and f"{path} --nproc 4" in text
 
 
 def test_odd_values_mean_what_they_should(tmp_path):

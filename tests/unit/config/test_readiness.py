@@ -4,6 +4,7 @@ import pytest
 
 from erniekit.base.errors import ConfigError
 from erniekit.config.load import load_config
+from erniekit.config.parallel import UNBUILT_DEGREES
 from erniekit.config.readiness import (
     absent_files,
     not_built,
@@ -13,9 +14,9 @@ from erniekit.config.readiness import (
 )
 
 
-def refused(judge, config, *arguments):
+def refused(judge, config, *arguments, **options):
     with pytest.raises(ConfigError) as caught:
-        judge(config, *arguments)
+        judge(config, *arguments, **options)
     return caught.value.problems
 
 
@@ -56,16 +57,38 @@ def test_what_asks_for_nothing_or_only_for_speed(key, value):
     require_built(config)
 
 
-def test_a_degree_is_not_checked_here_and_refused_by_train():
-    config = load_config({"tensor_parallel_degree": 8, "sharding_parallel_degree": 2})
+def test_a_degree_is_judged_where_the_ranks_are():
+    config = load_config({"tensor_parallel_degree": 8, "sharding_parallel_degree": 2, "sharding": "stage1"})
     assert not_built(config) == []
     assert not_checked_here(config) == [
         "argument: tensor_parallel_degree: 8 needs 8 devices.",
         "argument: sharding_parallel_degree: 2 needs 2 devices.",
     ]
-    assert [line.rpartition(" ")[2] for line in refused(require_built, config)] == [
-        "tensor_parallel_degree=1.", "sharding_parallel_degree=1.",
-    ]  # fmt: skip
+    require_built(config)
+    degrees = [line for line in refused(require_ready, config) if "_degree" in line]
+    assert len(degrees) == 1 and degrees[0].endswith(
+        "--nproc 16; or set tensor_parallel_degree=1, sharding_parallel_degree=1"
+    )
+
+
+@pytest.mark.parametrize("name", UNBUILT_DEGREES)
+def test_a_degree_that_is_not_built(name):
+    config = load_config({name: 2})
+    (line,) = not_built(config)
+    assert line.startswith(f"argument: {name}: 2 needs ") and line.endswith(f"not built in this version. Set {name}=1.")
+    assert refused(require_built, config) == [line]
+
+
+def test_degrees_of_a_verb_that_runs_on_ranks(tmp_path):
+    (tmp_path / "there").mkdir()
+    files = dict.fromkeys(("model_name_or_path", "train_dataset_path", "output_dir"), tmp_path / "there")
+    config = load_config({"tensor_parallel_degree": 2, "mix_strategy": "concat", **files})
+    require_ready(config, "train", world=2)
+    require_ready(config, "train", world=4)
+    require_ready(config, "export")
+    for world, words in ((1, "--nproc 2"), (3, "start 2 or 4")):
+        (line,) = refused(require_ready, config, "train", world=world)
+        assert words in line
 
 
 def test_details_of_what_is_not_built_are_not_listed_apart():

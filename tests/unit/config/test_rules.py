@@ -52,9 +52,9 @@ def test_an_evaluation_of_nothing_is_named():
 
 
 def test_speed_keys_share_one_notice():
-    (text,) = notices(offload_optim=True, amp_custom_white_list=None, fuse_rope=1, sharding="stage1", recompute=True)
+    (text,) = notices(offload_optim=True, amp_custom_white_list=None, fuse_rope=1, fuse_linear=True, recompute=True)
     assert text.startswith("accepted and not acted on in this version")
-    assert text.endswith(": sharding, fuse_rope, offload_optim")
+    assert text.endswith(": fuse_linear, fuse_rope, offload_optim")
 
 
 def test_speed_keys_that_ask_for_nothing_are_not_named():

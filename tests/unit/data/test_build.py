@@ -95,6 +95,22 @@ def test_a_step_may_go_on_in_the_next_epoch(config: DataConfig, tokenizer: Token
     assert sorted(Counter(many.sample_names(0)).values()) == [2] * 40 + [3] * 40
 
 
+def test_data_ranks_together_see_the_rows_of_one_process_with_the_whole_batch(
+    config: DataConfig, tokenizer: Tokenizer
+) -> None:
+    one = build(config, tokenizer, rows_per_step=12)
+    ranks = [build(config, tokenizer, rows_per_step=12) for _ in range(3)]
+    for step in (0, 3):
+        whole = one.micro_batches(step, batch_size=6)  # 2 rows for each of 3 ranks, twice
+        parts = [data.micro_batches(step, batch_size=2, index=i, parts=3) for i, data in enumerate(ranks)]
+        for number, batch in enumerate(whole):
+            rows = [row for own in parts for row in own[number].input_ids]
+            assert [len(own) for own in parts] == [2, 2, 2]
+            for row, expected in zip(rows, batch.input_ids, strict=True):
+                np.testing.assert_array_equal(row, expected[: len(row)])
+                assert not expected[len(row) :].any()
+
+
 @pytest.mark.parametrize("mix_strategy", ["concat", "random"])
 def test_micro_batches_do_not_change_a_step(config: DataConfig, tokenizer: Tokenizer, mix_strategy: str) -> None:
     config = replace(config, mix_strategy=mix_strategy, num_samples_each_epoch=50)

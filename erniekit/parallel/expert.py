@@ -1,0 +1,119 @@
+"""Experts on many ranks: every rank holds some of them, and tokens go where their experts are.
+
+A rank sorts its routed rows by expert, so that they lie in the order of the ranks that hold the experts. The ranks tell
+each other how many rows they send to every expert (one small exchange), then exactly those rows travel; on arrival they
+are sorted by expert once more, and the outputs go back the same way. Nothing is padded or dropped; a rank may send
+nothing, or get nothing.
+
+    experts over data ranks     every rank has rows of its own. Where there are tensor ranks besides, each of them holds
+                                a slice of the width of its experts and sends whole rows along its own data axis; the
+                                outputs are partial sums, which are added up last.
+    experts over tensor ranks   experts are whole. Tensor ranks see the same tokens, so each one takes a part of them
+                                through the experts; with sequence parallelism it has only a part in the first place.
+
+While rows are under way the shared experts work (models/moe.py). Knows no names of parameters: who holds which experts
+is said in config/cut.py.
+Shapes: M tokens, K experts per token, T routed rows sent, R rows received, D hidden size, E experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import paddle
+from paddle import nn
+
+from erniekit.models.moe import Experts, MoE, Routing
+from erniekit.ops.grouped import Order, combine, permute, sort_by_expert
+from erniekit.parallel.collectives import Axis
+from erniekit.parallel.mesh import Mesh
+from erniekit.parallel.passing import copy_in, exchange, join, reduce_out, split
+
+
+def use_expert_parallel(model: nn.Layer, mesh: Mesh) -> None:
+    """Let every mixture of experts work with the experts that other ranks hold; its own are a part already."""
+    if mesh.axis("expert").size == mesh.axis("tensor").size == 1:
+        return
+    for layer in model.sublayers():
+        if isinstance(layer, MoE):
+            layer.dispatcher = ExpertDispatcher(mesh)
+
+
+class ExpertDispatcher(nn.Layer):
+    """Brings tokens to experts on other ranks, dropless, and sums their outputs. No parameters."""
+
+    def __init__(self, mesh: Mesh) -> None:
+        super().__init__()
+        self._experts, self._tensor = mesh.axis("expert"), mesh.axis("tensor")
+        self._cut_width = mesh.layout.experts_over == "data"
+        self._cut_tokens = mesh.layout.experts_over == "tensor" and not mesh.layout.sequence_parallel
+
+    def forward(self, x_MD: paddle.Tensor, routing: Routing, experts: Experts) -> Callable[[], paddle.Tensor]:
+        """See LocalDispatcher."""
+        total, chosen_MK, weights_MK = x_MD.shape[0], routing.experts_MK, routing.weights_MK.astype(x_MD.dtype)
+        if self._cut_tokens:
+            here = self._tensor.share(total)
+            x_MD, weights_MK = (split(x, self._tensor, dim=0) for x in (x_MD, weights_MK))
+            chosen_MK = chosen_MK[here]
+        elif self._cut_width:
+            x_MD, weights_MK = (copy_in(x, self._tensor) for x in (x_MD, weights_MK))
+        returning = self._routed(x_MD, chosen_MK, experts)
+
+        def arrive() -> paddle.Tensor:
+            y_TD, order = returning()
+            y_MD = combine(y_TD, weights_MK, order)
+            if self._cut_tokens:
+                return join(y_MD, self._tensor, dim=0, total=total)
+            return reduce_out(y_MD, self._tensor) if self._cut_width else y_MD
+
+        return arrive
+
+    def _routed(
+        self, x_MD: paddle.Tensor, chosen_MK: paddle.Tensor, experts: Experts
+    ) -> Callable[[], tuple[paddle.Tensor, Order]]:
+        """Send rows to their experts; what is returned gives the outputs in the order that they were sent in."""
+        axis = self._experts
+        order = sort_by_expert(chosen_MK, num_experts=experts.num_experts * axis.size)
+        x_TD = permute(x_MD, order)
+        if axis.size == 1:
+            return lambda: (experts(x_TD, order.counts), order)
+        plan = Plan.of(order.counts, axis)
+        arriving = exchange(x_TD, axis, send=plan.send, receive=plan.receive)
+
+        def back() -> tuple[paddle.Tensor, Order]:
+            by_expert = plan.by_expert()
+            y_RD = experts(permute(arriving(), by_expert), by_expert.counts)
+            y_RD = permute(y_RD, _undone(by_expert))
+            return exchange(y_RD, axis, send=plan.receive, receive=plan.send)(), order
+
+        return back
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How many rows go where."""
+
+    send: list[int]  # rows to every rank
+    receive: list[int]  # rows from every rank
+    arriving: np.ndarray  # rows from every rank to every expert held here
+
+    @classmethod
+    def of(cls, counts: list[int], axis: Axis) -> Plan:
+        """Learn from all ranks what they send; `counts` are this rank's rows for every expert there is."""
+        everywhere = axis.all_gather(paddle.to_tensor([counts], "int64")).numpy()  # [ranks, experts]
+        rows = everywhere.reshape([axis.size, axis.size, -1])  # from rank, to rank, to expert
+        arriving = rows[:, axis.index]
+        return cls(rows[axis.index].sum(-1).tolist(), arriving.sum(-1).tolist(), arriving)
+
+    def by_expert(self) -> Order:
+        """How rows that arrived, sorted by expert within every rank, are sorted by expert alone."""
+        num_experts = self.arriving.shape[1]
+        experts_R = np.concatenate([np.repeat(np.arange(num_experts), counts) for counts in self.arriving])
+        return sort_by_expert(paddle.to_tensor(experts_R, "int64").unsqueeze(-1), num_experts=num_experts)
+
+
+def _undone(order: Order) -> Order:
+    """The way back from `order`, which has one row for every token."""
+    return Order(token_T=order.place_MC.reshape([-1]), place_MC=order.token_T.unsqueeze(-1), counts=order.counts)
