@@ -43,6 +43,7 @@ from erniekit.models.decoder import ErnieForCausalLM
 from erniekit.parallel.expert import use_expert_parallel
 from erniekit.parallel.mesh import Mesh
 from erniekit.parallel.recompute import apply_recompute
+from erniekit.parallel.tensor import use_tensor_parallel
 from erniekit.parallel.tokens import TokenRanks
 from erniekit.precision.products import use_bf16_products
 from erniekit.training.dropout import DropoutCourse
@@ -128,18 +129,16 @@ def assemble_model(
         notice("cpu_bf16_matmul is about CPUs; on a GPU compute_type says how products are computed.")
     elif cfg.model.cpu_bf16_matmul:
         use_bf16_products(model)
-    _share(model, mesh)
+    if mesh.layout.tensor > 1 and (adapter or packing_of(cfg)):
+        raise MeshError(
+            "tensor_parallel_degree: adapters and quantised weights cannot be cut yet. Set it to 1, or fine_tuning to "
+            "Full and compute_type to bf16."
+        )
+    use_tensor_parallel(model, mesh)
+    use_expert_parallel(model, mesh)
     if cfg.train.recompute:
         apply_recompute(model, cfg.train.recompute_granularity)
     return model
-
-
-def _share(model: ErnieForCausalLM, mesh: Mesh) -> None:
-    """Connect this rank's part with the others'."""
-    layout = mesh.layout
-    if layout.tensor > 1:
-        raise MeshError(f"tensor_parallel_degree {layout.tensor}: devices cannot share matrices yet. Set it to 1.")
-    use_expert_parallel(model, mesh)
 
 
 def _adapt(model: ErnieForCausalLM, config: AdapterConfig, trained: Path | None, *, seed: int) -> None:

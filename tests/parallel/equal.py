@@ -21,6 +21,7 @@ import paddle
 
 from erniekit.checkpoint.ernie45 import memory_table
 from erniekit.checkpoint.folder import Folder
+from erniekit.config.align import REFERENCE_FREE
 from erniekit.config.architecture import ErnieConfig
 from erniekit.config.cut import Cut
 from erniekit.config.layout import Layout
@@ -29,6 +30,7 @@ from erniekit.config.run import RunConfig
 from erniekit.data.batch import Batch, Row, make_batch
 from erniekit.models.decoder import ErnieForCausalLM
 from erniekit.parallel.mesh import Mesh
+from erniekit.parallel.tensor import add_up
 from erniekit.training.assemble import adapter_of, architecture, assemble_model, loss_weights, router_upkeep
 from erniekit.training.objective import LanguageModelObjective
 from erniekit.training.preference import preference_objective
@@ -78,7 +80,8 @@ class Case:
         weights, stage = loss_weights(self.arch, self.cfg, mesh=mesh), self.cfg.model.stage
         if stage in ("PT", "SFT"):
             return LanguageModelObjective(weights)
-        return preference_objective(stage, self.cfg.align, weights, reference=base_log_probs)
+        reference = None if self.cfg.align.loss_type in REFERENCE_FREE else base_log_probs
+        return preference_objective(stage, self.cfg.align, weights, reference=reference)
 
 
 @dataclass
@@ -100,12 +103,12 @@ def batches_of(step: Step, mesh: Mesh) -> list[Batch]:
 
 def reduce_gradients(model: ErnieForCausalLM, mesh: Mesh) -> Numbers:
     """The gradients of what this rank holds, added up over those who hold it."""
-    found = {}
-    for name, p in model.named_parameters():
-        if not p.stop_gradient:
-            axis = mesh.axis("expert_copies" if ".experts." in name else "data")
-            found[name] = axis.all_reduce(p.grad.detach().clone()).numpy()
-    return found
+    found = {name: p.grad.detach().clone() for name, p in model.named_parameters() if not p.stop_gradient}
+    found = add_up(found, mesh, model.config)
+    return {
+        name: mesh.axis("expert_copies" if ".experts." in name else "data").all_reduce(grad).numpy()
+        for name, grad in found.items()
+    }
 
 
 def train(mesh: Mesh, case: Case, prepare: Callable[[], None] = lambda: None) -> Outcome:
