@@ -27,6 +27,12 @@ ROUTERS = {
     "moe_use_aux_free": True, "moe_use_aux_free_update_coef": 0.01,
 }  # fmt: skip
 
+BESIDE_TENSOR_RANKS = [
+    Layout(world, tensor=2, expert=2, experts_over=over, sequence_parallel=parts)
+    for parts in (False, True)
+    for world, over in ((2, "tensor"), (4, "tensor"), (4, "data"))
+]
+
 
 @pytest.fixture(scope="module")
 def sparse(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -38,6 +44,11 @@ def sparse(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_experts_over_data_ranks(sparse: Path, layout: Layout) -> None:
     """With four ranks, one of them gets no token at all."""
     assert_parallel_equals_single(Case(sparse, steps_of(packed_row), ROUTERS), layout)
+
+
+@pytest.mark.parametrize("layout", BESIDE_TENSOR_RANKS, ids=str)
+def test_experts_beside_tensor_ranks(sparse: Path, layout: Layout) -> None:
+    assert_parallel_equals_single(Case(sparse, steps_of(packed_row, steps=2), ROUTERS, rate=0.02), layout)
 
 
 def test_recomputed_layers_exchange_again(sparse: Path) -> None:
