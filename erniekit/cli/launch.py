@@ -7,7 +7,6 @@ same command with NNODES, NODE_RANK, MASTER_ADDR and MASTER_PORT. Loads no Paddl
 
 from __future__ import annotations
 
-import socket
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -16,11 +15,11 @@ from pathlib import Path
 from erniekit.base import runtime
 from erniekit.base.errors import ConfigError, MeshError
 from erniekit.cli.arguments import Arguments
+from erniekit.cli.machines import Machines, gather, join
 from erniekit.cli.supervisor import Rank, supervise
 from erniekit.cli.verbs import RANKS
 
 _PORT = 29500  # where ranks of several machines meet unless MASTER_PORT says otherwise
-_HOME = "127.0.0.1"
 LOGS = "ranks"  # in output_dir
 
 
@@ -76,22 +75,20 @@ def launch(verb: str, arguments: Arguments, words: Sequence[str]) -> int | None:
     job = Job(runtime.job_variables(), nproc=arguments.number("nproc"), gpus=_gpus())
     if job.world == 1:
         return None
-    if job.nodes > 1:
-        raise MeshError(f"NNODES={job.nodes}: several machines are not built in this version.")
     logs = _log_folder(arguments)
     with tempfile.TemporaryDirectory(prefix="erniekit-job-") as folder:
-        master, host = _meeting_place(job)
+        machines = _find_others(job)
         ranks = [
             Rank(
                 job.rank(local), [sys.executable, "-m", "erniekit", verb, *_for_ranks(words)],
                 environment=runtime.environment_of_rank(
-                    _variables(job, local, master=master, host=host), folder=Path(folder), num_sharing=job.nproc
+                    _variables(job, local, machines=machines), folder=Path(folder), num_sharing=job.nproc
                 ),
                 log=(logs or Path(folder)) / f"rank-{job.rank(local)}.log" if job.rank(local) else None,
             )
             for local in range(job.nproc)
         ]  # fmt: skip
-        return supervise(ranks, folder=Path(folder), world=job.world)
+        return supervise(ranks, folder=Path(folder), world=job.world, machines=machines)
 
 
 def _for_ranks(words: Sequence[str]) -> list[str]:
@@ -126,29 +123,23 @@ def _log_folder(arguments: Arguments) -> Path | None:
     return Path(output_dir) / LOGS if output_dir else None
 
 
-def _meeting_place(job: Job) -> tuple[str, str]:
-    """Where rank 0 will listen, and this machine's name for the others. Raises MeshError if the port is taken."""
+def _find_others(job: Job) -> Machines:
+    """The machines of the job, when all are there. Raises MeshError."""
+    if job.nodes == 1:
+        return Machines.alone(job.port)
+    port = job.port or _PORT
     if job.node == 0:
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind(("", job.port))
-            except OSError as error:
-                raise MeshError(
-                    f"MASTER_PORT={job.port} cannot be had on this machine ({error.strerror}). Another job may use it; "
-                    "choose another one, the same on all machines."
-                ) from None
-            port = probe.getsockname()[1]
-    return f"{_HOME}:{port}", _HOME
+        return gather(job.address, port, nodes=job.nodes, nproc=job.nproc)
+    return join(job.address, port, node=job.node, nodes=job.nodes, nproc=job.nproc)
 
 
-def _variables(job: Job, local: int, *, master: str, host: str) -> dict[str, str]:
+def _variables(job: Job, local: int, *, machines: Machines) -> dict[str, str]:
     """What `paddle.distributed.launch` tells a rank of its place."""
-    rank, first_port = job.rank(local), int(master.rpartition(":")[2]) + 1
-    endpoints = [f"{host}:{first_port + number}" for number in range(job.world)]
+    rank, first_port = job.rank(local), int(machines.master.rpartition(":")[2]) + 1
+    endpoints = [f"{machines.hosts[other // job.nproc]}:{first_port + other}" for other in range(job.world)]
     device = {"FLAGS_selected_gpus": job.gpus[local]} if job.gpus else {"PADDLE_DISTRI_BACKEND": "gloo"}
     return device | {
-        "PADDLE_MASTER": master,
+        "PADDLE_MASTER": machines.master,
         "PADDLE_TRAINER_ID": str(rank),
         "PADDLE_TRAINERS_NUM": str(job.world),
         "PADDLE_GLOBAL_RANK": str(rank),
