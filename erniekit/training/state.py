@@ -24,7 +24,9 @@ from erniekit.checkpoint.hf_files import FORMATS, Entry, SafetensorsFile, format
 from erniekit.checkpoint.manifest import MANIFEST_FILE, check_manifest, write_manifest
 from erniekit.checkpoint.model_io import host_array
 from erniekit.models.decoder import ErnieForCausalLM
+from erniekit.parallel.mesh import Mesh
 from erniekit.training.optimizer import Optimizer
+from erniekit.training.ranks import first_alone
 
 _NAME = re.compile(r"checkpoint-(\d+)")
 _OPTIMIZER = "training/optimizer.safetensors"
@@ -48,19 +50,34 @@ class Checkpoints:
     """The checkpoints of one output folder."""
 
     def __init__(
-        self, output_dir: Path, *, save_model: SaveModel, describe: dict[str, Any], keep: int | None = None
-    ) -> None:
+        self, output_dir: Path, *, save_model: SaveModel, describe: dict[str, Any], keep: int | None = None,
+        mesh: Mesh = Mesh.single(),
+    ) -> None:  # fmt: skip
         """`save_model` writes a model folder; `describe` (config, data, versions) goes into each checkpoint; `keep` of
         the newest ones are kept (None: all)."""
         self._dir, self._save_model, self._describe, self._keep = output_dir, save_model, describe, keep
+        self._mesh = mesh
 
     def save(
         self, model: ErnieForCausalLM, optimizer: Optimizer, *,
         step: int, progress: dict[str, Any], memory: Memory | None = None, best: int = 0,
     ) -> Path:  # fmt: skip
         """Write checkpoint-`step` with what the run has found out so far (`progress`, `memory`), then remove what
-        exceeds the limit, but never that of step `best`. Raises CheckpointError if the disk refuses."""
+        exceeds the limit, but never that of step `best`. All ranks call it. Raises CheckpointError if the disk
+        refuses."""
         final = self._dir / f"checkpoint-{step}"
+
+        def write() -> None:
+            self._write(final, model, optimizer, step=step, progress=progress, memory=memory)
+            self._prune(best)
+
+        first_alone(self._mesh, "saving", write)
+        return final
+
+    def _write(
+        self, final: Path, model: ErnieForCausalLM, optimizer: Optimizer, *,
+        step: int, progress: dict[str, Any], memory: Memory | None,
+    ) -> None:  # fmt: skip
         temporary = self._dir / f".{final.name}.tmp"
         with writing(final):
             shutil.rmtree(temporary, ignore_errors=True)
@@ -78,8 +95,6 @@ class Checkpoints:
                 fsync_folder(self._dir)
             finally:
                 shutil.rmtree(temporary, ignore_errors=True)
-        self._prune(best)
-        return final
 
     def newest_step(self) -> int:
         """The step of the newest checkpoint by name; 0 if there is none."""

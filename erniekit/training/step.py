@@ -67,11 +67,11 @@ class Losses(NamedTuple):
 class Sync(Protocol):
     """What brings the gradients of all ranks together."""
 
-    def begin(self, num_micro_batches: int) -> None:
-        """So many backward passes follow."""
+    def expect(self, *, last: bool) -> None:
+        """A backward pass follows, the step's `last` one or not."""
 
     def finish(self) -> None:
-        """They are done: afterwards the parameters' gradients are sums over all ranks that hold the same weights."""
+        """All are done: afterwards the parameters' gradients are sums over all ranks that hold the same weights."""
 
 
 class Objective(Protocol):
@@ -110,10 +110,10 @@ def train_step(
     totals = Totals.of(batches, row_length=row_length).over(mesh.axis("data"))
     loss, parts = 0.0, dict[str, float]()
     objective.begin(model, batches)
-    if sync:
-        sync.begin(len(batches))
-    for batch in batches:
+    for number, batch in enumerate(batches, start=1):
         made = objective(model, batch, totals)
+        if sync:
+            sync.expect(last=number == len(batches))
         made.total.backward()
         upkeep.count(made.routings, made.mask_M)
         loss += float(made.total)

@@ -26,10 +26,10 @@ class AddUp:
 
     def __init__(self, model: ErnieForCausalLM, mesh: Mesh) -> None:
         self._model, self._data = model, mesh.axis("data")
-        self.begun = 0
+        self.expected: list[bool] = []
 
-    def begin(self, num_micro_batches: int) -> None:
-        self.begun = num_micro_batches
+    def expect(self, *, last: bool) -> None:
+        self.expected.append(last)
 
     def finish(self) -> None:
         for p in self._model.parameters():
@@ -70,7 +70,7 @@ def stepped(mesh: Mesh, num_steps: int, spoilt: int | None) -> tuple[list[StepRe
             ))  # fmt: skip
     except TrainingStopped as stop:
         return results, weights_of(model), str(stop)
-    assert sync is None or sync.begun == 2
+    assert sync is None or sync.expected == [False, True] * num_steps
     return results, weights_of(model), ""
 
 
