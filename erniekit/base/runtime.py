@@ -10,10 +10,14 @@ import os
 import sys
 import warnings
 from dataclasses import dataclass
+from pathlib import Path
 
 from erniekit.base.errors import MeshError
 
+PULSE = "ERNIEKIT_PULSE"  # the folder in which ranks note what they are doing
 _PLAIN_OPS, _NUMPY_OPS = "ERNIEKIT_PLAIN_OPS", "ERNIEKIT_NUMPY_OPS"
+_JOB = "ERNIEKIT_JOB_FOLDER"
+JOB_VARIABLES = ("NNODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 # Environment name -> (the parameter's number in glibc's malloc.h, value): large blocks come from the heap and freed
 # memory stays there, because training asks for the same blocks in every step.
@@ -90,6 +94,7 @@ class Place:
     world: int = 1
     master: str = ""  # host:port
     host: str = "127.0.0.1"
+    pulse: str = ""  # a folder in which it notes what it is doing (parallel/pulse.py)
 
 
 def rank_place() -> Place:
@@ -112,7 +117,7 @@ def rank_place() -> Place:
             "them; a process by itself needs none of them."
         )
     host = os.environ.get("PADDLE_CURRENT_ENDPOINT", "").rpartition(":")[0] or os.environ.get("POD_IP", "")
-    return Place(int(rank), int(world), master, host or Place.host)
+    return Place(int(rank), int(world), master, host or Place.host, os.environ.get(PULSE, ""))
 
 
 def tell_paddle_rank(rank: int, world: int) -> None:
@@ -148,3 +153,28 @@ def cache_folder() -> str:
     """Where compiled kernels are kept: $XDG_CACHE_HOME/erniekit or ~/.cache/erniekit."""
     base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
     return os.path.join(base, "erniekit")
+
+
+def job_folder() -> Path | None:
+    """Where the ranks of a job leave notes for the one who watches them (cli/launch.py); None if nobody does."""
+    found = os.environ.get(_JOB)
+    return Path(found) if found else None
+
+
+def job_variables() -> dict[str, str]:
+    """What the user says of a job on several machines; a variable that is not set is absent."""
+    return {name: os.environ[name] for name in JOB_VARIABLES if os.environ.get(name)}
+
+
+def visible_gpus() -> list[str] | None:
+    """The GPUs that CUDA_VISIBLE_DEVICES names; None if it is not set: all are visible then."""
+    asked = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return None if asked is None else [word for word in asked.split(",") if word.strip() not in ("", "-1")]
+
+
+def environment_of_rank(further: dict[str, str], *, folder: Path, num_sharing: int) -> dict[str, str]:
+    """The whole environment of a rank: this process's own, with the cores divided among the `num_sharing` ranks of this
+    machine. Paddle would take MASTER_ADDR for its own store, so what was said of the job stays here."""
+    mine = {name: value for name, value in os.environ.items() if name not in JOB_VARIABLES}
+    threads = {"MKL_NUM_THREADS": str(max(num_cores() // num_sharing, 1))}
+    return threads | mine | further | {_JOB: str(folder)}

@@ -14,16 +14,17 @@ from erniekit.cli.arguments import Arguments, split
 from erniekit.cli.verbs import LATER, VERBS, Verb
 
 DONE, FAILED, REFUSED, INTERRUPTED = 0, 1, 2, 130
+_OUR_MISTAKE = "This is a mistake in erniekit. Please report it with the output of `erniekit env`."
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code. Without `argv`, the process's own words are taken."""
+    words, code = sys.argv[1:] if argv is None else argv, DONE
     try:
-        _run(sys.argv[1:] if argv is None else argv)
+        code = _run(words)
         sys.stdout.flush()  # so that a closed pipe shows here
     except ErnieKitError as error:
-        for problem in error.problems:
-            print(f"error: {problem}", file=sys.stderr)
+        _last_words(words, "".join(f"error: {problem}\n" for problem in error.problems))
         return REFUSED
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -33,13 +34,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception:  # noqa: BLE001 - the one place where a mistake of ours ends: told in full, with a way on
         import traceback
 
-        traceback.print_exc()
-        print("This is a mistake in erniekit. Please report it with the output of `erniekit env`.", file=sys.stderr)
+        _last_words(words, f"{traceback.format_exc()}{_OUR_MISTAKE}\n")
         return FAILED
-    return DONE
+    return code
 
 
-def _run(words: Sequence[str]) -> None:
+def _last_words(words: Sequence[str], text: str) -> None:
+    """Say why the process ends. A rank of several leaves that to the supervisor, who knows which rank was first; all
+    but rank 0, which has the terminal, say it in their logs as well."""
+    folder = None
+    if words and words[0] in VERBS and VERBS[words[0]].takes_ranks:
+        from erniekit.base import runtime
+
+        folder = runtime.job_folder()
+    if folder:
+        from erniekit.cli.supervisor import words_file
+
+        words_file(folder, runtime.rank_place().rank).write_text(text, encoding="utf-8")
+    if not folder or runtime.rank_place().rank:
+        print(text, end="", file=sys.stderr)
+
+
+def _run(words: Sequence[str]) -> int:
     name, rest = (words[0], words[1:]) if words else ("help", [])
     name = {"-h": "help", "--help": "help", "--version": "version"}.get(name, name)
     if name in LATER:
@@ -49,11 +65,22 @@ def _run(words: Sequence[str]) -> None:
     verb = VERBS[name]
     if "-h" in rest or "--help" in rest:
         print(verb.help())
-        return
+        return DONE
     arguments = split(verb, rest)
     if verb.needs_paddle:
-        _prepare_paddle()
+        _require_paddle()
+    if verb.takes_ranks:
+        from erniekit.cli.launch import launch
+
+        code = launch(name, arguments, rest)
+        if code is not None:
+            return code
+    if verb.needs_paddle:
+        from erniekit.base import runtime
+
+        runtime.prepare()
     _function(verb)(arguments)
+    return DONE
 
 
 def _function(verb: Verb) -> Callable[[Arguments], None]:
@@ -63,14 +90,11 @@ def _function(verb: Verb) -> Callable[[Arguments], None]:
     return getattr(import_module(f"erniekit.cli.{module}"), function)
 
 
-def _prepare_paddle() -> None:
-    """Refuse early where there is no Paddle, and give it the environment that it is fast in."""
+def _require_paddle() -> None:
+    """Refuse early where there is no Paddle."""
     from importlib.util import find_spec
-
-    from erniekit.base import runtime
 
     if find_spec("paddle") is None:
         raise ErnieKitError(
             "PaddlePaddle is not installed. For a CPU: pip install 'erniekit-paddle[cpu]'; for a GPU see README.md."
         )
-    runtime.prepare()

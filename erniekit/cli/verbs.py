@@ -34,9 +34,11 @@ class Verb:
         options: tuple[Option, ...] = (),
         doc: str = "",
         needs_paddle: bool = False,
+        takes_ranks: bool = False,
     ) -> None:
         self.name, self.summary, self.home, self.places = name, summary, home, places
         self.overrides, self.options, self.doc, self.needs_paddle = overrides, options, doc, needs_paddle
+        self.takes_ranks = takes_ranks
 
     @property
     def usage(self) -> str:
@@ -56,21 +58,27 @@ class Verb:
         return "\n".join(lines)
 
 
+RANKS = (
+    Option("nproc", "ranks on this machine (as many as it shows GPUs; 1 on a CPU)", metavar="N"),
+    Option("patience", "seconds without a word between ranks after which the job counts as hung (1800)", metavar="S"),
+)
+
 VERBS = {
     verb.name: verb
     for verb in (
         Verb(
             "train", "train as the file says; the same command again resumes", home="runs:train", places=("CFG",),
             overrides=True, doc="Settings behind the file win over it: learning_rate=1e-4", needs_paddle=True,
+            takes_ranks=True, options=RANKS,
         ),
         Verb(
             "eval", "loss, perplexity and token accuracy on the evaluation set; how good its answers are",
-            home="runs:evaluate", places=("CFG",), overrides=True, needs_paddle=True,
+            home="runs:evaluate", places=("CFG",), overrides=True, needs_paddle=True, takes_ranks=True, options=RANKS,
             doc="eval_generate=N answers N prompts (-1: all) and compares them with their references.",
         ),
         Verb(
             "export", "write the trained model of output_dir as a folder to deploy", home="runs:export",
-            places=("CFG",), overrides=True, needs_paddle=True,
+            places=("CFG",), overrides=True, needs_paddle=True, takes_ranks=True,
             options=(
                 Option("to", "layout to write: pt or paddle (pt)", metavar="LAYOUT"),
                 Option("out", "folder to write (output_dir/export, or export-N)", metavar="DIR"),
@@ -79,6 +87,7 @@ VERBS = {
                 Option("merge", "merge these adapters, each with a weight, into one model", metavar="DIR=W", many=True),
                 Option("method", "how several are merged: linear, ties, dare or dare_ties (linear)", metavar="NAME"),
                 Option("density", "share of each adapter's changes that ties and dare keep (0.5)", metavar="X"),
+                *RANKS,
             ),
             doc="An adapter is merged into its base, in its precision, and the merged model compared with base "
             "and adapter (merge_tolerance). max_shard_size=N sets the largest file in GB.",

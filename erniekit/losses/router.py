@@ -28,17 +28,19 @@ def balance_loss(
     probs_ME = F.softmax(logits_ME, axis=-1)
     top_MK = paddle.topk(probs_ME.detach(), experts_per_token, axis=-1)[1].detach()
     chosen_ME = F.one_hot(top_MK, logits_ME.shape[-1]).sum(1)
-    tokens = reduce(weight_M1.sum()).clip(min=1.0)
-    mean_E = reduce((probs_ME * weight_M1).sum(0)) / tokens
-    share_E = reduce((chosen_ME * weight_M1).sum(0)) / tokens
-    return logits_ME.shape[-1] * (mean_E * share_E.detach()).sum()
+    num_experts = logits_ME.shape[-1]
+    sums = [weight_M1.sum(0), (probs_ME * weight_M1).sum(0), (chosen_ME * weight_M1).sum(0)]
+    tokens_1, sum_E, chosen_E = paddle.split(reduce(paddle.concat(sums)), [1, num_experts, num_experts])
+    tokens_1 = tokens_1.clip(min=1.0)
+    return num_experts * (sum_E / tokens_1 * (chosen_E / tokens_1).detach()).sum()
 
 
 def z_loss(logits_ME: paddle.Tensor, mask_M: paddle.Tensor, *, reduce: Reduce = _same) -> paddle.Tensor:
     """mean over tokens of logsumexp(logits)^2 (ST-MoE, arXiv 2202.08906, eq. 5)."""
     weight_M = mask_M.astype("float32")
     squared_M = paddle.square(paddle.logsumexp(logits_ME, axis=-1))
-    return reduce((squared_M * weight_M).sum()) / reduce(weight_M.sum()).clip(min=1.0)
+    total, tokens = reduce(paddle.stack([(squared_M * weight_M).sum(), weight_M.sum()])).unbind()
+    return total / tokens.clip(min=1.0)
 
 
 def orthogonal_loss(weight_DE: paddle.Tensor) -> paddle.Tensor:

@@ -80,6 +80,11 @@ def _summed(x: Tensor, axis: Axis) -> Tensor:
     return axis.all_reduce(x.detach().clone())
 
 
+def _again(x: Tensor) -> Tensor:
+    """x in the same memory: Paddle takes x itself for an update in place. (It makes no view of nothing.)"""
+    return x.detach().view(x.shape) if x.size else x.detach().clone()
+
+
 def _part(x: Tensor, axis: Axis, dim: int) -> Tensor:
     """This rank's part; a copy, which can be kept without the whole."""
     here = axis.share(x.shape[dim])
@@ -108,7 +113,7 @@ class _CopyIn(PyLayer):
     @staticmethod
     def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
         ctx.axis = axis
-        return x.detach().view(x.shape)  # the same memory; Paddle takes x itself for an update in place
+        return _again(x)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
@@ -201,7 +206,7 @@ class _Way:
         """What was to arrive, once it is there."""
         assert self._going is not None, "nothing is under way"
         rows, self._going = self._going[1].wait(), None
-        return rows.view(rows.shape)
+        return _again(rows)
 
 
 class _Depart(PyLayer):

@@ -40,8 +40,11 @@ from erniekit.config.model import PREFERENCE_STAGES
 from erniekit.config.packing import packing_of
 from erniekit.config.run import RunConfig
 from erniekit.models.decoder import ErnieForCausalLM
+from erniekit.parallel.expert import use_expert_parallel
 from erniekit.parallel.mesh import Mesh
 from erniekit.parallel.recompute import apply_recompute
+from erniekit.parallel.tensor import use_tensor_parallel
+from erniekit.parallel.tokens import TokenRanks
 from erniekit.precision.products import use_bf16_products
 from erniekit.training.dropout import DropoutCourse
 from erniekit.training.health import RouterHealth
@@ -126,19 +129,16 @@ def assemble_model(
         notice("cpu_bf16_matmul is about CPUs; on a GPU compute_type says how products are computed.")
     elif cfg.model.cpu_bf16_matmul:
         use_bf16_products(model)
-    _share(mesh)
+    if mesh.layout.tensor > 1 and (adapter or packing_of(cfg)):
+        raise MeshError(
+            "tensor_parallel_degree: adapters and quantised weights cannot be cut yet. Set it to 1, or fine_tuning to "
+            "Full and compute_type to bf16."
+        )
+    use_tensor_parallel(model, mesh)
+    use_expert_parallel(model, mesh)
     if cfg.train.recompute:
         apply_recompute(model, cfg.train.recompute_granularity)
     return model
-
-
-def _share(mesh: Mesh) -> None:
-    """Connect this rank's part with the others'."""
-    layout = mesh.layout
-    if layout.tensor > 1:
-        raise MeshError(f"tensor_parallel_degree {layout.tensor}: devices cannot share matrices yet. Set it to 1.")
-    if layout.expert > 1:
-        raise MeshError(f"expert_parallel_degree {layout.expert}: devices cannot share experts yet. Set it to 1.")
 
 
 def _adapt(model: ErnieForCausalLM, config: AdapterConfig, trained: Path | None, *, seed: int) -> None:
@@ -184,7 +184,7 @@ def step_hooks(model: ErnieForCausalLM, cfg: RunConfig) -> tuple[Callable[[int],
     return (DropoutCourse.of(model, keys),) if keys.hidden_dropout_prob or keys.attention_probs_dropout_prob else ()
 
 
-def loss_weights(arch: ErnieConfig, cfg: RunConfig) -> LossWeights:
+def loss_weights(arch: ErnieConfig, cfg: RunConfig, *, mesh: Mesh = Mesh.single()) -> LossWeights:
     """Coefficients by precedence: the run's, the checkpoint's config.json, ERNIEKit's default."""
     model, extras = cfg.model, arch.extras
     decoupled = model.use_ortho_loss_callback
@@ -194,10 +194,11 @@ def loss_weights(arch: ErnieConfig, cfg: RunConfig) -> LossWeights:
         orthogonal=0.0 if decoupled else _orthogonal(arch, cfg),
         multi_token=_first(model.multi_token_pred_lambda, extras.get("multi_token_pred_lambda"), 0.3),
         token_balance=model.token_balance_loss,
+        ranks=TokenRanks(mesh),
     )
 
 
-def router_upkeep(model: ErnieForCausalLM, cfg: RunConfig) -> RouterUpkeep:
+def router_upkeep(model: ErnieForCausalLM, cfg: RunConfig, *, mesh: Mesh = Mesh.single()) -> RouterUpkeep:
     """The bias controller and the decoupled orthogonal step, as far as the run wants them.
 
     Beside adapters the correction bias stands still, even where the routers are trained whole: it belongs to the base,
@@ -209,13 +210,16 @@ def router_upkeep(model: ErnieForCausalLM, cfg: RunConfig) -> RouterUpkeep:
         model,
         bias_coefficient=cfg.model.moe_use_aux_free_update_coef if aux_free and not adapter_config_of(model) else 0.0,
         orthogonal_lambda=_orthogonal(model.config, cfg) if decoupled else 0.0,
-        health=_router_health(model, cfg),
+        health=_router_health(model, cfg, TokenRanks(mesh)),
+        ranks=TokenRanks(mesh),
     )
 
 
-def _router_health(model: ErnieForCausalLM, cfg: RunConfig) -> RouterHealth | None:
+def _router_health(model: ErnieForCausalLM, cfg: RunConfig, ranks: TokenRanks) -> RouterHealth | None:
     layers, window = sparse_layers(model), cfg.watch.moe_health_steps
-    return RouterHealth(layers, experts_per_token=model.config.moe_k, window=window) if layers and window else None
+    if not layers or not window:
+        return None
+    return RouterHealth(layers, experts_per_token=model.config.moe_k, window=window, ranks=ranks)
 
 
 def _orthogonal(arch: ErnieConfig, cfg: RunConfig) -> float:

@@ -19,6 +19,8 @@ import paddle.nn.functional as F
 from erniekit.base.console import warn
 from erniekit.losses.router import orthogonal_loss
 from erniekit.models.moe import MoE
+from erniekit.parallel.mesh import Mesh
+from erniekit.parallel.tokens import TokenRanks
 
 _LEAST_TOKENS = 16  # of an average expert in a window: with fewer, an unused one may be chance
 _HEAT = np.array([[13, 8, 60], [84, 15, 109], [187, 55, 84], [249, 142, 9], [252, 255, 164]], np.float64)
@@ -28,35 +30,45 @@ _CELL = 12  # pixels of an expert in the picture
 class RouterHealth:
     """Sums what happens in a window of steps and tells at its end."""
 
-    def __init__(self, layers: Mapping[str, MoE], *, experts_per_token: int, window: int) -> None:
-        """`layers` by the name under which warnings speak of them; `window` in steps."""
+    def __init__(
+        self, layers: Mapping[str, MoE], *, experts_per_token: int, window: int, ranks: TokenRanks | None = None
+    ) -> None:
+        """`layers` by the name under which warnings speak of them; `window` in steps; what is measured is summed over
+        the tokens of all `ranks`."""
         self._layers, self._k, self._window = dict(layers), experts_per_token, window
         self._counts_LE: np.ndarray | None = None
-        self._entropies: list[list[float]] = []
+        self._ranks = ranks or TokenRanks(Mesh.single())
+        self._measured: list[paddle.Tensor] = []  # of every micro-batch: summed entropies by layer, tokens
+        self._entropy_L = np.zeros(len(self._layers))
         self._measuring = False
         self._ill: set[str] = set()
 
     def begin(self, step: int, *, last: bool) -> None:
         """The 0-based step begins; its end may be the end of a window."""
         self._measuring = (step + 1) % self._window == 0 or last
-        self._entropies = []
+        self._measured = []
 
     @paddle.no_grad()
     def measure(self, logits: Sequence[paddle.Tensor], real: paddle.Tensor) -> None:
         """Look at a micro-batch: the routers' logits [M, E] by layer, and which tokens are not padding."""
         if self._measuring:
             logs = [F.log_softmax(paddle.gather(logits_ME, real), axis=-1) for logits_ME in logits]
-            self._entropies.append([float(-(log.exp() * log).sum(-1).mean()) for log in logs])
+            sums = [-(log.exp() * log).sum() for log in logs]
+            self._measured.append(paddle.stack([*sums, paddle.to_tensor(float(real.shape[0]))]))
 
+    @paddle.no_grad()
     def add(self, usage_LE: np.ndarray) -> None:
-        """Add a step's tokens per expert."""
+        """Add a step's tokens per expert, those of all ranks; all ranks call this together."""
         self._counts_LE = usage_LE if self._counts_LE is None else self._counts_LE + usage_LE
+        if self._measured:
+            sums = self._ranks.total(paddle.stack(self._measured)).numpy()
+            self._entropy_L = (sums[:, :-1] / sums[:, -1:].clip(min=1.0)).mean(0)
 
     def report(self, step: int) -> dict[str, Any]:
         """The figures after the 1-based `step` if its end was to be told, else nothing. Warns of what is new."""
         if not self._measuring or self._counts_LE is None:
             return {}
-        counts_LE, entropy_L = self._counts_LE, np.mean(self._entropies, axis=0)
+        counts_LE, entropy_L = self._counts_LE, self._entropy_L
         if step % self._window == 0:
             self._counts_LE = None
         imbalance_L = counts_LE.max(1) / counts_LE.mean(1).clip(min=1e-9)

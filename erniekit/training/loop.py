@@ -30,7 +30,7 @@ from erniekit.training.replay import StepKeeper
 from erniekit.training.router import RouterUpkeep
 from erniekit.training.schedule import Schedule
 from erniekit.training.state import Checkpoints, Memory
-from erniekit.training.step import Objective, StepResult, Sync, train_step
+from erniekit.training.step import Objective, StepResult, train_step
 
 _STREAM = 1 << 40  # between the seeds of two data ranks
 
@@ -84,7 +84,6 @@ class Run:
     memory: Memory | None = None  # what the objective carries from step to step
     reference: Reference | None = None  # what it is compared with, if it is a preference
     best: BestModel = field(default_factory=BestModel)
-    sync: Sync | None = None
 
     def progress(self) -> dict[str, Any]:
         """What the run has found out so far, for a checkpoint."""
@@ -163,7 +162,7 @@ def _take(run: Run, step: int) -> StepResult:
         result = train_step(
             run.model, run.optimizer, batches=batches, objective=run.objective, upkeep=run.upkeep,
             learning_rate=run.schedule(step), row_length=run.rhythm.row_length, before_update=before_update,
-            mesh=run.mesh, sync=run.sync,
+            mesh=run.mesh,
         )  # fmt: skip
     except TrainingStopped as stop:
         keep(math.nan, str(stop))

@@ -7,7 +7,7 @@ Only the main loss is reported; the others enter as gradients (as in the officia
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import paddle
@@ -16,20 +16,24 @@ from erniekit.data.batch import Batch
 from erniekit.losses.router import balance_loss, orthogonal_loss, z_loss
 from erniekit.losses.token import balanced_loss, gradient_only, mean_loss
 from erniekit.models.decoder import ErnieForCausalLM, Trunk
-from erniekit.ops.cross_entropy import IGNORED, linear_cross_entropy
+from erniekit.ops.cross_entropy import IGNORED
+from erniekit.parallel.mesh import Mesh
+from erniekit.parallel.tokens import TokenRanks
 from erniekit.training.router import sparse_blocks
 from erniekit.training.step import Losses, Totals
 
 
 @dataclass(frozen=True)
 class LossWeights:
-    """Coefficients of the terms beside the main loss; `token_balance` picks the denominator (losses/token.py)."""
+    """Coefficients of the terms beside the main loss; `token_balance` picks the denominator (losses/token.py). Routers
+    are judged by the tokens of all `ranks`."""
 
     balance: float = 0.0
     z: float = 0.0
     orthogonal: float = 0.0
     multi_token: float = 0.0
     token_balance: bool = False
+    ranks: TokenRanks = field(default_factory=lambda: TokenRanks(Mesh.single()), compare=False)
 
 
 def labels_ahead(batch: Batch, *, depth: int) -> np.ndarray:
@@ -69,7 +73,7 @@ def beside(
     weights: LossWeights, ahead: Batch,
 ) -> Losses:  # fmt: skip
     """`loss` with the gradients of multi-token prediction, on the labels of `ahead`, and of the router losses."""
-    mask_M = paddle.to_tensor(batch.segment_ids > 0).reshape([-1])
+    mask_M = weights.ranks.seen(paddle.to_tensor(batch.segment_ids > 0))
     extra, parts = [], {}
     for depth, hidden_BSD in enumerate(trunk.mtp_hidden, start=1):
         predicted = _token_loss(model, hidden_BSD, labels_ahead(ahead, depth=depth), totals, weights)
@@ -86,11 +90,8 @@ def beside(
 def _token_loss(
     model: ErnieForCausalLM, hidden_BSD: paddle.Tensor, labels: np.ndarray, totals: Totals, weights: LossWeights
 ) -> paddle.Tensor:
-    weight, bias, vocab_first = model.head()
-    loss_sum = linear_cross_entropy(
-        hidden_BSD.reshape([-1, hidden_BSD.shape[-1]]), weight, paddle.to_tensor(labels).reshape([-1]),
-        vocab_first=vocab_first, bias_V=bias, bf16=model.lm_head.bf16_products,
-    )  # fmt: skip
+    labels_M = paddle.to_tensor(labels).reshape([-1])
+    loss_sum = model.lm_head.loss_sum(hidden_BSD.reshape([-1, hidden_BSD.shape[-1]]), labels_M)
     if weights.token_balance:
         return balanced_loss(loss_sum, trained=totals.trained, positions=totals.positions)
     return mean_loss(loss_sum, trained=totals.trained)
@@ -102,13 +103,14 @@ def _router_terms(
     """Name -> (coefficient, sum over the sparse layers), for the coefficients that are not 0."""
     if not routings:
         return {}
-    k, terms = model.config.moe_k, {}
+    k, reduce, terms = model.config.moe_k, weights.ranks.total, {}
     if weights.balance:
-        values = [balance_loss(r.logits_ME, mask_M, experts_per_token=k) for r in routings]
+        values = [balance_loss(r.logits_ME, mask_M, experts_per_token=k, reduce=reduce) for r in routings]
         terms["aux_loss"] = (weights.balance, paddle.stack(values).sum())
     if weights.z:
-        terms["z_loss"] = (weights.z, paddle.stack([z_loss(r.logits_ME, mask_M) for r in routings]).sum())
+        values = [z_loss(r.logits_ME, mask_M, reduce=reduce) for r in routings]
+        terms["z_loss"] = (weights.z, paddle.stack(values).sum())
     if weights.orthogonal:
         values = [orthogonal_loss(block.gate.weight) for block in sparse_blocks(model)]
-        terms["orthogonal_loss"] = (weights.orthogonal, paddle.stack(values).sum())
+        terms["orthogonal_loss"] = (weights.orthogonal, weights.ranks.of_weights(paddle.stack(values).sum()))
     return terms

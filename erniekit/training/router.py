@@ -10,6 +10,8 @@ import paddle
 from erniekit.losses.router import bias_step, orthogonal_gradient
 from erniekit.models.decoder import ErnieForCausalLM
 from erniekit.models.moe import MoE, Routing
+from erniekit.parallel.mesh import Mesh
+from erniekit.parallel.tokens import TokenRanks
 from erniekit.training.health import RouterHealth
 
 
@@ -31,13 +33,14 @@ class RouterUpkeep:
 
     def __init__(
         self, model: ErnieForCausalLM, *, bias_coefficient: float, orthogonal_lambda: float,
-        health: RouterHealth | None = None,
+        health: RouterHealth | None = None, ranks: TokenRanks | None = None,
     ) -> None:  # fmt: skip
         """`bias_coefficient` 0 freezes the correction bias; `orthogonal_lambda` 0 leaves out the decoupled step;
-        `health` is shown what was counted."""
+        `health` is shown what was counted; the tokens of all `ranks` count."""
         self._blocks = sparse_blocks(model)
         self._coefficient, self._orthogonal = bias_coefficient, orthogonal_lambda
         self._usage: list[paddle.Tensor] = []
+        self._ranks = ranks or TokenRanks(Mesh.single())
         self.health = health
 
     @paddle.no_grad()
@@ -55,7 +58,11 @@ class RouterUpkeep:
     @paddle.no_grad()
     def after_optimizer(self) -> dict[str, float]:
         """Move the biases, take the orthogonal step, forget the counts; returns balance figures for the log."""
-        for block, usage_E in zip(self._blocks, self._usage, strict=bool(self._usage)):
+        if not self._usage:
+            return {}
+        usage_LE = self._ranks.total(paddle.stack(self._usage))
+        self._usage = []
+        for block, usage_E in zip(self._blocks, usage_LE, strict=True):
             if block.gate.weight.stop_gradient:
                 continue  # a frozen router is left alone altogether
             if self._coefficient:
@@ -64,10 +71,7 @@ class RouterUpkeep:
             if self._orthogonal:
                 weight = block.gate.weight
                 weight.set_value(weight - self._orthogonal * orthogonal_gradient(weight))
-        if not self._usage:
-            return {}
-        usage_LE = paddle.stack(self._usage).numpy()
-        self._usage = []
+        counts_LE = usage_LE.numpy()
         if self.health is not None:
-            self.health.add(usage_LE)
-        return {"expert_load_max": float((usage_LE.max(1) / usage_LE.mean(1).clip(min=1e-9)).max())}
+            self.health.add(counts_LE)
+        return {"expert_load_max": float((counts_LE.max(1) / counts_LE.mean(1).clip(min=1e-9)).max())}

@@ -25,6 +25,7 @@ from erniekit.training.state import named_checkpoint, newest_complete, saved_ste
 
 CONFIG_FILE = "run.yaml"
 _LOCK = ".lock"
+_BESIDE = ("eval", "ranks")  # may be there before a run: earlier figures, and the logs of its ranks
 _VERSIONS = ("paddlepaddle", "paddlepaddle-gpu", "numpy", "safetensors", "sentencepiece")
 
 
@@ -119,7 +120,7 @@ def claim_together(
 
 def _decide(path: Path, cfg: RunConfig, record: dict[str, Any], total_steps: int) -> RunFolder | None:
     """The folder as it is to be used, or None if it is to be set aside."""
-    others = sorted(p.name for p in path.iterdir() if not p.name.startswith(".") and p.name != "eval")
+    others = sorted(p.name for p in path.iterdir() if not p.name.startswith(".") and p.name not in _BESIDE)
     if not others:
         return RunFolder(path)
     overwrite = cfg.train.overwrite_output_dir

@@ -288,7 +288,7 @@ class _Session:
             mesh=job.mesh, model=model, optimizer=optimizer,
             schedule=make_run_schedule(cfg, job.rhythm.total_steps), data=job.data, objective=course.objective,
             memory=course.memory, reference=course.reference,
-            upkeep=assemble.router_upkeep(model, cfg), reporter=reporter, rhythm=job.rhythm, best=self.best,
+            upkeep=assemble.router_upkeep(model, cfg, mesh=job.mesh), reporter=reporter, rhythm=job.rhythm, best=self.best,
             checkpoints=Checkpoints(
                 folder.path, save_model=save_exactly, describe=self.record, keep=cfg.train.save_total_limit or None,
                 mesh=job.mesh,

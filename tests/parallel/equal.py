@@ -21,6 +21,7 @@ import paddle
 
 from erniekit.checkpoint.ernie45 import memory_table
 from erniekit.checkpoint.folder import Folder
+from erniekit.config.align import REFERENCE_FREE
 from erniekit.config.architecture import ErnieConfig
 from erniekit.config.cut import Cut
 from erniekit.config.layout import Layout
@@ -29,6 +30,7 @@ from erniekit.config.run import RunConfig
 from erniekit.data.batch import Batch, Row, make_batch
 from erniekit.models.decoder import ErnieForCausalLM
 from erniekit.parallel.mesh import Mesh
+from erniekit.parallel.tensor import add_up
 from erniekit.training.assemble import adapter_of, architecture, assemble_model, loss_weights, router_upkeep
 from erniekit.training.objective import LanguageModelObjective
 from erniekit.training.preference import preference_objective
@@ -73,12 +75,13 @@ class Case:
         adapter = adapter_of(self.weights, self.arch, self.cfg)
         return assemble_model(self.weights, self.arch, self.cfg, mesh=mesh, adapter=adapter)
 
-    def objective(self) -> Objective:
+    def objective(self, mesh: Mesh) -> Objective:
         """What the stage minimises."""
-        weights, stage = loss_weights(self.arch, self.cfg), self.cfg.model.stage
+        weights, stage = loss_weights(self.arch, self.cfg, mesh=mesh), self.cfg.model.stage
         if stage in ("PT", "SFT"):
             return LanguageModelObjective(weights)
-        return preference_objective(stage, self.cfg.align, weights, reference=base_log_probs)
+        reference = None if self.cfg.align.loss_type in REFERENCE_FREE else base_log_probs
+        return preference_objective(stage, self.cfg.align, weights, reference=reference)
 
 
 @dataclass
@@ -100,20 +103,20 @@ def batches_of(step: Step, mesh: Mesh) -> list[Batch]:
 
 def reduce_gradients(model: ErnieForCausalLM, mesh: Mesh) -> Numbers:
     """The gradients of what this rank holds, added up over those who hold it."""
-    found = {}
-    for name, p in model.named_parameters():
-        if not p.stop_gradient:
-            axis = mesh.axis("expert_copies" if ".experts." in name else "data")
-            found[name] = axis.all_reduce(p.grad.detach().clone()).numpy()
-    return found
+    found = {name: p.grad.detach().clone() for name, p in model.named_parameters() if not p.stop_gradient}
+    found = add_up(found, mesh, model.config)
+    return {
+        name: mesh.axis("expert_copies" if ".experts." in name else "data").all_reduce(grad).numpy()
+        for name, grad in found.items()
+    }
 
 
 def train(mesh: Mesh, case: Case, prepare: Callable[[], None] = lambda: None) -> Outcome:
     """Train with plain SGD, and keep what `prepare` makes of this process out of the others."""
     prepare()
-    model, objective = case.model(mesh), case.objective()
+    model, objective = case.model(mesh), case.objective(mesh)
     model.train()
-    upkeep, outcome = router_upkeep(model, case.cfg), Outcome()
+    upkeep, outcome = router_upkeep(model, case.cfg, mesh=mesh), Outcome()
     for step in case.steps:
         batches, loss = batches_of(step, mesh), 0.0
         totals = Totals.of(batches, row_length=1024).over(mesh.axis("data"))

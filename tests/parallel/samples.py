@@ -31,7 +31,7 @@ def write_model(out: Path, *, sparse: bool, head_bias: bool = False, idle: int |
     })  # fmt: skip
     model, rng = ErnieForCausalLM(cfg, lm_head_bias=head_bias), np.random.default_rng(3)
     for name, p in model.named_parameters():
-        spread = 0.05 if name.endswith("bias") else 0.3
+        spread = 0.05 if name.endswith("bias") else 0.2
         drawn = rng.normal(0, spread, p.shape).astype("float32") + float("norm" in name)
         if name.endswith("e_score_correction_bias") and idle is not None:
             drawn[:, idle] = -10.0

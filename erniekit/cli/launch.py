@@ -1,0 +1,162 @@
+"""Starts the ranks of `erniekit train|eval|export CFG --nproc N`: how many, with which environment, logging where.
+
+Each rank is `python -m erniekit VERB ...` again, with the variables that `paddle.distributed.launch` sets, so that
+either may start a job. One rank needs no starting: the process itself is it. On several machines every one runs the
+same command with NNODES, NODE_RANK, MASTER_ADDR and MASTER_PORT. Loads no Paddle.
+"""
+
+from __future__ import annotations
+
+import socket
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from erniekit.base import runtime
+from erniekit.base.errors import ConfigError, MeshError
+from erniekit.cli.arguments import Arguments
+from erniekit.cli.supervisor import Rank, supervise
+from erniekit.cli.verbs import RANKS
+
+_PORT = 29500  # where ranks of several machines meet unless MASTER_PORT says otherwise
+_HOME = "127.0.0.1"
+LOGS = "ranks"  # in output_dir
+
+
+class Job:
+    """What is started on this machine, out of how much. Raises MeshError for what cannot be."""
+
+    def __init__(self, variables: dict[str, str], *, nproc: int | None, gpus: Sequence[str]) -> None:
+        self.gpus = gpus
+        self.nproc = nproc if nproc is not None else max(len(gpus), 1)
+        self.nodes, self.node = _number(variables, "NNODES", 1), _number(variables, "NODE_RANK", 0)
+        self.port = _number(variables, "MASTER_PORT", 0)
+        self.address = variables.get("MASTER_ADDR", "")
+        problems = []
+        if self.nproc < 1:
+            problems.append(f"--nproc {self.nproc}: a machine takes part with 1 rank or more.")
+        if gpus and self.nproc > len(gpus):
+            problems.append(
+                f"--nproc {self.nproc}: this machine shows {len(gpus)} GPUs, and every rank needs its own. Start "
+                "fewer; CUDA_VISIBLE_DEVICES= (empty) computes on the CPU."
+            )
+        if not 0 <= self.node < self.nodes:
+            problems.append(f"NODE_RANK={self.node}: with NNODES={self.nodes} it is one of 0 to {self.nodes - 1}.")
+        if self.nodes > 1 and not self.address:
+            problems.append("MASTER_ADDR is missing: the name of the machine with NODE_RANK=0, as the others reach it.")
+        if self.nodes > 1 and "NODE_RANK" not in variables:
+            problems.append(f"NODE_RANK is missing: the number of this machine, from 0 to {self.nodes - 1}.")
+        if problems:
+            raise MeshError(problems)
+
+    @property
+    def world(self) -> int:
+        """All ranks of all machines, each of which starts as many."""
+        return self.nproc * self.nodes
+
+    def rank(self, local: int) -> int:
+        """The number among all of the one that is `local` here."""
+        return self.node * self.nproc + local
+
+
+def _number(variables: dict[str, str], name: str, default: int) -> int:
+    text = variables.get(name, str(default))
+    if not text.isdecimal():
+        raise MeshError(f"{name}={text}: a whole number is wanted.")
+    return int(text)
+
+
+def launch(verb: str, arguments: Arguments, words: Sequence[str]) -> int | None:
+    """Start `verb` on several ranks and return the job's exit code; None if this process is to do it by itself."""
+    if runtime.rank_place().world > 1:
+        if given := [option.name for option in RANKS if arguments.text(option.name)]:
+            raise ConfigError(f"--{given[0]}: this process is one rank of several already; that is for its launcher.")
+        return None
+    job = Job(runtime.job_variables(), nproc=arguments.number("nproc"), gpus=_gpus())
+    if job.world == 1:
+        return None
+    if job.nodes > 1:
+        raise MeshError(f"NNODES={job.nodes}: several machines are not built in this version.")
+    logs = _log_folder(arguments)
+    with tempfile.TemporaryDirectory(prefix="erniekit-job-") as folder:
+        master, host = _meeting_place(job)
+        ranks = [
+            Rank(
+                job.rank(local), [sys.executable, "-m", "erniekit", verb, *_for_ranks(words)],
+                environment=runtime.environment_of_rank(
+                    _variables(job, local, master=master, host=host), folder=Path(folder), num_sharing=job.nproc
+                ),
+                log=(logs or Path(folder)) / f"rank-{job.rank(local)}.log" if job.rank(local) else None,
+            )
+            for local in range(job.nproc)
+        ]  # fmt: skip
+        return supervise(ranks, folder=Path(folder), world=job.world)
+
+
+def _for_ranks(words: Sequence[str]) -> list[str]:
+    """The user's words without what is meant for the launcher."""
+    kept, skip = [], False
+    for word in words:
+        name, equals, _ = word.partition("=")
+        is_ours = name in [f"--{option.name}" for option in RANKS]
+        if not skip and not is_ours:
+            kept.append(word)
+        skip = is_ours and not equals
+    return kept
+
+
+def _gpus() -> list[str]:
+    """The GPUs, one for each rank, by their number among the visible ones; none without a GPU build of Paddle."""
+    from erniekit.base.packages import version
+    from erniekit.base.resources import gpus
+
+    if version("paddlepaddle-gpu") is None:
+        return []
+    named = runtime.visible_gpus()
+    return [str(number) for number in range(len(gpus() if named is None else named))]
+
+
+def _log_folder(arguments: Arguments) -> Path | None:
+    """Where the ranks write their logs: in output_dir, None if the config has none. Raises ConfigError for a config
+    that every rank would refuse."""
+    from erniekit.config.load import load_config
+
+    output_dir = load_config(arguments.places[0], arguments.overrides).train.output_dir
+    return Path(output_dir) / LOGS if output_dir else None
+
+
+def _meeting_place(job: Job) -> tuple[str, str]:
+    """Where rank 0 will listen, and this machine's name for the others. Raises MeshError if the port is taken."""
+    if job.node == 0:
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(("", job.port))
+            except OSError as error:
+                raise MeshError(
+                    f"MASTER_PORT={job.port} cannot be had on this machine ({error.strerror}). Another job may use it; "
+                    "choose another one, the same on all machines."
+                ) from None
+            port = probe.getsockname()[1]
+    return f"{_HOME}:{port}", _HOME
+
+
+def _variables(job: Job, local: int, *, master: str, host: str) -> dict[str, str]:
+    """What `paddle.distributed.launch` tells a rank of its place."""
+    rank, first_port = job.rank(local), int(master.rpartition(":")[2]) + 1
+    endpoints = [f"{host}:{first_port + number}" for number in range(job.world)]
+    device = {"FLAGS_selected_gpus": job.gpus[local]} if job.gpus else {"PADDLE_DISTRI_BACKEND": "gloo"}
+    return device | {
+        "PADDLE_MASTER": master,
+        "PADDLE_TRAINER_ID": str(rank),
+        "PADDLE_TRAINERS_NUM": str(job.world),
+        "PADDLE_GLOBAL_RANK": str(rank),
+        "PADDLE_GLOBAL_SIZE": str(job.world),
+        "PADDLE_LOCAL_RANK": str(local),
+        "PADDLE_RANK_IN_NODE": str(local),
+        "PADDLE_LOCAL_SIZE": str(job.nproc),
+        "PADDLE_NNODES": str(job.nodes),
+        "PADDLE_CURRENT_ENDPOINT": endpoints[rank],
+        "PADDLE_TRAINER_ENDPOINTS": ",".join(endpoints),
+    }
