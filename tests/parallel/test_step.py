@@ -42,7 +42,8 @@ def stepped(mesh: Mesh, num_steps: int, spoilt: int | None) -> tuple[list[StepRe
     model = make_model(sparse=False)
     if mesh.rank == spoilt:
         model.lm_head.weight.set_value(paddle.full_like(model.lm_head.weight, np.inf))
-    sync = GradientSync(dict(model.named_parameters()), mesh)
+    trained = {name: p for name, p in model.named_parameters() if not p.stop_gradient}
+    sync = GradientSync(trained, mesh)
     optimizer = Optimizer(model.named_parameters(), AdamWSettings(max_grad_norm=0.5), sync=sync)
     results = []
     try:
