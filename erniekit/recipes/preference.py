@@ -62,7 +62,7 @@ class PreferenceStage:
         keys = job.cfg.align
         copy = PolicyCopy(model, every=keys.ref_model_update_steps)
         reference = _reference(job, model, folder, copy) if _needs_reference(job.cfg) else None
-        weights = loss_weights(job.arch, job.cfg)
+        weights = loss_weights(job.arch, job.cfg, mesh=job.mesh)
         objective = preference_objective(self._stage, keys, weights, reference=reference, mesh=job.mesh)
 
         def measured(trained: ErnieForCausalLM) -> dict[str, float]:

@@ -30,7 +30,7 @@ class LanguageModelStage:
             most = job.cfg.train.max_evaluate_steps
             return measure(model, job.eval_data, batch_size=job.eval_rows, max_batches=most, mesh=job.mesh)
 
-        return Course(LanguageModelObjective(loss_weights(job.arch, job.cfg)), measured)
+        return Course(LanguageModelObjective(loss_weights(job.arch, job.cfg, mesh=job.mesh)), measured)
 
     def answers(self, job: Job, model: ErnieForCausalLM) -> list[str]:
         """What the model says to the first prompts of the evaluation data."""

@@ -131,9 +131,10 @@ def train_loop(run: Run, *, start_step: int) -> int:
 
 def _save(run: Run, step: int) -> Path:
     best = run.best.step if run.best.keep else 0
-    return run.checkpoints.save(
-        run.model, run.optimizer, step=step, progress=run.progress(), memory=run.memory, best=best
-    )
+    with run.optimizer.whole_weights():
+        return run.checkpoints.save(
+            run.model, run.optimizer, step=step, progress=run.progress(), memory=run.memory, best=best
+        )
 
 
 def _take(run: Run, step: int) -> StepResult:
@@ -149,10 +150,11 @@ def _take(run: Run, step: int) -> StepResult:
 
     def keep(loss: float, reason: str) -> None:
         everybodys = run.data.micro_batches(step, batch_size=size)
-        run.keeper.keep(
-            run.model, step=step, reason=reason, loss=loss, batches=everybodys, rows=run.data.rows(step),
-            reference=run.reference,
-        )  # fmt: skip
+        with run.optimizer.whole_weights():
+            run.keeper.keep(
+                run.model, step=step, reason=reason, loss=loss, batches=everybodys, rows=run.data.rows(step),
+                reference=run.reference,
+            )  # fmt: skip
 
     def before_update(loss: float) -> None:
         if reason := run.keeper.spike(loss):

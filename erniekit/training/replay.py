@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from erniekit.base.console import warn
-from erniekit.base.errors import CheckpointError
+from erniekit.base.errors import CheckpointError, MeshError
 from erniekit.base.files import fsync_folder, write_json, writing
 from erniekit.checkpoint.manifest import check_manifest, write_manifest
 from erniekit.config.model import PREFERENCE_STAGES
@@ -97,14 +97,9 @@ class StepKeeper:
             return None
         logps = [reference(model, b).numpy() for b in batches if reference and isinstance(b, PreferenceBatch)]
         kept = Kept(step, reason, loss, self._cfg.train.seed, _names(batches, rows), list(batches), logps)
-        return first_alone(self._mesh, "keeping a step", lambda: self._keep(final, model, kept))
-
-    def _keep(self, final: Path, model: ErnieForCausalLM, kept: Kept) -> Path | None:
-        step, reason = kept.step, kept.reason
         try:
-            _require_room(self._folder.parent, model)
             self._write(final, model, kept)
-        except CheckpointError as error:
+        except (CheckpointError, MeshError) as error:
             warn(f"step {step + 1}: {reason}. It could not be kept for replay: {error}")
             return None
         warn(f"step {step + 1}: {reason}. It is kept; look into it with: erniekit replay {final}")
@@ -112,20 +107,29 @@ class StepKeeper:
 
     def _write(self, final: Path, model: ErnieForCausalLM, kept: Kept) -> None:
         temporary = final.with_name(f".{final.name}.tmp")
-        with writing(final):
-            shutil.rmtree(temporary, ignore_errors=True)
-            try:
-                (temporary / "training").mkdir(parents=True)
-                self._save_model(model, temporary)
-                facts = {name: value for name, value in asdict(kept).items() if name not in ("batches", _REFERENCE)}
-                write_json(temporary / _FACTS, facts)
-                np.savez(temporary / _BATCHES, **_arrays(kept))
-                self._cfg.write_resolved(temporary / CONFIG_FILE)
-                write_manifest(temporary)
-                temporary.rename(final)
-                fsync_folder(final.parent)
-            finally:
+        try:
+            first_alone(self._mesh, "room for a step", lambda: self._make_room(temporary, model))
+            self._save_model(model, temporary)
+            first_alone(self._mesh, "a kept step", lambda: self._describe(temporary, final, kept))
+        finally:
+            if self._mesh.first:
                 shutil.rmtree(temporary, ignore_errors=True)
+
+    def _make_room(self, temporary: Path, model: ErnieForCausalLM) -> None:
+        _require_room(self._folder.parent, model)
+        with writing(temporary):
+            shutil.rmtree(temporary, ignore_errors=True)
+            (temporary / "training").mkdir(parents=True)
+
+    def _describe(self, temporary: Path, final: Path, kept: Kept) -> None:
+        with writing(final):
+            facts = {name: value for name, value in asdict(kept).items() if name not in ("batches", _REFERENCE)}
+            write_json(temporary / _FACTS, facts)
+            np.savez(temporary / _BATCHES, **_arrays(kept))
+            self._cfg.write_resolved(temporary / CONFIG_FILE)
+            write_manifest(temporary)
+            temporary.rename(final)
+            fsync_folder(final.parent)
 
 
 def _names(batches: Sequence[Batch], rows: Sequence[Row]) -> list[list[list[str]]]:

@@ -20,6 +20,7 @@ from erniekit.base.progress import ByteProgress
 from erniekit.checkpoint.download import locate_model
 from erniekit.checkpoint.folder import Folder
 from erniekit.config.architecture import ErnieConfig
+from erniekit.config.cut import Cut
 from erniekit.config.layout import layout_of
 from erniekit.config.run import RunConfig
 from erniekit.data.build import EvalData, Prompt, TrainData, build_eval_data, build_train_data, leaks, write_ledger
@@ -237,6 +238,7 @@ class _Session:
         needed = run_budget(
             cfg, job.arch, head_bias=job.base.has_head_bias, lengths=store.lengths(),
             labelled=store.num_trained / max(store.num_tokens, 1), on_gpu=watch.on_gpu,
+            cut=Cut.of(mesh.layout, mesh.rank),
         )  # fmt: skip
         print(needed.text, flush=True)
         model = job.weights.build(folder.checkpoint)
@@ -257,7 +259,8 @@ class _Session:
             raise
         finally:
             run.reporter.close()
-        job.weights.save(model, folder.path, final=True)
+        with run.optimizer.whole_weights():
+            job.weights.save(model, folder.path, final=True)
         if run.optimizer.averages():
             with run.optimizer.averaged():
                 job.weights.save(model, folder.path / "ema", final=True)
@@ -287,8 +290,8 @@ class _Session:
         run = Run(
             mesh=job.mesh, model=model, optimizer=optimizer,
             schedule=make_run_schedule(cfg, job.rhythm.total_steps), data=job.data, objective=course.objective,
-            memory=course.memory, reference=course.reference,
-            upkeep=assemble.router_upkeep(model, cfg, mesh=job.mesh), reporter=reporter, rhythm=job.rhythm, best=self.best,
+            memory=course.memory, reference=course.reference, reporter=reporter, rhythm=job.rhythm, best=self.best,
+            upkeep=assemble.router_upkeep(model, cfg, mesh=job.mesh),
             checkpoints=Checkpoints(
                 folder.path, save_model=save_exactly, describe=self.record, keep=cfg.train.save_total_limit or None,
                 mesh=job.mesh,
@@ -311,7 +314,8 @@ class _Session:
             notice(f"stopped early after step {done}: {best.waited} evaluations in a row had no better {best.metric}.")
         if best.keep and best.step not in (0, done):
             notice(f"ending with the model of step {best.step}, {best.metric} {best.value:.6f}.")
-            self.job.weights.refill(run.model, self.folder.path / f"checkpoint-{best.step}")
+            with run.optimizer.whole_weights():
+                self.job.weights.refill(run.model, self.folder.path / f"checkpoint-{best.step}")
 
     def _tell(
         self, story: Story, history: list[dict[str, Any]], *, memory: dict[str, int], expert_layers: Sequence[str]

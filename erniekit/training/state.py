@@ -67,34 +67,25 @@ class Checkpoints:
         refuses."""
         final = self._dir / f"checkpoint-{step}"
 
-        def write() -> None:
-            self._write(final, model, optimizer, step=step, progress=progress, memory=memory)
-            self._prune(best)
-
-        first_alone(self._mesh, "saving", write)
+        temporary = self._dir / f".{final.name}.tmp"
+        try:
+            first_alone(self._mesh, "a new checkpoint", lambda: _make_anew(temporary))
+            self._save_model(model, temporary)
+            facts = {"step": step, "optimizer_steps": optimizer.num_steps, "progress": progress, **self._describe}
+            first_alone(self._mesh, "a saved state", lambda: _write_state(temporary, optimizer, memory, facts=facts))
+            first_alone(self._mesh, "a saved checkpoint", lambda: self._publish(temporary, final, best=best))
+        finally:
+            if self._mesh.first:
+                shutil.rmtree(temporary, ignore_errors=True)
         return final
 
-    def _write(
-        self, final: Path, model: ErnieForCausalLM, optimizer: Optimizer, *,
-        step: int, progress: dict[str, Any], memory: Memory | None,
-    ) -> None:  # fmt: skip
-        temporary = self._dir / f".{final.name}.tmp"
+    def _publish(self, temporary: Path, final: Path, *, best: int) -> None:
         with writing(final):
-            shutil.rmtree(temporary, ignore_errors=True)
-            try:
-                (temporary / "training").mkdir(parents=True)
-                self._save_model(model, temporary)
-                _write_tensors(temporary / _OPTIMIZER, optimizer.state())
-                if kept := memory.state() if memory else {}:
-                    _write_tensors(temporary / _MEMORY, kept)
-                state = {"step": step, "optimizer_steps": optimizer.num_steps, "progress": progress}
-                write_json(temporary / _STATE, {**state, **self._describe})
-                write_manifest(temporary, known=_digests(temporary))
-                shutil.rmtree(final, ignore_errors=True)  # a broken one of this name was passed over on resume
-                temporary.rename(final)
-                fsync_folder(self._dir)
-            finally:
-                shutil.rmtree(temporary, ignore_errors=True)
+            write_manifest(temporary, known=_digests(temporary))
+            shutil.rmtree(final, ignore_errors=True)  # a broken one of this name was passed over on resume
+            temporary.rename(final)
+            fsync_folder(self._dir)
+        self._prune(best)
 
     def newest_step(self) -> int:
         """The step of the newest checkpoint by name; 0 if there is none."""
@@ -109,6 +100,21 @@ class Checkpoints:
             doomed = old.with_name(f".{old.name}.removed")
             old.rename(doomed)  # a kill in between leaves no half checkpoint under its name
             shutil.rmtree(doomed)
+
+
+def _make_anew(folder: Path) -> None:
+    with writing(folder):
+        shutil.rmtree(folder, ignore_errors=True)
+        (folder / "training").mkdir(parents=True)
+
+
+def _write_state(folder: Path, optimizer: Optimizer, memory: Memory | None, *, facts: dict[str, Any]) -> None:
+    """Everything of a checkpoint beside the model."""
+    with writing(folder):
+        _write_tensors(folder / _OPTIMIZER, optimizer.state())
+        if kept := memory.state() if memory else {}:
+            _write_tensors(folder / _MEMORY, kept)
+        write_json(folder / _STATE, facts)
 
 
 def numbered(output_dir: Path) -> list[tuple[int, Path]]:

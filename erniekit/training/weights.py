@@ -65,15 +65,14 @@ class FullWeights:
 
     def save(self, model: ErnieForCausalLM, path: Path, *, final: bool) -> None:
         """See Weights; a checkpoint is in fp32."""
-        if not self.mesh.first:
-            return
         if final:
             most = self.cfg.export.max_shard_size * GB
             save_model(
-                model, path, self.layout, dtype=self.base.config.dtype, base=self.base, max_shard_bytes=most
+                model, path, self.layout, dtype=self.base.config.dtype, base=self.base, max_shard_bytes=most,
+                team=self.mesh,
             )  # fmt: skip
         else:
-            save_model(model, path, self.layout, dtype="float32", base=self.base)
+            save_model(model, path, self.layout, dtype="float32", base=self.base, team=self.mesh)
 
     def refill(self, model: ErnieForCausalLM, path: Path) -> None:
         """See Weights."""
