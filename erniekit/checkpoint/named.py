@@ -130,8 +130,8 @@ class Named:
         """What `cut` holds of the parameters."""
         return parameter_table(self.cfg, self.shapes, cut=cut)
 
-    def write(self, stage: SharedStage, file: str, numbers: Mapping[str, Numbers]) -> None:
-        """Write `file` below `stage` together with all other ranks, each with what it has."""
+    def write(self, stage: SharedStage, file: str, numbers: Mapping[str, Numbers]) -> dict[str, str]:
+        """Write `file` below `stage` together with all other ranks, each with what it has; returns its sha256."""
         said = stage.notes.collect("named", {key: [n.tag, n.shape] for key, n in numbers.items()})
         tags: dict[str, tuple[str, tuple[int, ...]]] = {
             key: (tag, tuple(shape)) for each in said for key, (tag, shape) in each.items()
@@ -145,12 +145,12 @@ class Named:
                 _add(table, key, others[key], [(key, whole, ())])
             return table
 
-        spans = {key: (0, 0) for key in tags.keys() - numbers.keys()}
+        spans = dict.fromkeys(tags.keys() - numbers.keys(), (0, 0))
         spans |= {key: n.span for key, n in numbers.items() if n.span is not None}
         share = share_of(stage, self.layout, table_of, _Fetched(numbers), spans=spans)
         everything = table_of(WHOLE)
         entries = [Entry(key, tag, everything.tensors[key].shape) for key, (tag, _) in tags.items()]
-        write_files(stage, {file: File(entries, everything)}, share)
+        return write_files(stage, {file: File(entries, everything)}, share)
 
     def read(self, path: Path, spans: Mapping[str, Span]) -> dict[str, np.ndarray]:
         """What this rank has of the tensors in `path`, of a parameter its span; tensors that belong to no parameter of
@@ -164,7 +164,7 @@ class Named:
         ]  # fmt: skip
         if wrong:
             raise CheckpointError(listed(wrong))
-        owners = {key: parameter_of(key, everything) for key in stored.tensors}
+        owners = {key: parameter_of(key, everything) or "" for key in stored.tensors}
         part = Part(local, {key: spans[name] for key, name in owners.items() if name in spans})
         found = {}
         for key in file.tensors:

@@ -9,6 +9,7 @@ the others wrote, page by page: a local disk, Lustre, GPFS and CephFS do; NFS do
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import json
 import os
@@ -76,11 +77,11 @@ class _Company:
 
 @dataclass(frozen=True)
 class Share:
-    """What this rank brings: numbers of tensors by name, its block or what `part` says that it has of the block, each
-    fetched when it is asked for; `mine` names those that it writes. `others` are atoms that it copies out of `also`."""
+    """What this rank brings: numbers of tensors by name, its block or what `part` says that it has of the block, which
+    `fetch` gives; `mine` names those that it writes. `others` are atoms that it copies out of `also`."""
 
     part: Part
-    numbers: Mapping[str, np.ndarray]
+    fetch: Callable[[str], np.ndarray]
     mine: frozenset[str]
     also: Source | None = None
     others: frozenset[str] = frozenset()
@@ -93,7 +94,7 @@ class Share:
         place = self.part.table.places.get(atom)
         if place is None or place.tensor not in self.mine:
             return
-        numbers = self.numbers[place.tensor]
+        numbers = self.fetch(place.tensor)
         for piece in self.part.pieces(atom):
             assign(target[piece.box], piece.seen(numbers))
 
@@ -134,7 +135,8 @@ def share_of(
         for (start, stop), holders in by_span.items():
             if stop > start and holders[number % len(holders)] == rank:
                 mine.add(name)
-    return Share(Part(own, spans), numbers, frozenset(mine))
+    # A stacked tensor is asked for once per expert, its two kinds in turn: the last few are kept.
+    return Share(Part(own, spans), functools.lru_cache(maxsize=4)(numbers.__getitem__), frozenset(mine))
 
 
 def _block(table: Table, name: str) -> object:
