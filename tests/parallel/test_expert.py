@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -26,4 +25,4 @@ def sparse(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("layout", [Layout(2, expert=2), Layout(4, expert=4), Layout(4, expert=2)], ids=str)
 def test_experts_over_data_ranks(sparse: Path, layout: Layout) -> None:
     """With four ranks, one of them gets no token at all."""
-    assert_parallel_equals_single(Case(sparse, steps_of(packed_row), ROUTERS), layout)
+    assert_parallel_equals_single(layout, Case(sparse, steps_of(packed_row), ROUTERS))
