@@ -91,7 +91,7 @@ def predictions(model: ErnieForCausalLM, data: EvalData) -> list[np.ndarray]:
         ids, positions = paddle.to_tensor(batch.input_ids), paddle.to_tensor(batch.position_ids)
         trunk = model.trunk(ids, positions, end_rows_from_segments(paddle.to_tensor(batch.segment_ids)))
         hidden = trunk.hidden_BSD.flatten(0, 1)[paddle.to_tensor(_trained(batch))]
-        logits = model.logits(hidden).numpy()
+        logits = model.lm_head.logits(hidden).numpy()
         logits -= logits.max(-1, keepdims=True)
         made.append(logits - np.log(np.exp(logits).sum(-1, keepdims=True)))
     return made

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from erniekit.base.errors import MeshError
 
+PULSE = "ERNIEKIT_PULSE"  # the folder in which ranks note what they are doing
 _PLAIN_OPS, _NUMPY_OPS = "ERNIEKIT_PLAIN_OPS", "ERNIEKIT_NUMPY_OPS"
 _JOB = "ERNIEKIT_JOB_FOLDER"
 JOB_VARIABLES = ("NNODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -93,6 +94,7 @@ class Place:
     world: int = 1
     master: str = ""  # host:port
     host: str = "127.0.0.1"
+    pulse: str = ""  # a folder in which it notes what it is doing (parallel/pulse.py)
 
 
 def rank_place() -> Place:
@@ -115,7 +117,7 @@ def rank_place() -> Place:
             "them; a process by itself needs none of them."
         )
     host = os.environ.get("PADDLE_CURRENT_ENDPOINT", "").rpartition(":")[0] or os.environ.get("POD_IP", "")
-    return Place(int(rank), int(world), master, host or Place.host)
+    return Place(int(rank), int(world), master, host or Place.host, os.environ.get(PULSE, ""))
 
 
 def tell_paddle_rank(rank: int, world: int) -> None:

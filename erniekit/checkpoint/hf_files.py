@@ -239,7 +239,7 @@ def write_safetensors(
     `arrays` is called with the entries in file order and yields their arrays, one at a time in memory. The file appears
     under its name only when it is whole and on disk.
     """
-    ordered = sorted(entries, key=lambda entry: (-_RANK[entry.tag], entry.name))
+    ordered = in_file_order(entries)
     digest = hashlib.sha256()
     with atomic_file(path) as file:
         header = _header_bytes(ordered, metadata)
@@ -251,6 +251,52 @@ def write_safetensors(
             digest.update(data)
             file.write(data)
     return digest.hexdigest()
+
+
+def create_safetensors(path: str | Path, entries: list[Entry], *, metadata: dict[str, str]) -> None:
+    """A file of full size without its numbers, which several processes write into it (`SharedFile`).
+
+    Its room on the disk is taken at once: a write through a map to a full disk would kill the process.
+    """
+    ordered = in_file_order(entries)
+    header = _header_bytes(ordered, metadata)
+    with open(path, "wb") as file:
+        file.write(header)
+        file.flush()
+        if num_bytes := sum(entry.num_bytes for entry in ordered):
+            os.posix_fallocate(file.fileno(), len(header), num_bytes)
+        os.fsync(file.fileno())
+
+
+class SharedFile:
+    """A created safetensors file, open for writing at any place."""
+
+    def __init__(self, path: Path) -> None:
+        self._tensors = SafetensorsFile(path).tensors
+        with open(path, "r+b") as file:
+            self._map = mmap.mmap(file.fileno(), 0)
+
+    def array(self, name: str) -> np.ndarray:
+        """The tensor's place in the file, to write into; bfloat16 whatever its tag says."""
+        stored = self._tensors[name]
+        dtype = BFLOAT16 if stored.tag == "U16" else FORMATS[stored.tag]
+        return np.frombuffer(self._map, dtype, math.prod(stored.shape), stored.start).reshape(stored.shape)
+
+    def release(self, name: str) -> None:
+        """Let the system keep the tensor's pages to itself; what was written there is not lost."""
+        stored = self._tensors[name]
+        start = stored.start - stored.start % mmap.PAGESIZE
+        if hasattr(self._map, "madvise") and stored.stop > start:
+            self._map.madvise(mmap.MADV_DONTNEED, start, stored.stop - start)
+
+    def flush(self) -> None:
+        """Bring what was written to the disk."""
+        self._map.flush()
+
+
+def in_file_order(entries: list[Entry]) -> list[Entry]:
+    """As the safetensors library orders them: the widest formats first, then by name."""
+    return sorted(entries, key=lambda entry: (-_RANK[entry.tag], entry.name))
 
 
 def _header_bytes(ordered: list[Entry], metadata: dict[str, str]) -> bytes:

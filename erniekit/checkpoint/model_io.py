@@ -19,6 +19,7 @@ from erniekit.checkpoint.ernie45 import CORRECTION_BIAS, HEAD_BIAS, Table, Tenso
 from erniekit.checkpoint.folder import Folder, plan_load
 from erniekit.checkpoint.save import MAX_SHARD_BYTES, save_folder
 from erniekit.checkpoint.source import Held, Memory, Source, fill
+from erniekit.checkpoint.together import Team
 from erniekit.config.architecture import ErnieConfig
 from erniekit.config.cut import WHOLE, Cut
 from erniekit.config.packing import Packing
@@ -172,13 +173,15 @@ def load_model(path: str | Path, dtype: str | None = None) -> ErnieForCausalLM:
 def save_model(
     model: ErnieForCausalLM, path: str | Path, layout: str = "pt", *,
     dtype: str | None = None, base: Folder | None = None, max_shard_bytes: int = MAX_SHARD_BYTES,
+    team: Team | None = None,
 ) -> None:  # fmt: skip
     """Save a model as a folder in "pt" or "paddle"; `dtype` None: as config.json says.
 
     `base`, the folder that it came from, gives tokenizer files and multi-token prediction weights that were not loaded.
+    All ranks of a `team` call this, each with its part of the model.
     """
     dtype = dtype or model.config.dtype
     save_folder(
         path, HostParameters(dict(model.named_parameters())), cfg=model.config, layout=layout, dtype=dtype, base=base,
-        max_shard_bytes=max_shard_bytes,
+        max_shard_bytes=max_shard_bytes, team=team,
     )  # fmt: skip

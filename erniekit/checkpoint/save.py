@@ -10,7 +10,7 @@ import contextlib
 import os
 import shutil
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,7 +21,7 @@ import numpy as np
 from erniekit.base.errors import CheckpointError
 from erniekit.base.files import fsync_file, fsync_folder, write_json, writing
 from erniekit.checkpoint.adapter_forms import CONFIG_FILES, ERNIEKIT_INDEX
-from erniekit.checkpoint.ernie45 import HEAD_BIAS, Form, Table, is_mtp, layout_table
+from erniekit.checkpoint.ernie45 import HEAD_BIAS, Form, Table, is_mtp, layout_table, memory_table
 from erniekit.checkpoint.folder import Folder
 from erniekit.checkpoint.hf_files import (
     BFLOAT16,
@@ -35,7 +35,9 @@ from erniekit.checkpoint.hf_files import (
     write_safetensors,
 )
 from erniekit.checkpoint.manifest import MANIFEST_FILE, write_manifest
+from erniekit.checkpoint.pieces import Span
 from erniekit.checkpoint.source import Memory, Source, made
+from erniekit.checkpoint.together import File, SharedStage, Team, share_of, write_files
 from erniekit.config.architecture import ErnieConfig
 
 GB = 10**9
@@ -71,6 +73,15 @@ class Plan:
         entries = [Entry(name, tags[name], tensor.shape) for name, tensor in table.tensors.items()]
         shards = plan_shards(entries, max_shard_bytes=max_shard_bytes)
         return cls(table, shards, dict.fromkeys(shards, METADATA[layout]))
+
+    def files(self) -> dict[str, File]:
+        """The same, as many ranks write it."""
+        return {name: File(entries, self.table, self.metadata[name]) for name, entries in self.shards.items()}
+
+    def write_index(self, stage: Path) -> None:
+        """The index of several shards."""
+        if set(self.shards) != {SINGLE_FILE}:
+            write_json(stage / INDEX_FILE, index_content(self.shards))
 
 
 # ---------------------------------------------------------------------- folders that are whole or absent
@@ -136,8 +147,7 @@ def write_weights(stage: Path, plan: Plan, source: Source, *, workers: int = 0) 
             stage / file, entries, metadata=plan.metadata[file],
             arrays=lambda ordered: _arrays(ordered, plan.table, source, workers=workers),
         )  # fmt: skip
-    if set(plan.shards) != {SINGLE_FILE}:
-        write_json(stage / INDEX_FILE, index_content(plan.shards))
+    plan.write_index(stage)
     return digests
 
 
@@ -173,25 +183,53 @@ def finish(stage: Path, *, config: bytes | dict[str, Any], digests: Mapping[str,
 def save_folder(
     path: str | Path, parameters: Mapping[str, np.ndarray], *, cfg: ErnieConfig, layout: str, dtype: str,
     base: Folder | None = None, max_shard_bytes: int = MAX_SHARD_BYTES,
+    team: Team | None = None, spans: Mapping[str, Span] | None = None,
 ) -> None:  # fmt: skip
     """Save a model in memory (parameter name -> array; the mapping may fetch lazily) as a folder in "pt" or "paddle".
 
     `dtype` is "bfloat16" or "float32"; routers and correction biases are always fp32. `base` is the folder that the
     model came from: it gives the tokenizer and other companions, the way bfloat16 is tagged, the tied copy of the head,
     and multi-token prediction weights that the model did not load.
+
+    With a `team` of several ranks, all of them call this, each with its blocks of the parameters (or, of those that
+    `spans` names, with that much of the block): the files are the same.
     """
-    form = Form.usual(cfg, "ram", mtp_layers=cfg.num_nextn_predict_layers)
-    form = replace(form, head_bias=HEAD_BIAS in parameters)
-    memory = Memory(layout_table(cfg, "ram", form), parameters)
-    assert set(memory.table.tensors) == set(parameters), "the model does not match its config"
-    source: Source = memory
+    head_bias = HEAD_BIAS in parameters
+    table = memory_table(cfg, head_bias=head_bias)
+    assert set(table.tensors) == set(parameters), "the model does not match its config"
+    plan, config, carried = _plan(cfg, layout, table, dtype=dtype, base=base, max_shard_bytes=max_shard_bytes)
+    if team is not None and team.layout.world > 1:
+        stage = SharedStage(team, lambda: staged(path))
+        with stage:
+            share = share_of(
+                stage, team.layout, lambda cut: memory_table(cfg, head_bias=head_bias, cut=cut), parameters, spans=spans
+            )  # fmt: skip
+            if carried and base:
+                share = replace(share, also=base, others=frozenset(carried[team.rank :: team.layout.world]))
+            digests = write_files(stage, plan.files(), share)
+            if team.rank == 0:
+                plan.write_index(stage.path)
+                _accompany(stage.path, config.to_dict(layout), digests=digests, base=base)
+        stage.settle()
+        return
+    memory: Source = Memory(table, parameters)
+    with staged(path) as folder:
+        digests = write_weights(folder, plan, _Carrying(memory, base, carried) if carried and base else memory)
+        _accompany(folder, config.to_dict(layout), digests=digests, base=base)
+
+
+def _plan(
+    cfg: ErnieConfig, layout: str, memory: Table, *, dtype: str, base: Folder | None, max_shard_bytes: int
+) -> tuple[Plan, ErnieConfig, list[str]]:
+    """What is written of the model that `memory` lays out, its config, and the atoms that come from `base`."""
+    form = replace(
+        Form.usual(cfg, layout, mtp_layers=cfg.num_nextn_predict_layers), head_bias=HEAD_BIAS in memory.tensors
+    )
     tag, config = BF16_TAG[layout], cfg.replace(dtype=dtype)
-    form = form.in_layout(cfg, layout)
     if base is not None:
         if base.form.mtp_layers > form.mtp_layers and not cfg.is_reward:
             form = replace(form, mtp_layers=base.form.mtp_layers)
             config = config.replace(num_nextn_predict_layers=base.disk_config.num_nextn_predict_layers)
-            source = _Carrying(memory, base)
         if base.layout == layout:
             stored = base.form
             form = replace(form, head_copy=stored.head_copy, head_rows=stored.head_rows, mtp_rows=stored.mtp_rows)
@@ -201,22 +239,25 @@ def save_folder(
         name: "F32" if dtype == "float32" or any(table.atoms[atom].fp32 for atom, _ in tensor.parts) else tag
         for name, tensor in table.tensors.items()
     }
-    plan = Plan.new(table, tags, layout=layout, max_shard_bytes=max_shard_bytes)
-    with staged(path) as stage:
-        digests = write_weights(stage, plan, source)
-        if base is not None:
-            copy_companions(base.path, stage)
-        finish(stage, config=config.to_dict(layout), digests=digests)
+    carried = [atom for atom in table.atoms if is_mtp(atom) and atom not in memory.atoms]
+    return Plan.new(table, tags, layout=layout, max_shard_bytes=max_shard_bytes), config, carried
+
+
+def _accompany(stage: Path, config: dict[str, Any], *, digests: Mapping[str, str], base: Folder | None) -> None:
+    """What lies beside the weights."""
+    if base is not None:
+        copy_companions(base.path, stage)
+    finish(stage, config=config, digests=digests)
 
 
 class _Carrying:
     """The atoms of a model in memory, and from a folder the multi-token prediction atoms that the model lacks."""
 
-    def __init__(self, memory: Memory, base: Folder) -> None:
-        self.memory, self.base = memory, base
+    def __init__(self, memory: Source, base: Folder, carried: Collection[str]) -> None:
+        self.memory, self.base, self.carried = memory, base, set(carried)
 
-    def _holder(self, atom: str) -> Memory | Folder:
-        return self.base if is_mtp(atom) and atom not in self.memory.table.atoms else self.memory
+    def _holder(self, atom: str) -> Source:
+        return self.base if atom in self.carried else self.memory
 
     def read(self, atom: str) -> np.ndarray:
         return self._holder(atom).read(atom)

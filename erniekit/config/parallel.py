@@ -41,7 +41,9 @@ class ParallelConfig:
         choices=("stage1", "stage2", "stage3"), **_LAYOUT,
     )  # fmt: skip
     sharding_parallel_mesh_dimension: str = speed("dp", "Mesh axis of sharding.")
-    sharding_comm_buffer_size_MB: int = speed(-1, "Size of communication buffers.")
+    sharding_comm_buffer_size_MB: int = key(
+        -1, "Gradients are summed over devices in pieces of so many MB; -1: 64.", **_LAYOUT
+    )
     sharding_parallel_config: str | None = speed(None, "Switches of sharding.")
     data_parallel_config: str | None = speed(None, "Switches of data parallelism.")
     ddp_find_unused_parameters: bool | None = speed(None, "Look for parameters without gradient.")

@@ -6,7 +6,8 @@ Parameter names equal the -PT checkpoints' (weights are [in, out]; the routed ex
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import paddle
 import paddle.nn.functional as F
@@ -19,7 +20,8 @@ from erniekit.models.cache import KVCache, LayerCache
 from erniekit.models.layers import MLP, Embedding, Linear, RMSNorm, parameter
 from erniekit.models.moe import MoE, Routing
 from erniekit.ops.attention import end_rows_from_mask, end_rows_from_segments, positions_in_segments
-from erniekit.ops.cross_entropy import head_logits
+from erniekit.ops.cross_entropy import head_logits, linear_cross_entropy, token_scores
+from erniekit.ops.log_probs import linear_log_probs
 
 
 class Trunk(NamedTuple):
@@ -110,16 +112,54 @@ class Decoder(nn.Layer):
         return out
 
 
+class HeadKernels(NamedTuple):
+    """What is made of hidden states and a head: each is called like the function of ops/ that stands here."""
+
+    loss_sum: Callable[..., paddle.Tensor] = linear_cross_entropy
+    log_probs: Callable[..., paddle.Tensor] = linear_log_probs
+    token_scores: Callable[..., tuple[paddle.Tensor, paddle.Tensor]] = token_scores
+    logits: Callable[..., paddle.Tensor] = head_logits
+
+
 class Head(nn.Layer):
-    """The language-model head. Tied models have no weight here (the embedding serves) and may still have a bias."""
+    """The language-model head. Tied models have no weight here (the embedding serves) and may still have a bias.
+
+    `kernels` is a slot that is filled from outside where no device has the whole vocabulary.
+    """
 
     bf16_products = False  # precision/products.py
 
-    def __init__(self, cfg: ErnieConfig, *, bias: bool, dtype: str) -> None:
+    def __init__(self, cfg: ErnieConfig, embedding: Embedding, *, bias: bool, dtype: str) -> None:
         super().__init__()
         size = [cfg.hidden_size, cfg.vocab_size]
         self.weight = None if cfg.tie_word_embeddings else parameter(self, size, dtype=dtype)
         self.bias = parameter(self, [cfg.vocab_size], dtype=dtype) if bias else None
+        self.kernels = HeadKernels()
+        self._tied = (embedding,) if self.weight is None else ()  # in a tuple: it is no part of the head
+
+    def loss_sum(self, hidden_MD: paddle.Tensor, labels_M: paddle.Tensor) -> paddle.Tensor:
+        """Sum of -log softmax at the labels that are not ignored, an fp32 scalar."""
+        weight, where = self._table()
+        return self.kernels.loss_sum(hidden_MD, weight, labels_M, **where, bf16=self.bf16_products)
+
+    def log_probs(self, hidden_MD: paddle.Tensor, labels_M: paddle.Tensor) -> paddle.Tensor:
+        """log softmax at the labels, fp32 [M]; every row must have one."""
+        weight, where = self._table()
+        return self.kernels.log_probs(hidden_MD, weight, labels_M, **where, bf16=self.bf16_products)
+
+    def token_scores(self, hidden_MD: paddle.Tensor, labels_M: paddle.Tensor) -> tuple[paddle.Tensor, paddle.Tensor]:
+        """(loss [M], whether the label is the best token [M]), without gradients."""
+        weight, where = self._table()
+        return self.kernels.token_scores(hidden_MD, weight, labels_M, **where)
+
+    def logits(self, hidden: paddle.Tensor) -> paddle.Tensor:
+        """fp32 logits of hidden states [..., D] -> [..., V]."""
+        weight, where = self._table()
+        return self.kernels.logits(hidden, weight, **where)
+
+    def _table(self) -> tuple[paddle.Tensor, dict[str, Any]]:
+        weight = self._tied[0].weight if self._tied else self.weight
+        return weight, {"vocab_first": bool(self._tied), "bias_V": self.bias}
 
 
 class ErnieForCausalLM(nn.Layer):
@@ -134,17 +174,7 @@ class ErnieForCausalLM(nn.Layer):
             )
         self.config = config
         self.model = Decoder(config, dtype=dtype)
-        self.lm_head = Head(config, bias=lm_head_bias, dtype=dtype)
-
-    def head(self) -> tuple[paddle.Tensor, paddle.Tensor | None, bool]:
-        """The head's (weight, bias, whether the weight is [V, D])."""
-        tied = self.lm_head.weight is None
-        return self.model.embed_tokens.weight if tied else self.lm_head.weight, self.lm_head.bias, tied
-
-    def logits(self, hidden: paddle.Tensor) -> paddle.Tensor:
-        """fp32 logits of hidden states [..., D] -> [..., V]."""
-        weight, bias, vocab_first = self.head()
-        return head_logits(hidden, weight, bias, vocab_first=vocab_first)
+        self.lm_head = Head(config, self.model.embed_tokens, bias=lm_head_bias, dtype=dtype)
 
     def trunk(
         self, input_ids_BS: paddle.Tensor, position_ids_BS: paddle.Tensor, end_rows_BS: paddle.Tensor
@@ -159,7 +189,7 @@ class ErnieForCausalLM(nn.Layer):
         positions = Positions.of(cache.open(num_new), None, self.config)
         trunk = self.model(input_ids_BS, positions, cache=cache)
         cache.close(num_new)
-        return self.logits(trunk.hidden_BSD[:, -1])
+        return self.lm_head.logits(trunk.hidden_BSD[:, -1])
 
     def new_cache(self) -> KVCache:
         """An empty cache of one row."""
@@ -190,4 +220,4 @@ class ErnieForCausalLM(nn.Layer):
         else:
             end_rows = paddle.full([b, s], s, dtype="int32")
         positions = Positions.of(count if position_ids is None else position_ids, end_rows, self.config)
-        return self.logits(self.model(input_ids, positions).hidden_BSD)
+        return self.lm_head.logits(self.model(input_ids, positions).hidden_BSD)

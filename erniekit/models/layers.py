@@ -6,6 +6,8 @@ Shapes: B batch, S positions, D hidden size, I width.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import paddle
 import paddle.nn.functional as F
 from paddle import nn
@@ -24,9 +26,9 @@ def parameter(layer: nn.Layer, shape: list[int], *, dtype: str, trainable: bool 
 class Linear(nn.Layer):
     """x @ weight (+ bias); weight [in, out].
 
-    Two slots are filled from outside: `packed`, a layer that holds the weight in fewer bits and makes the product in
-    its stead (`weight` is None then), and `adapter`, which is shown the input and the product without bias and returns
-    the product that counts.
+    Three slots are filled from outside: `packed`, a layer that holds the weight in fewer bits and makes the product in
+    its stead (`weight` is None then); `adapter`, which is shown the input and the product without bias and returns the
+    product that counts; and `leave`, through which that product goes before the bias is added.
     """
 
     bf16_products = False  # precision/products.py
@@ -38,14 +40,17 @@ class Linear(nn.Layer):
         self.bias = parameter(self, [num_out], dtype=dtype) if bias else None
         self.packed: nn.Layer | None = None
         self.adapter: nn.Layer | None = None
+        self.leave: Callable[[paddle.Tensor], paddle.Tensor] | None = None
 
     def forward(self, x: paddle.Tensor) -> paddle.Tensor:
         """[..., in] -> [..., out]."""
-        if self.packed is None and self.adapter is None:
+        if self.packed is None and self.adapter is None and self.leave is None:
             return linear(x, self.weight, self.bias, bf16=self.bf16_products)
         y = self.product(x)
         if self.adapter is not None:
             y = self.adapter(x, y, self)
+        if self.leave is not None:
+            y = self.leave(y)
         return y if self.bias is None else y + self.bias
 
     def product(self, x: paddle.Tensor) -> paddle.Tensor:
@@ -67,15 +72,16 @@ class RMSNorm(nn.Layer):
 
 
 class Embedding(nn.Layer):
-    """Rows of a [V, D] table."""
+    """Rows of a [V, D] table. `lookup` is a slot: what finds them, given the ids and the table."""
 
     def __init__(self, num: int, size: int, *, dtype: str) -> None:
         super().__init__()
         self.weight = parameter(self, [num, size], dtype=dtype)
+        self.lookup: Callable[[paddle.Tensor, paddle.Tensor], paddle.Tensor] = F.embedding
 
     def forward(self, ids: paddle.Tensor) -> paddle.Tensor:
         """int64 [...] -> [..., D]."""
-        return F.embedding(ids, self.weight)
+        return self.lookup(ids, self.weight)
 
 
 class MLP(nn.Layer):

@@ -128,8 +128,8 @@ class MoE(nn.Layer):
         x_MD = x_BSD.reshape([-1, x_BSD.shape[-1]])
         routing = self.gate(x_MD, self.moe_statics.e_score_correction_bias)
         routed = self.dispatcher(x_MD, routing, self.experts)
-        shared_MD = self.shared_experts(x_MD) if self.shared_experts is not None else None
-        y_MD = routed()
-        if shared_MD is not None:
-            y_MD = y_MD + shared_MD
-        return y_MD.reshape(x_BSD.shape), routing
+        shared_BSD = self.shared_experts(x_BSD) if self.shared_experts is not None else None
+        y_BSD = routed().reshape(x_BSD.shape)
+        if shared_BSD is not None:
+            y_BSD = y_BSD + shared_BSD
+        return y_BSD, routing

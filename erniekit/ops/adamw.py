@@ -31,7 +31,7 @@ class Update:
 
 def adamw_plain(
     p: paddle.Tensor, grad: paddle.Tensor, *, first: paddle.Tensor, second: paddle.Tensor,
-    master: paddle.Tensor | None, update: Update, weight_decay: float,
+    master: paddle.Tensor | None, update: Update, weight_decay: float, start: int = 0,
 ) -> None:  # fmt: skip
     """The plain twin of `adamw`: Paddle's fused kernel. It scales `grad` in place."""
     if update.gradient_scale != 1.0:
@@ -46,15 +46,20 @@ def adamw_plain(
     )  # fmt: skip
     if small:
         for stored, moment in zip((first, second), moments, strict=True):
-            paddle.assign(dithered_bf16(moment, step=update.num_steps), stored)
+            paddle.assign(dithered_bf16(moment, step=update.num_steps, start=start), stored)
 
 
 def adamw(
     p: paddle.Tensor, grad: paddle.Tensor, *, first: paddle.Tensor, second: paddle.Tensor,
-    master: paddle.Tensor | None, update: Update, weight_decay: float,
+    master: paddle.Tensor | None, update: Update, weight_decay: float, start: int = 0,
 ) -> None:  # fmt: skip
-    """Move `p` (and its fp32 `master`, if it has one) and its moments by one step. The gradient is used up."""
+    """Move `p` (and its fp32 `master`, if it has one) and its moments by one step. The gradient is used up.
+
+    `p` may be a range of a parameter that begins at its number `start`: bf16 moments are rounded as in the whole one.
+    """
     if master is None and backend(p, grad) == "cpu":
-        cpu.adamw(p, grad, first=first, second=second, update=update, weight_decay=weight_decay)
+        cpu.adamw(p, grad, first=first, second=second, update=update, weight_decay=weight_decay, start=start)
     else:
-        adamw_plain(p, grad, first=first, second=second, master=master, update=update, weight_decay=weight_decay)
+        adamw_plain(
+            p, grad, first=first, second=second, master=master, update=update, weight_decay=weight_decay, start=start
+        )  # fmt: skip

@@ -27,7 +27,7 @@ class _LinearCrossEntropy(paddle.autograd.PyLayer):
         for start in range(0, hidden_MD.shape[0], CHUNK_TOKENS):
             hidden, labels = hidden_MD[start : start + CHUNK_TOKENS], labels_M[start : start + CHUNK_TOKENS]
             trained = (labels != IGNORED).astype("float32")
-            logits = head_logits(hidden, weight, bias_V, vocab_first=vocab_first)
+            logits = head_logits(hidden, weight, vocab_first=vocab_first, bias_V=bias_V)
             target = paddle.where(labels == IGNORED, paddle.zeros_like(labels), labels)
             log_sum = paddle.logsumexp(logits, axis=-1)
             picked = paddle.take_along_axis(logits, target.unsqueeze(-1), 1).squeeze(-1)
@@ -53,7 +53,7 @@ class _LinearCrossEntropy(paddle.autograd.PyLayer):
 
 
 def head_logits(
-    hidden: paddle.Tensor, weight: paddle.Tensor, bias_V: paddle.Tensor | None, *, vocab_first: bool
+    hidden: paddle.Tensor, weight: paddle.Tensor, *, vocab_first: bool, bias_V: paddle.Tensor | None = None
 ) -> paddle.Tensor:
     """fp32 logits of `hidden` [..., D]; weight is [V, D] if `vocab_first` (a tied embedding), else [D, V]."""
     logits = paddle.matmul(hidden, weight, transpose_y=vocab_first).astype("float32")
@@ -90,7 +90,7 @@ def token_scores_plain(
     losses, corrects = [], []
     for start in range(0, hidden_MD.shape[0], CHUNK_TOKENS):
         labels = labels_M[start : start + CHUNK_TOKENS]
-        logits = head_logits(hidden_MD[start : start + CHUNK_TOKENS], weight, bias_V, vocab_first=vocab_first)
+        logits = head_logits(hidden_MD[start : start + CHUNK_TOKENS], weight, vocab_first=vocab_first, bias_V=bias_V)
         trained = labels != IGNORED
         target = paddle.where(trained, labels, paddle.zeros_like(labels))
         picked = paddle.take_along_axis(logits, target.unsqueeze(-1), 1).squeeze(-1)

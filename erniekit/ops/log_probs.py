@@ -23,7 +23,7 @@ class _LinearLogProbs(paddle.autograd.PyLayer):
         ctx.save_for_backward(hidden_MD, weight, bias_V, labels_M)
         picked = []
         for rows in _chunks(hidden_MD.shape[0]):
-            logits = head_logits(hidden_MD[rows], weight, bias_V, vocab_first=vocab_first)
+            logits = head_logits(hidden_MD[rows], weight, vocab_first=vocab_first, bias_V=bias_V)
             at_label = paddle.take_along_axis(logits, labels_M[rows].unsqueeze(-1), 1).squeeze(-1)
             picked.append(at_label - paddle.logsumexp(logits, axis=-1))
         return paddle.concat(picked) if picked else paddle.zeros([0], "float32")
@@ -37,7 +37,7 @@ class _LinearLogProbs(paddle.autograd.PyLayer):
         grad_bias = paddle.zeros_like(bias_V) if for_bias else None
         for rows in _chunks(hidden_MD.shape[0]):
             hidden = hidden_MD[rows]
-            logits = head_logits(hidden, weight, bias_V, vocab_first=ctx.vocab_first)
+            logits = head_logits(hidden, weight, vocab_first=ctx.vocab_first, bias_V=bias_V)
             grad = F.one_hot(labels_M[rows], logits.shape[-1]) - F.softmax(logits, axis=-1)
             grad = (grad * grad_M[rows].unsqueeze(-1)).astype(weight.dtype)
             if for_hidden:

@@ -15,9 +15,11 @@ LEVELS = 65536  # the bits of fp32 that bf16 does not have; the kernel in csrc/o
 BY_ELEMENT, BY_STEP = 46349, 40503  # odd, so that every threshold occurs
 
 
-def dithered_bf16(x: paddle.Tensor, *, step: int) -> paddle.Tensor:
-    """An fp32 tensor in bf16, rounded up or down so that it is right on average over steps. NaN and inf stay."""
-    dither = (paddle.arange(x.size, dtype="int32") * BY_ELEMENT + step * BY_STEP % LEVELS) % LEVELS
+def dithered_bf16(x: paddle.Tensor, *, step: int, start: int = 0) -> paddle.Tensor:
+    """An fp32 tensor in bf16, rounded up or down so that it is right on average over steps. NaN and inf stay. The
+    tensor may be a range of a larger one, from its number `start` on."""
+    first = (step * BY_STEP + start * BY_ELEMENT) % LEVELS
+    dither = (paddle.arange(x.size, dtype="int32") * BY_ELEMENT + first) % LEVELS
     bits = x.contiguous().view("int32") + dither.reshape(x.shape)
     rounded = (bits - bits % LEVELS).view("float32")
     return paddle.where(paddle.isfinite(x), rounded, x).astype("bfloat16")

@@ -19,6 +19,8 @@ import paddle
 from paddle import distributed
 from paddle.base import core
 
+from erniekit.parallel.pulse import Pulse
+
 Reduction = Literal["sum", "max"]
 
 
@@ -34,6 +36,18 @@ class Handle:
             self._wait()
             self._wait = None
         return self.result
+
+    def then(self, more: Callable[[], None]) -> Handle:
+        """This handle, with `more` to be done once the result is there; now, if it is."""
+        if self._wait is None:
+            more()
+            return self
+
+        def wait() -> None:
+            self.wait()
+            more()
+
+        return Handle(self.result, wait)
 
 
 class Channel(Protocol):
@@ -157,11 +171,18 @@ class Axis:
     what went in, so that nobody has to ask whether there are others."""
 
     def __init__(
-        self, name: str, ranks: Sequence[int], *, index: int, channel: Channel | None, traffic: Traffic
+        self,
+        name: str,
+        ranks: Sequence[int],
+        *,
+        index: int = 0,
+        channel: Channel | None = None,
+        traffic: Traffic | None = None,
+        pulse: Pulse | None = None,
     ) -> None:
         assert (channel is None) == (len(ranks) == 1), (name, ranks)
         self.name, self.ranks, self.index = name, tuple(ranks), index
-        self._channel, self._traffic = channel, traffic
+        self._channel, self._traffic, self._pulse = channel, traffic or Traffic(), pulse or Pulse()
 
     @property
     def size(self) -> int:
@@ -178,12 +199,15 @@ class Axis:
 
     def gather_uneven(self, tensor: paddle.Tensor, sizes: Sequence[int]) -> paddle.Tensor:
         """[sizes[index], ...] of every rank -> [sum of sizes, ...]."""
-        if self.size == 1:
+        assert tensor.shape[0] == sizes[self.index], (tensor.shape, sizes, self.index)
+        if self._channel is None:
             return tensor
+        if len(set(sizes)) == 1:
+            return self.all_gather(tensor)
         most = max(sizes)
         padded = paddle.zeros([most, *tensor.shape[1:]], tensor.dtype)
         padded[: tensor.shape[0]] = tensor
-        found = self.all_gather(padded)
+        found = self._started("all_gather", tensor, lambda channel: channel.all_gather(padded)).wait()
         return paddle.concat([found[i * most : i * most + size] for i, size in enumerate(sizes)])
 
     def reduce_scatter(self, tensor: paddle.Tensor) -> paddle.Tensor:
@@ -196,40 +220,34 @@ class Axis:
 
     def broadcast(self, tensor: paddle.Tensor, *, source: int = 0) -> paddle.Tensor:
         """What the rank with index `source` holds, in place."""
-        if self._channel is None:
-            return tensor
-        self._traffic.add(self.name, "broadcast", tensor)
-        return self._channel.broadcast(tensor, source).wait()
+        return self._started("broadcast", tensor, lambda channel: channel.broadcast(tensor, source)).wait()
 
     def start_all_reduce(self, tensor: paddle.Tensor, *, op: Reduction = "sum") -> Handle:
         """`all_reduce`, not waited for."""
-        if self._channel is None:
-            return Handle(tensor)
-        self._traffic.add(self.name, "all_reduce", tensor)
-        return self._channel.all_reduce(tensor, op)
+        return self._started("all_reduce", tensor, lambda channel: channel.all_reduce(tensor, op))
 
     def start_all_gather(self, tensor: paddle.Tensor) -> Handle:
         """`all_gather`, not waited for."""
-        if self._channel is None:
-            return Handle(tensor)
-        self._traffic.add(self.name, "all_gather", tensor)
-        return self._channel.all_gather(tensor)
+        return self._started("all_gather", tensor, lambda channel: channel.all_gather(tensor))
 
     def start_reduce_scatter(self, tensor: paddle.Tensor) -> Handle:
         """`reduce_scatter`, not waited for."""
-        if self._channel is None:
-            return Handle(tensor)
         assert tensor.shape[0] % self.size == 0, (tensor.shape, self.size)
-        self._traffic.add(self.name, "reduce_scatter", tensor)
-        return self._channel.reduce_scatter(tensor)
+        return self._started("reduce_scatter", tensor, lambda channel: channel.reduce_scatter(tensor))
 
     def start_all_to_all(self, tensor: paddle.Tensor, send: Sequence[int], receive: Sequence[int]) -> Handle:
         """`all_to_all`, not waited for."""
         assert len(send) == len(receive) == self.size and sum(send) == tensor.shape[0], (send, receive, tensor.shape)
+        return self._started("all_to_all", tensor, lambda channel: channel.all_to_all(tensor, send, receive))
+
+    def _started(self, kind: str, tensor: paddle.Tensor, call: Callable[[Channel], Handle]) -> Handle:
+        """A collective that begins with `tensor`, counted and noted; with one rank, `tensor` itself."""
         if self._channel is None:
             return Handle(tensor)
-        self._traffic.add(self.name, "all_to_all", tensor)
-        return self._channel.all_to_all(tensor, send, receive)
+        self._traffic.add(self.name, kind, tensor)
+        number = self._pulse.enter(kind, self.name)
+        handle = call(self._channel)
+        return handle.then(lambda: self._pulse.leave(number))
 
     def shares(self, total: int) -> list[int]:
         """How many of `total` things each rank takes, as evenly as can be: the first ones take one more."""

@@ -16,6 +16,7 @@ from erniekit.base import runtime
 from erniekit.base.runtime import Place
 from erniekit.config.layout import AXES, Coordinates, Layout
 from erniekit.parallel.collectives import Axis, Channel, GlooChannel, NCCLChannel, Traffic
+from erniekit.parallel.pulse import Pulse
 from erniekit.parallel.store import Words, free_port, open_store
 
 _FAREWELL = 0.2  # seconds that rank 0, where the store lives, stays after the last word
@@ -30,13 +31,12 @@ class Mesh:
     words: Words
     axes: dict[str, Axis]
     traffic: Traffic = field(default_factory=Traffic)
+    pulse: Pulse = field(default_factory=Pulse)
 
     @classmethod
     def single(cls) -> Mesh:
         """One rank and nobody else."""
-        traffic = Traffic()
-        axes = {name: Axis(name, [0], index=0, channel=None, traffic=traffic) for name in AXES}
-        return cls(Layout(), 0, Words(None, rank=0, world=1), axes, traffic)
+        return cls(Layout(), 0, Words(None, rank=0, world=1), {name: Axis(name, [0]) for name in AXES})
 
     @property
     def coordinates(self) -> Coordinates:
@@ -69,7 +69,8 @@ def open_mesh(layout: Layout, place: Place) -> Mesh:
     if place.world == 1:
         return Mesh.single()
     runtime.tell_paddle_rank(place.rank, place.world)
-    words = Words(open_store(place.master, rank=place.rank, world=place.world), rank=place.rank, world=place.world)
+    pulse, store = Pulse(place.pulse, rank=place.rank), open_store(place.master, rank=place.rank, world=place.world)
+    words = Words(store, rank=place.rank, world=place.world, pulse=pulse)
     on_gpu = paddle.device.is_compiled_with_cuda() and paddle.get_device().startswith("gpu")
     if on_gpu:
         distributed.init_parallel_env()
@@ -82,10 +83,10 @@ def open_mesh(layout: Layout, place: Place) -> Mesh:
             if len(group) > 1 and key not in channels and (mine or on_gpu):
                 channels[key] = NCCLChannel(group) if on_gpu else _gloo(group, place, words, number=len(channels))
             if mine:
-                channel = channels.get(key)
-                axes[name] = Axis(name, group, index=group.index(place.rank), channel=channel, traffic=traffic)
+                index, channel = group.index(place.rank), channels.get(key)
+                axes[name] = Axis(name, group, index=index, channel=channel, traffic=traffic, pulse=pulse)
     words.meet("mesh")
-    return Mesh(layout, place.rank, words, axes, traffic)
+    return Mesh(layout, place.rank, words, axes, traffic, pulse)
 
 
 def _gloo(group: list[int], place: Place, words: Words, *, number: int) -> GlooChannel:

@@ -16,6 +16,7 @@ from typing import Any
 from paddle.base import core
 
 from erniekit.base.errors import MeshError
+from erniekit.parallel.pulse import Pulse
 
 _ASK_AGAIN = 0.02  # seconds
 _PATIENCE = 120  # seconds for the ranks to come up
@@ -60,8 +61,9 @@ def _await_listener(host: str, port: int) -> None:
 class Words:
     """The store as one rank of `world` uses it. With one rank there is none, and nobody to wait for."""
 
-    def __init__(self, store: Any, *, rank: int, world: int) -> None:
+    def __init__(self, store: Any, *, rank: int, world: int, pulse: Pulse | None = None) -> None:
         self.store, self.rank, self.world = store, rank, world
+        self._pulse = pulse or Pulse()
         self._used: Counter[str] = Counter()
 
     def _key(self, name: str) -> str:
@@ -70,8 +72,11 @@ class Words:
         return f"{name}#{self._used[name]}"
 
     def _wait(self, counter: str, until: int) -> None:
+        kind, _, name = counter.partition("/")
+        number = self._pulse.enter(kind, name)
         while self.store.add(counter, 0) < until:
             time.sleep(_ASK_AGAIN)
+        self._pulse.leave(number)
 
     def meet(self, name: str) -> None:
         """Go on when all ranks have come here, however long that takes."""
@@ -89,6 +94,7 @@ class Words:
         if self.rank == 0:
             self.store.set(key, json.dumps(value))
             self.store.add(key + "/told", 1)
+            self._pulse.leave(self._pulse.enter("share", name))
             return json.loads(json.dumps(value))
         self._wait(key + "/told", 1)
         return json.loads(self.store.get(key))

@@ -41,9 +41,12 @@ from erniekit.config.packing import packing_of
 from erniekit.config.run import RunConfig
 from erniekit.models.decoder import ErnieForCausalLM
 from erniekit.parallel.expert import use_expert_parallel
+from erniekit.parallel.layered import LayerShards
 from erniekit.parallel.mesh import Mesh
 from erniekit.parallel.recompute import apply_recompute
+from erniekit.parallel.tensor import blocks_of, use_tensor_parallel
 from erniekit.parallel.tokens import TokenRanks
+from erniekit.parallel.zero import FLAT_BYTES, GradientSync
 from erniekit.precision.products import use_bf16_products
 from erniekit.training.dropout import DropoutCourse
 from erniekit.training.health import RouterHealth
@@ -128,18 +131,16 @@ def assemble_model(
         notice("cpu_bf16_matmul is about CPUs; on a GPU compute_type says how products are computed.")
     elif cfg.model.cpu_bf16_matmul:
         use_bf16_products(model)
-    _share(model, mesh)
+    if mesh.layout.tensor > 1 and (adapter or packing_of(cfg)):
+        raise MeshError(
+            "tensor_parallel_degree: adapters and quantised weights cannot be cut yet. Set it to 1, or fine_tuning to "
+            "Full and compute_type to bf16."
+        )
+    use_tensor_parallel(model, mesh)
+    use_expert_parallel(model, mesh)
     if cfg.train.recompute:
         apply_recompute(model, cfg.train.recompute_granularity)
     return model
-
-
-def _share(model: ErnieForCausalLM, mesh: Mesh) -> None:
-    """Connect this rank's part with the others'."""
-    layout = mesh.layout
-    if layout.tensor > 1:
-        raise MeshError(f"tensor_parallel_degree {layout.tensor}: devices cannot share matrices yet. Set it to 1.")
-    use_expert_parallel(model, mesh)
 
 
 def _adapt(model: ErnieForCausalLM, config: AdapterConfig, trained: Path | None, *, seed: int) -> None:
@@ -159,8 +160,6 @@ def _adapt(model: ErnieForCausalLM, config: AdapterConfig, trained: Path | None,
 
 def assemble_optimizer(model: ErnieForCausalLM, cfg: RunConfig, *, mesh: Mesh = Mesh.single()) -> Optimizer:
     """AdamW or Muon as the run sets it, sharded as the mesh says."""
-    if mesh.layout.world > 1:
-        raise MeshError(f"{mesh.layout.world} ranks: gradients cannot be added up over ranks yet. Start one rank.")
     keys, adapted = cfg.optimizer, adapter_config_of(model) is not None
     names = [name for name, p in model.named_parameters() if not (adapted and p.stop_gradient)]
     if keys.moe_gate_lr_ratio is not None and not any(re.search(ROUTERS, name) for name in names):
@@ -175,8 +174,19 @@ def assemble_optimizer(model: ErnieForCausalLM, cfg: RunConfig, *, mesh: Mesh = 
         rates=rate_factors(names, num_layers=model.config.num_hidden_layers, keys=keys, b_rate=b_rate(cfg.lora)),
         matrices=matrices_inside(model) if keys.optim == "muon" else None,
         moments="bfloat16" if small else "float32", ema_decay=keys.ema_decay, ema_interval=keys.zcc_ema_interval,
-        adaptive_clip=bool(keys.adaptive_norm_clip),
+        adaptive_clip=bool(keys.adaptive_norm_clip), sync=_gradient_sync(model, cfg, mesh),
     )  # fmt: skip
+
+
+def _gradient_sync(model: ErnieForCausalLM, cfg: RunConfig, mesh: Mesh) -> GradientSync:
+    """What brings the gradients of all ranks together; at stage 3, it takes the layers' weights in hand."""
+    parameters = dict(model.named_parameters())
+    trained = {name: p for name, p in parameters.items() if not p.stop_gradient}
+    blocks = blocks_of(parameters, mesh, model.config)
+    layers = LayerShards(model, mesh, blocks=blocks) if mesh.layout.stage == 3 else None
+    size = cfg.parallel.sharding_comm_buffer_size_MB
+    flat_bytes = size * 2**20 if size > 0 else FLAT_BYTES
+    return GradientSync(trained, mesh, blocks=blocks, flat_bytes=flat_bytes, layers=layers)
 
 
 def step_hooks(model: ErnieForCausalLM, cfg: RunConfig) -> tuple[Callable[[int], None], ...]:

@@ -11,13 +11,16 @@ from contextlib import contextmanager
 import numpy as np
 import paddle
 
+from erniekit.parallel.zero import GradientSync
+
 
 class Averages:
-    """The averages by parameter name. `decay` is what an update keeps; one is made every `interval` steps."""
+    """The averages by parameter name, of what this rank updates. `decay` is what an update keeps; one is made every
+    `interval` steps."""
 
-    def __init__(self, parameters: Mapping[str, paddle.Tensor], *, decay: float, interval: int = 1) -> None:
-        self._parameters, self._decay, self._interval = parameters, decay, interval
-        self.tensors = {name: _fp32_copy(p) for name, p in parameters.items()}
+    def __init__(self, sync: GradientSync, *, decay: float, interval: int = 1) -> None:
+        self._sync, self._decay, self._interval = sync, decay, interval
+        self.tensors = {name: _fp32_copy(sync.weight(name)) for name in sync.names}
 
     @paddle.no_grad()
     def update(self, masters: Mapping[str, paddle.Tensor], *, num_steps: int) -> None:
@@ -25,18 +28,19 @@ class Averages:
         if num_steps % self._interval:
             return
         for name, average in self.tensors.items():
-            weight = masters.get(name, self._parameters[name])
+            weight = masters.get(name)
+            weight = self._sync.weight(name) if weight is None else weight
             average.add_((weight - average) * (1.0 - self._decay))
 
     def load(self, arrays: Mapping[str, np.ndarray]) -> None:
         """Take over saved averages."""
         for name, array in arrays.items():
-            self.tensors[name] = paddle.to_tensor(array)
+            self.tensors[name] = paddle.to_tensor(np.asarray(array).reshape(self.tensors[name].shape))
 
     @contextmanager
     def applied(self) -> Iterator[None]:
         """The model holds the averages within, and its own weights again afterwards, bit for bit."""
-        own = {name: p.clone() for name, p in self._parameters.items()}
+        own = {name: self._sync.weight(name).clone() for name in self.tensors}
         self._put(self.tensors)
         try:
             yield
@@ -45,8 +49,10 @@ class Averages:
 
     @paddle.no_grad()
     def _put(self, tensors: Mapping[str, paddle.Tensor]) -> None:
-        for name, p in self._parameters.items():
-            paddle.assign(tensors[name].astype(p.dtype), p)
+        for name, tensor in tensors.items():
+            weight = self._sync.weight(name)
+            paddle.assign(tensor.astype(weight.dtype), weight)
+        self._sync.gather_weights()
 
 
 @paddle.no_grad()

@@ -15,7 +15,6 @@ from erniekit.data.batch import Batch
 from erniekit.data.build import EvalData
 from erniekit.models.decoder import ErnieForCausalLM
 from erniekit.ops.attention import end_rows_from_segments
-from erniekit.ops.cross_entropy import token_scores
 
 
 @dataclass(frozen=True)
@@ -78,7 +77,6 @@ def score(model: ErnieForCausalLM, batches: Iterable[Batch], *, max_batches: int
     was_training = model.training
     model.eval()
     loss, correct, trained = 0.0, 0, 0
-    weight, bias, vocab_first = model.head()
     for count, batch in enumerate(batches):
         if 0 < max_batches <= count:
             break
@@ -86,10 +84,8 @@ def score(model: ErnieForCausalLM, batches: Iterable[Batch], *, max_batches: int
         trunk = model.trunk(
             paddle.to_tensor(batch.input_ids), paddle.to_tensor(batch.position_ids), end_rows_from_segments(segments)
         )
-        losses, corrects = token_scores(
-            trunk.hidden_BSD.reshape([-1, trunk.hidden_BSD.shape[-1]]), weight,
-            paddle.to_tensor(batch.labels).reshape([-1]), vocab_first=vocab_first, bias_V=bias,
-        )  # fmt: skip
+        hidden_MD = trunk.hidden_BSD.reshape([-1, trunk.hidden_BSD.shape[-1]])
+        losses, corrects = model.lm_head.token_scores(hidden_MD, paddle.to_tensor(batch.labels).reshape([-1]))
         loss += float(losses.astype("float64").sum())
         correct += int(corrects.astype("int64").sum())
         trained += int(np.count_nonzero(batch.labels != -100))

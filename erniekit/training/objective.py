@@ -16,7 +16,7 @@ from erniekit.data.batch import Batch
 from erniekit.losses.router import balance_loss, orthogonal_loss, z_loss
 from erniekit.losses.token import balanced_loss, gradient_only, mean_loss
 from erniekit.models.decoder import ErnieForCausalLM, Trunk
-from erniekit.ops.cross_entropy import IGNORED, linear_cross_entropy
+from erniekit.ops.cross_entropy import IGNORED
 from erniekit.parallel.mesh import Mesh
 from erniekit.parallel.tokens import TokenRanks
 from erniekit.training.router import sparse_blocks
@@ -90,11 +90,8 @@ def beside(
 def _token_loss(
     model: ErnieForCausalLM, hidden_BSD: paddle.Tensor, labels: np.ndarray, totals: Totals, weights: LossWeights
 ) -> paddle.Tensor:
-    weight, bias, vocab_first = model.head()
-    loss_sum = linear_cross_entropy(
-        hidden_BSD.reshape([-1, hidden_BSD.shape[-1]]), weight, paddle.to_tensor(labels).reshape([-1]),
-        vocab_first=vocab_first, bias_V=bias, bf16=model.lm_head.bf16_products,
-    )  # fmt: skip
+    labels_M = paddle.to_tensor(labels).reshape([-1])
+    loss_sum = model.lm_head.loss_sum(hidden_BSD.reshape([-1, hidden_BSD.shape[-1]]), labels_M)
     if weights.token_balance:
         return balanced_loss(loss_sum, trained=totals.trained, positions=totals.positions)
     return mean_loss(loss_sum, trained=totals.trained)

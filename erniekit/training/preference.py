@@ -42,7 +42,6 @@ from erniekit.losses.preference import (
 from erniekit.models.decoder import ErnieForCausalLM
 from erniekit.models.reward import ErnieForReward
 from erniekit.ops.cross_entropy import IGNORED
-from erniekit.ops.log_probs import linear_log_probs
 from erniekit.training.objective import LossWeights, beside, run_trunk
 from erniekit.training.step import Losses, Totals
 
@@ -70,11 +69,8 @@ def answer_lengths(batch: PreferenceBatch) -> np.ndarray:
 def _summed(model: ErnieForCausalLM, hidden_BSD: Tensor, batch: PreferenceBatch, answers: np.ndarray) -> Tensor:
     """Log-probabilities of some of the batch's answers, fp64 [A]; those of the others are 0."""
     rows_M = np.flatnonzero((batch.labels != IGNORED) & np.isin(batch.answer_ids, answers))
-    weight, bias, vocab_first = model.head()
-    logps_M = linear_log_probs(
-        _rows(hidden_BSD, rows_M), weight, paddle.to_tensor(batch.labels.ravel()[rows_M]),
-        vocab_first=vocab_first, bias_V=bias, bf16=model.lm_head.bf16_products,
-    )  # fmt: skip
+    labels_M = paddle.to_tensor(batch.labels.ravel()[rows_M])
+    logps_M = model.lm_head.log_probs(_rows(hidden_BSD, rows_M), labels_M)
     answers_M = paddle.to_tensor(batch.answer_ids.ravel()[rows_M].astype(np.int64))
     return paddle.zeros([batch.num_answers], "float64").index_add(answers_M, 0, logps_M.astype("float64"))
 

@@ -64,16 +64,6 @@ class Losses(NamedTuple):
     mask_M: paddle.Tensor  # which tokens are not padding
 
 
-class Sync(Protocol):
-    """What brings the gradients of all ranks together."""
-
-    def begin(self, num_micro_batches: int) -> None:
-        """So many backward passes follow."""
-
-    def finish(self) -> None:
-        """They are done: afterwards the parameters' gradients are sums over all ranks that hold the same weights."""
-
-
 class Objective(Protocol):
     """What is minimised. Batches are of the kind that the stage's data is made of."""
 
@@ -99,7 +89,7 @@ class StepResult:
 def train_step(
     model: ErnieForCausalLM, optimizer: Optimizer, *,
     batches: Sequence[Batch], objective: Objective, upkeep: RouterUpkeep, learning_rate: float, row_length: int,
-    before_update: Callable[[float], None] | None = None, mesh: Mesh = Mesh.single(), sync: Sync | None = None,
+    before_update: Callable[[float], None] | None = None, mesh: Mesh = Mesh.single(),
 ) -> StepResult:  # fmt: skip
     """Accumulate the gradients of all micro-batches, update the model once; `before_update` sees the loss before.
 
@@ -110,17 +100,14 @@ def train_step(
     totals = Totals.of(batches, row_length=row_length).over(mesh.axis("data"))
     loss, parts = 0.0, dict[str, float]()
     objective.begin(model, batches)
-    if sync:
-        sync.begin(len(batches))
-    for batch in batches:
+    for number, batch in enumerate(batches, start=1):
         made = objective(model, batch, totals)
+        optimizer.expect(last=number == len(batches))
         made.total.backward()
         upkeep.count(made.routings, made.mask_M)
         loss += float(made.total)
         for name, value in made.parts.items():
             parts[name] = parts.get(name, 0.0) + float(value)
-    if sync:
-        sync.finish()
     grad_norm = optimizer.gradient_norm()
     loss, parts, grad_norm = _together(mesh, loss=loss, parts=parts, grad_norm=grad_norm)
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):

@@ -26,6 +26,7 @@ import paddle
 
 from erniekit.checkpoint.ernie45 import memory_table
 from erniekit.checkpoint.folder import Folder
+from erniekit.config.align import REFERENCE_FREE
 from erniekit.config.architecture import ErnieConfig
 from erniekit.config.cut import WHOLE, Cut
 from erniekit.config.layout import Layout
@@ -93,7 +94,8 @@ class Case:
         weights, stage = loss_weights(self.arch, self.cfg, mesh=mesh), self.cfg.model.stage
         if stage in ("PT", "SFT"):
             return LanguageModelObjective(weights)
-        return preference_objective(stage, self.cfg.align, weights, reference=base_log_probs)
+        reference = None if self.cfg.align.loss_type in REFERENCE_FREE else base_log_probs
+        return preference_objective(stage, self.cfg.align, weights, reference=reference)
 
 
 @dataclass

@@ -39,17 +39,18 @@ class _LinearCrossEntropy(paddle.autograd.PyLayer):
 
 def _scores(
     hidden_MD, weight, bias_V, labels_M, vocab_first: bool, bf16: bool, grads: Gradients,
-    scales_M: paddle.Tensor | None = None,
+    scales_M: paddle.Tensor | None = None, *, log_sums_M: paddle.Tensor | None = None,
+    parts_M3: paddle.Tensor | None = None,
 ) -> tuple[paddle.Tensor, paddle.Tensor]:  # fmt: skip
     """(loss [M], whether the label is the best token [M]); fills the `grads` that are not None, of the sum of the
-    losses (times their scales)."""
+    losses (times their scales), and `parts_M3` (ops/vocabulary.py)."""
     vocab = weight.shape[0 if vocab_first else 1]
     labels_M = labels_M.astype("int64").contiguous()
     bias_V = None if bias_V is None else bias_V.contiguous()
-    inputs = (hidden_MD.contiguous(), weight.contiguous(), bias_V, labels_M, scales_M)
+    inputs = (hidden_MD.contiguous(), weight.contiguous(), bias_V, labels_M, scales_M, log_sums_M)
     outputs = (paddle.empty(labels_M.shape, "float32"), paddle.empty(labels_M.shape, "bool"))
     sizes = (*hidden_MD.shape, vocab, vocab_first, CHUNK_TOKENS, bf16)
-    wrong = call("cross_entropy", *inputs, *outputs, *grads, *sizes)
+    wrong = call("cross_entropy", *inputs, *outputs, parts_M3, *grads, *sizes)
     if wrong >= 0:
         raise ValueError(f"label {int(labels_M[wrong])} of token {wrong} is outside the vocabulary of {vocab}")
     return outputs
@@ -96,3 +97,29 @@ def token_scores(
 ) -> tuple[paddle.Tensor, paddle.Tensor]:  # fmt: skip
     """(loss [M], whether the label is the best token [M]); ignored positions give 0 and False."""
     return _scores(hidden_MD, weight, bias_V, labels_M, vocab_first, False, [None] * 3)
+
+
+def slice_scores(
+    hidden_MD: paddle.Tensor, weight: paddle.Tensor, labels_M: paddle.Tensor, *,
+    vocab_first: bool, bias_V: paddle.Tensor | None, bf16: bool,
+) -> tuple[paddle.Tensor, paddle.Tensor]:  # fmt: skip
+    """See ops/vocabulary.py."""
+    parts_M3 = paddle.empty([*labels_M.shape, 3], "float32")
+    _, correct_M = _scores(hidden_MD, weight, bias_V, labels_M, vocab_first, bf16, [None] * 3, parts_M3=parts_M3)
+    return parts_M3, correct_M
+
+
+def slice_gradients(
+    hidden_MD: paddle.Tensor, weight: paddle.Tensor, labels_M: paddle.Tensor, *, vocab_first: bool,
+    bias_V: paddle.Tensor | None, bf16: bool, log_sums_M: paddle.Tensor, scales_M: paddle.Tensor | None,
+    asked: Sequence[bool],
+) -> Gradients:  # fmt: skip
+    """See ops/vocabulary.py."""
+    inputs = (hidden_MD, weight, bias_V)
+    grads = [
+        paddle.empty(x.shape, "float32") if want and x is not None else None
+        for x, want in zip(inputs, asked, strict=True)
+    ]
+    scales_M = None if scales_M is None else scales_M.contiguous()
+    _scores(*inputs, labels_M, vocab_first, bf16, grads, scales_M, log_sums_M=log_sums_M.contiguous())
+    return grads

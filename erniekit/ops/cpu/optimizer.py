@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 
 def adamw(
     p: paddle.Tensor, grad: paddle.Tensor, *, first: paddle.Tensor, second: paddle.Tensor, update: Update,
-    weight_decay: float,
+    weight_decay: float, start: int = 0,
 ) -> None:  # fmt: skip
-    """Move an fp32 parameter and its moments (both fp32 or both bf16) by one step."""
+    """Move an fp32 parameter, or its numbers from `start` on, and its moments (both fp32 or bf16) by one step."""
     rate = update.learning_rate / (1.0 - update.beta1**update.num_steps)
     root = (1.0 - update.beta2**update.num_steps) ** -0.5
     shrink = 1.0 - update.learning_rate * weight_decay
@@ -25,5 +25,5 @@ def adamw(
     if first.dtype == paddle.float32:
         call("adamw", p, grad.contiguous(), first, second, p.size, *numbers)
     else:
-        dither = (update.num_steps * BY_STEP % LEVELS, BY_ELEMENT)
+        dither = ((update.num_steps * BY_STEP + start * BY_ELEMENT) % LEVELS, BY_ELEMENT)
         call("adamw_bf16", p, grad.contiguous(), first, second, p.size, *dither, *numbers)

@@ -4,6 +4,8 @@ import numpy as np
 import paddle
 import pytest
 
+from erniekit.parallel.mesh import Mesh
+from erniekit.parallel.zero import GradientSync
 from erniekit.training.averages import Averages
 from erniekit.training.optimizer import AdamWSettings, Optimizer
 from tests.unit.training.micro import make_model, one_step, weights_of
@@ -15,9 +17,13 @@ def parameter(value):
     return p
 
 
+def alone(p):
+    return GradientSync({"w": p}, Mesh.single())
+
+
 def test_constant_weights_stay_their_own_average():
     p = parameter(0.3)
-    averages = Averages({"w": p}, decay=0.999)
+    averages = Averages(alone(p), decay=0.999)
     for step in range(1, 200):
         averages.update({}, num_steps=step)
     assert averages.tensors["w"].numpy().tolist() == p.numpy().tolist()
@@ -26,7 +32,7 @@ def test_constant_weights_stay_their_own_average():
 @pytest.mark.parametrize("decay", [0.0, 0.5, 0.9])
 def test_the_average_of_a_ramp_lags_by_c_over_1_minus_c(decay):
     p = parameter(0.0)
-    averages = Averages({"w": p}, decay=decay)
+    averages = Averages(alone(p), decay=decay)
     for step in range(1, 301):
         p.set_value(np.full(3, step, "float32"))
         averages.update({}, num_steps=step)
@@ -35,7 +41,7 @@ def test_the_average_of_a_ramp_lags_by_c_over_1_minus_c(decay):
 
 def test_it_starts_at_the_weights_and_keeps_to_its_interval():
     p = parameter(1.0)
-    averages = Averages({"w": p}, decay=0.75, interval=3)
+    averages = Averages(alone(p), decay=0.75, interval=3)
     p.set_value(np.full(3, 5.0, "float32"))
     found = []
     for step in range(1, 7):
@@ -46,7 +52,7 @@ def test_it_starts_at_the_weights_and_keeps_to_its_interval():
 
 def test_it_follows_the_master_of_a_rounded_weight():
     p = parameter(1.0)
-    averages = Averages({"w": p}, decay=0.0)
+    averages = Averages(alone(p), decay=0.0)
     averages.update({"w": paddle.full([3], 1.001)}, num_steps=1)
     assert float(averages.tensors["w"][0]) == np.float32(1.001)
 
