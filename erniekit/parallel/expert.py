@@ -36,7 +36,7 @@ def use_expert_parallel(model: nn.Layer, mesh: Mesh) -> None:
     """Let every mixture of experts work with the experts that other ranks hold; its own are a part already."""
     if mesh.axis("expert").size == mesh.axis("tensor").size == 1:
         return
-    for layer in model.sublayers():
+    for layer in model.sublayers(include_self=True):
         if isinstance(layer, MoE):
             layer.dispatcher = ExpertDispatcher(mesh)
 

@@ -263,8 +263,9 @@ def distances(found: Whole, expected: Whole) -> dict[str, float]:
     return dict(sorted(far.items(), key=lambda item: -item[1]))
 
 
-def assert_parallel_equals_single(layout: Layout, *cases: Case) -> None:
-    """Raise AssertionError with everything that differs."""
+def assert_parallel_equals_single(cases: Case | Sequence[Case], layout: Layout) -> None:
+    """Raise AssertionError with everything that differs in the first case that does."""
+    cases = [cases] if isinstance(cases, Case) else cases
     for case, found in zip(cases, parallel(cases, layout), strict=True):
         far = distances(found, single(case))
         wrong = [f"{what}: {times:.2g} times as far as allowed" for what, times in far.items() if not times <= 1]

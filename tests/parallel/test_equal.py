@@ -18,9 +18,9 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_data_ranks(dense: Path) -> None:
-    assert_parallel_equals_single(Layout(2), Case(dense, steps_of(packed_row), {"stage": "SFT"}))
+    assert_parallel_equals_single(Case(dense, steps_of(packed_row), {"stage": "SFT"}), Layout(2))
 
 
 def test_data_ranks_with_adapters_and_preferences(dense: Path) -> None:
     keys = {"stage": "DPO", "fine_tuning": "LoRA"}
-    assert_parallel_equals_single(Layout(2), Case(dense, steps_of(pair_row), keys))
+    assert_parallel_equals_single(Case(dense, steps_of(pair_row), keys), Layout(2))

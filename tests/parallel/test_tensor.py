@@ -20,11 +20,11 @@ def test_ranks_with_parts_of_a_model_equal_one_process(tmp_path: Path, kind: str
     """Tied and with biases, or with a head and with experts; 2 key heads on 2 and on 4 ranks."""
     changes = {"tie_word_embeddings": True, "use_bias": True} if kind == "dense" else {"num_nextn_predict_layers": 1}
     folder = write_model(tmp_path / "m", sparse=kind == "sparse", head_bias=kind == "dense", **changes)
-    assert_parallel_equals_single(layout, Case(folder, steps_of(packed_row, rows=2), {"stage": "SFT"}, rate=0.02))
+    assert_parallel_equals_single(Case(folder, steps_of(packed_row, rows=2), {"stage": "SFT"}, rate=0.02), layout)
 
 
 @pytest.mark.parametrize("layout", [TWO, TWO_SP], ids=["2", "2sp"])
 def test_preferences(tmp_path: Path, layout: Layout) -> None:
     folder = write_model(tmp_path / "m", sparse=False)
     keys = {"stage": "DPO", "loss_type": "simpo"}
-    assert_parallel_equals_single(layout, Case(folder, steps_of(pair_row, rows=2), keys))
+    assert_parallel_equals_single(Case(folder, steps_of(pair_row, rows=2), keys), layout)
