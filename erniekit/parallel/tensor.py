@@ -14,28 +14,25 @@ finds its number of heads in the tensors. A mixture of experts needs all tokens 
 first door gathers for everything inside, router included, unless experts are shared by the tensor ranks: then every
 rank routes the tokens that it has. What happens between its router and its sum is parallel/expert.py's.
 
-Which gradients are still to be added up afterwards: `partial_over_tensor` (parallel/styles.py), `blocks_of` here.
+Which gradients are still to be added up afterwards: `partial_over_tensor` (parallel/styles.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from paddle import Tensor, nn
 
-from erniekit.config.architecture import ErnieConfig
 from erniekit.models.attention import Attention
 from erniekit.models.decoder import Decoder, ErnieForCausalLM
 from erniekit.models.layers import MLP
 from erniekit.models.moe import MoE
 from erniekit.models.reward import ErnieForReward
 from erniekit.parallel.collectives import Axis
-from erniekit.parallel.flat import Block
 from erniekit.parallel.mesh import Mesh
 from erniekit.parallel.passing import copy_in, join, join_in, reduce_out, split, split_out
-from erniekit.parallel.styles import holders, partial_over_tensor, slot_of
+from erniekit.parallel.styles import slot_of
 from erniekit.parallel.vocab import head_kernels, partial_embedding
 
 
@@ -119,16 +116,3 @@ def _cut_mixture(block: MoE, doors: Doors, *, whole_experts: bool) -> None:
         block.register_forward_post_hook(lambda _layer, _given, made: (doors.part(made[0]), made[1]))
     if block.shared_experts is not None:
         _cut_mlp(block.shared_experts, doors if whole_experts else Doors(doors.axis))  # behind the gathering door
-
-
-def blocks_of(names: Iterable[str], mesh: Mesh, arch: ErnieConfig) -> dict[str, Block]:
-    """How each of the named parameters lies along the tensor axis, for those who add up gradients."""
-    axis, layout, names = mesh.axis("tensor"), mesh.layout, list(names)
-    if axis.size == 1:
-        return {}
-    partial, found = set(partial_over_tensor(names, layout, arch)), {}
-    for name in names:
-        groups = holders(name, layout, arch)
-        index = next(i for i, group in enumerate(groups) if axis.index in group)
-        found[name] = Block(index, len(groups), partial=name in partial)
-    return found

@@ -95,7 +95,7 @@ class Case:
         if stage in ("PT", "SFT"):
             return LanguageModelObjective(weights)
         reference = None if self.cfg.align.loss_type in REFERENCE_FREE else base_log_probs
-        return preference_objective(stage, self.cfg.align, weights, reference=reference)
+        return preference_objective(stage, self.cfg.align, weights, reference=reference, mesh=mesh)
 
 
 @dataclass
@@ -249,11 +249,9 @@ def distances(found: Whole, expected: Whole) -> dict[str, float]:
     far = {}
     for step, (mine, its) in enumerate(zip(found.figures, expected.figures, strict=True), start=1):
         assert mine.keys() == its.keys(), f"figures of step {step}: {sorted(mine.keys() ^ its.keys())}"
-        limits = {name: LOSS if name == "loss" else FIGURE for name in its}
-        far |= {
-            f"{name} of step {step}": abs(mine[name] - its[name]) / limits[name] / max(abs(its[name]), 1e-3)
-            for name in its
-        }  # fmt: skip
+        for name, value in its.items():
+            allowed = LOSS * abs(value) if name == "loss" else FIGURE * max(abs(value), 1.0)
+            far[f"{name} of step {step}"] = abs(mine[name] - value) / allowed
     for step, (mine, its) in enumerate(zip(found.gradients, expected.gradients, strict=True), start=1):
         assert mine.keys() == its.keys(), f"gradients of step {step}: {sorted(mine.keys() ^ its.keys())}"
         far |= {f"gradient of step {step}, {name}": furthest(mine[name], its[name]) / GRADIENT for name in its}
