@@ -77,7 +77,7 @@ class _Trip:
         self.buffer, self.chosen_MK, self.num_experts = buffer, chosen_MK, num_experts
         self.handle: Any = None
         self.event: Any = None
-        self.chosen_RK: Tensor | None = None  # of the experts here, from 0; -1: one of another rank
+        self.chosen_RK = chosen_MK[:0]  # of the experts here, from 0; -1: one of another rank
         self.counts: list[int] = []
 
     def wait(self) -> None:
