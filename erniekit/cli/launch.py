@@ -18,6 +18,7 @@ from erniekit.cli.arguments import Arguments
 from erniekit.cli.machines import Machines, gather, join
 from erniekit.cli.supervisor import Rank, supervise
 from erniekit.cli.verbs import RANKS
+from erniekit.cli.watchdog import PATIENCE, Watchdog, answer_watchdog
 
 _PORT = 29500  # where ranks of several machines meet unless MASTER_PORT says otherwise
 LOGS = "ranks"  # in output_dir
@@ -68,14 +69,18 @@ def _number(variables: dict[str, str], name: str, default: int) -> int:
 
 def launch(verb: str, arguments: Arguments, words: Sequence[str]) -> int | None:
     """Start `verb` on several ranks and return the job's exit code; None if this process is to do it by itself."""
-    if runtime.rank_place().world > 1:
+    place, folder_of_job = runtime.rank_place(), runtime.job_folder()
+    if place.world > 1:
+        if folder_of_job:
+            answer_watchdog(folder_of_job, place.rank)
         if given := [option.name for option in RANKS if arguments.text(option.name)]:
             raise ConfigError(f"--{given[0]}: this process is one rank of several already; that is for its launcher.")
         return None
     job = Job(runtime.job_variables(), nproc=arguments.number("nproc"), gpus=_gpus())
     if job.world == 1:
         return None
-    logs = _log_folder(arguments)
+    patience = arguments.number("patience")
+    logs = _log_folder(verb, arguments, job)
     with tempfile.TemporaryDirectory(prefix="erniekit-job-") as folder:
         machines = _find_others(job)
         ranks = [
@@ -88,7 +93,8 @@ def launch(verb: str, arguments: Arguments, words: Sequence[str]) -> int | None:
             )
             for local in range(job.nproc)
         ]  # fmt: skip
-        return supervise(ranks, folder=Path(folder), world=job.world, machines=machines)
+        watch = Watchdog(Path(folder), seconds=PATIENCE if patience is None else patience)
+        return supervise(ranks, folder=Path(folder), world=job.world, watch=watch, machines=machines)
 
 
 def _for_ranks(words: Sequence[str]) -> list[str]:
@@ -114,13 +120,15 @@ def _gpus() -> list[str]:
     return [str(number) for number in range(len(gpus() if named is None else named))]
 
 
-def _log_folder(arguments: Arguments) -> Path | None:
+def _log_folder(verb: str, arguments: Arguments, job: Job) -> Path | None:
     """Where the ranks write their logs: in output_dir, None if the config has none. Raises ConfigError for a config
     that every rank would refuse."""
     from erniekit.config.load import load_config
+    from erniekit.config.readiness import require_ready
 
-    output_dir = load_config(arguments.places[0], arguments.overrides).train.output_dir
-    return Path(output_dir) / LOGS if output_dir else None
+    config = load_config(arguments.places[0], arguments.overrides)
+    require_ready(config, verb, world=job.world)
+    return Path(config.train.output_dir) / LOGS if config.train.output_dir else None
 
 
 def _find_others(job: Job) -> Machines:

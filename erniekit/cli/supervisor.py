@@ -23,6 +23,7 @@ from typing import Any
 
 from erniekit.base.files import writing
 from erniekit.cli.machines import Bad, Machines
+from erniekit.cli.watchdog import Watchdog
 
 _TICK = 0.05  # seconds between two looks
 _SETTLE = 0.4  # for others to fail as well, so that the first one can be found
@@ -75,6 +76,16 @@ class Rank:
         assert self.process, "the rank was not started"
         if self.code is None:
             (os.killpg if number == signal.SIGKILL else os.kill)(self.process.pid, number)
+
+    @property
+    def is_stopped(self) -> bool:
+        """Whether somebody has stopped the process (SIGSTOP), as far as the system tells."""
+        assert self.process, "the rank was not started"
+        try:
+            state = Path(f"/proc/{self.process.pid}/stat").read_text(encoding="utf-8", errors="replace")
+        except OSError:
+            return False
+        return state.rpartition(")")[2].split()[0] == "T"
 
     def last_lines(self) -> str:
         """The end of what it wrote into its log."""
@@ -136,11 +147,8 @@ class Failure:
 _LESS_MEMORY = "`erniekit doctor CFG` shows the budget; a smaller batch_size or recompute: true needs less"
 
 
-Watch = Callable[[Sequence[Rank]], str]  # given the ranks that run, what is wrong with them, or ""
-
-
 def supervise(
-    ranks: Sequence[Rank], *, folder: Path, world: int, watch: Watch | None = None, machines: Machines | None = None
+    ranks: Sequence[Rank], *, folder: Path, world: int, watch: Watchdog | None = None, machines: Machines | None = None
 ) -> int:
     """Start the ranks, wait for them, and return the exit code of the job. Prints what went wrong, once."""
     machines = machines or Machines.alone()
@@ -165,7 +173,7 @@ class _Job:
     ranks: Sequence[Rank]
     folder: Path
     world: int
-    watch: Watch | None
+    watch: Watchdog | None
     machines: Machines
     asked: list[int]  # signals of the user
     killed_before: int
@@ -226,7 +234,8 @@ class _Job:
         if first.words:  # what several say is told as that of rank 0, if it is among them
             first = min((each for each in failures if each.words == first.words), key=lambda each: each.rank.number)
         code = first.code if first.code > 0 else 128 - first.code
-        return Bad(first.text(world=self.world), code, order=first.order, machine=self.machines.number)
+        late = self.watch.late(self.ranks, first.rank.number) if self.watch else ""
+        return Bad(late + first.text(world=self.world), code, order=first.order, machine=self.machines.number)
 
     def _end(self, bad: Bad, running: Sequence[Rank]) -> int:
         """Tell what happened, on machine 0 and where it did; end the ranks that are left."""

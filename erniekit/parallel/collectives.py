@@ -17,6 +17,7 @@ from typing import Any, Literal, Protocol
 
 import paddle
 from paddle.base import core
+from paddle.distributed.communication.group import Group
 
 from erniekit.parallel.pulse import Pulse
 
@@ -106,10 +107,10 @@ class _Channel:
 class GlooChannel(_Channel):
     """Gloo, on CPUs: everything is finished when a call returns. It gives up after 30 seconds, which cannot be set."""
 
-    def __init__(self, store: Any, *, index: int, size: int, number: int) -> None:
+    def __init__(self, store: Any, ranks: Sequence[int], *, index: int, number: int) -> None:
         """`store` is a TCPStore that no other group uses: gloo's keys carry no name of the group."""
-        super().__init__(core.ProcessGroupGloo.create(store, index, size, number), waits=True)
-        self.index, self.size = index, size
+        super().__init__(core.ProcessGroupGloo.create(store, index, len(ranks), number), waits=True)
+        self.index, self.size = index, len(ranks)
 
     def reduce_scatter(self, tensor: paddle.Tensor) -> Handle:
         """See Channel: an all-reduce of which a rank keeps its part."""
@@ -136,14 +137,15 @@ class NCCLChannel(_Channel):
     """NCCL, on GPUs: calls return at once, and `wait` makes the device's next work wait, not the host. Written after
     Paddle 3.3.1's own use of these groups and not run: no machine with several GPUs was at hand."""
 
-    def __init__(self, store: Any, *, index: int, size: int, number: int) -> None:
-        """`number` is the same on all ranks of the group, and another one for every group of a process."""
+    def __init__(self, store: Any, ranks: Sequence[int], *, index: int, number: int) -> None:
+        """`ranks` of the world; `number` is the same on all of them, and another one for every group of a process."""
         core.CommContextManager.set_device_id(int(paddle.get_device().partition(":")[2]))
         group = core.ProcessGroupNCCL.create(  # type: ignore[attr-defined]  # not in the CPU build
-            store, index, size, number, _NCCL_PATIENCE, 0, None
+            store, index, len(ranks), number, _NCCL_PATIENCE, 0, None
         )
         super().__init__(group, waits=False)
-        self.size = size
+        self.size = len(ranks)
+        self.group = Group(index, number, list(ranks), group, f"mesh_{number}")
 
     def reduce_scatter(self, tensor: paddle.Tensor) -> Handle:
         """See Channel."""
@@ -193,6 +195,12 @@ class Axis:
     def size(self) -> int:
         """How many ranks there are."""
         return len(self.ranks)
+
+    @property
+    def nccl_group(self) -> Any:
+        """The group in Paddle's words, for a library that talks to the ranks by itself (deep_ep.py)."""
+        assert isinstance(self._channel, NCCLChannel)
+        return self._channel.group
 
     def all_reduce(self, tensor: paddle.Tensor, *, op: Reduction = "sum") -> paddle.Tensor:
         """The reduction over all ranks, in place."""

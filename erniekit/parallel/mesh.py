@@ -94,4 +94,4 @@ def _open_channel(group: list[int], place: Place, words: Words, *, number: int) 
     else:
         store = open_store(words.store.get(key).decode(), rank=index)
     on_gpu = paddle.device.is_compiled_with_cuda() and paddle.get_device().startswith("gpu")
-    return (NCCLChannel if on_gpu else GlooChannel)(store, index=index, size=len(group), number=number)
+    return (NCCLChannel if on_gpu else GlooChannel)(store, group, index=index, number=number)
