@@ -40,7 +40,7 @@ from tests.parallel.ranks import run_ranks
 
 LOSS, GRADIENT, WEIGHT = 1e-6, 1e-5, 1e-5  # how far apart parallel and single may be
 COPIES = 1e-6  # and what several ranks hold
-_ADAPTER = re.compile(r"(?P<module>.*?)(?P<slot>\.adapter|_adapter)\.(?P<factor>lora_A|lora_B|magnitude)")
+_ADAPTER = re.compile(r"(?P<module>.*?)(?P<slot>\.adapter|_adapter)\.(?P<factor>(lora|initial)_[AB]|magnitude)")
 
 Step = Sequence[Sequence[Row]]  # micro-batches of rows, those of all data ranks together
 Numbers = dict[str, np.ndarray]  # by parameter name
@@ -185,10 +185,10 @@ def held_by(case: Case, cut: Cut) -> Callable[[str, np.ndarray], Held]:
         *experts, (num_in, ins), (num_out, outs) = zip(weight.shape, weight.indices, strict=True)
         rank_A, rank_B = part.shape[-1], part.shape[-2] if part.ndim > 1 else 0
         dims = {
-            "lora_A": [*experts, (num_in, ins), (rank_A, np.arange(rank_A))],
-            "lora_B": [*experts, (rank_B, np.arange(rank_B)), (num_out, outs)],
+            "A": [*experts, (num_in, ins), (rank_A, np.arange(rank_A))],
+            "B": [*experts, (rank_B, np.arange(rank_B)), (num_out, outs)],
             "magnitude": [(num_out, outs)],
-        }[found["factor"]]
+        }[found["factor"].rpartition("_")[2]]
         return Held(tuple(size for size, _ in dims), tuple(indices for _, indices in dims))
 
     return held
