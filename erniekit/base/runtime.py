@@ -177,4 +177,4 @@ def environment_of_rank(further: dict[str, str], *, folder: Path, num_sharing: i
     machine. Paddle would take MASTER_ADDR for its own store, so what was said of the job stays here."""
     mine = {name: value for name, value in os.environ.items() if name not in JOB_VARIABLES}
     threads = {"MKL_NUM_THREADS": str(max(num_cores() // num_sharing, 1))}
-    return threads | mine | further | {_JOB: str(folder)}
+    return threads | mine | further | {_JOB: str(folder), PULSE: str(folder)}

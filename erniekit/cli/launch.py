@@ -7,7 +7,6 @@ same command with NNODES, NODE_RANK, MASTER_ADDR and MASTER_PORT. Loads no Paddl
 
 from __future__ import annotations
 
-import socket
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -16,11 +15,12 @@ from pathlib import Path
 from erniekit.base import runtime
 from erniekit.base.errors import ConfigError, MeshError
 from erniekit.cli.arguments import Arguments
+from erniekit.cli.machines import Machines, gather, join
 from erniekit.cli.supervisor import Rank, supervise
 from erniekit.cli.verbs import RANKS
+from erniekit.cli.watchdog import PATIENCE, Watchdog, answer_watchdog
 
 _PORT = 29500  # where ranks of several machines meet unless MASTER_PORT says otherwise
-_HOME = "127.0.0.1"
 LOGS = "ranks"  # in output_dir
 
 
@@ -69,29 +69,32 @@ def _number(variables: dict[str, str], name: str, default: int) -> int:
 
 def launch(verb: str, arguments: Arguments, words: Sequence[str]) -> int | None:
     """Start `verb` on several ranks and return the job's exit code; None if this process is to do it by itself."""
-    if runtime.rank_place().world > 1:
+    place, folder_of_job = runtime.rank_place(), runtime.job_folder()
+    if place.world > 1:
+        if folder_of_job:
+            answer_watchdog(folder_of_job, place.rank)
         if given := [option.name for option in RANKS if arguments.text(option.name)]:
             raise ConfigError(f"--{given[0]}: this process is one rank of several already; that is for its launcher.")
         return None
     job = Job(runtime.job_variables(), nproc=arguments.number("nproc"), gpus=_gpus())
     if job.world == 1:
         return None
-    if job.nodes > 1:
-        raise MeshError(f"NNODES={job.nodes}: several machines are not built in this version.")
-    logs = _log_folder(arguments)
+    patience = arguments.number("patience")
+    logs = _log_folder(verb, arguments, job)
     with tempfile.TemporaryDirectory(prefix="erniekit-job-") as folder:
-        master, host = _meeting_place(job)
+        machines = _find_others(job)
         ranks = [
             Rank(
                 job.rank(local), [sys.executable, "-m", "erniekit", verb, *_for_ranks(words)],
                 environment=runtime.environment_of_rank(
-                    _variables(job, local, master=master, host=host), folder=Path(folder), num_sharing=job.nproc
+                    _variables(job, local, machines=machines), folder=Path(folder), num_sharing=job.nproc
                 ),
                 log=(logs or Path(folder)) / f"rank-{job.rank(local)}.log" if job.rank(local) else None,
             )
             for local in range(job.nproc)
         ]  # fmt: skip
-        return supervise(ranks, folder=Path(folder), world=job.world)
+        watch = Watchdog(Path(folder), seconds=PATIENCE if patience is None else patience)
+        return supervise(ranks, folder=Path(folder), world=job.world, watch=watch, machines=machines)
 
 
 def _for_ranks(words: Sequence[str]) -> list[str]:
@@ -117,38 +120,34 @@ def _gpus() -> list[str]:
     return [str(number) for number in range(len(gpus() if named is None else named))]
 
 
-def _log_folder(arguments: Arguments) -> Path | None:
+def _log_folder(verb: str, arguments: Arguments, job: Job) -> Path | None:
     """Where the ranks write their logs: in output_dir, None if the config has none. Raises ConfigError for a config
     that every rank would refuse."""
     from erniekit.config.load import load_config
+    from erniekit.config.readiness import require_ready
 
-    output_dir = load_config(arguments.places[0], arguments.overrides).train.output_dir
-    return Path(output_dir) / LOGS if output_dir else None
+    config = load_config(arguments.places[0], arguments.overrides)
+    require_ready(config, verb, world=job.world)
+    return Path(config.train.output_dir) / LOGS if config.train.output_dir else None
 
 
-def _meeting_place(job: Job) -> tuple[str, str]:
-    """Where rank 0 will listen, and this machine's name for the others. Raises MeshError if the port is taken."""
+def _find_others(job: Job) -> Machines:
+    """The machines of the job, when all are there. Raises MeshError."""
+    if job.nodes == 1:
+        return Machines.alone(job.port)
+    port = job.port or _PORT
     if job.node == 0:
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind(("", job.port))
-            except OSError as error:
-                raise MeshError(
-                    f"MASTER_PORT={job.port} cannot be had on this machine ({error.strerror}). Another job may use it; "
-                    "choose another one, the same on all machines."
-                ) from None
-            port = probe.getsockname()[1]
-    return f"{_HOME}:{port}", _HOME
+        return gather(job.address, port, nodes=job.nodes, nproc=job.nproc)
+    return join(job.address, port, node=job.node, nodes=job.nodes, nproc=job.nproc)
 
 
-def _variables(job: Job, local: int, *, master: str, host: str) -> dict[str, str]:
+def _variables(job: Job, local: int, *, machines: Machines) -> dict[str, str]:
     """What `paddle.distributed.launch` tells a rank of its place."""
-    rank, first_port = job.rank(local), int(master.rpartition(":")[2]) + 1
-    endpoints = [f"{host}:{first_port + number}" for number in range(job.world)]
+    rank, first_port = job.rank(local), int(machines.master.rpartition(":")[2]) + 1
+    endpoints = [f"{machines.hosts[other // job.nproc]}:{first_port + other}" for other in range(job.world)]
     device = {"FLAGS_selected_gpus": job.gpus[local]} if job.gpus else {"PADDLE_DISTRI_BACKEND": "gloo"}
     return device | {
-        "PADDLE_MASTER": master,
+        "PADDLE_MASTER": machines.master,
         "PADDLE_TRAINER_ID": str(rank),
         "PADDLE_TRAINERS_NUM": str(job.world),
         "PADDLE_GLOBAL_RANK": str(rank),

@@ -17,10 +17,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from erniekit.base.files import writing
+from erniekit.cli.machines import Bad, Machines
+from erniekit.cli.watchdog import Watchdog
 
 _TICK = 0.05  # seconds between two looks
 _SETTLE = 0.4  # for others to fail as well, so that the first one can be found
@@ -39,7 +42,7 @@ class Rank:
         self.number, self.words, self.environment, self.log = number, words, environment, log
         self.process: subprocess.Popen[bytes] | None = None
         self.log_start = 0
-        self.ended_at: float | None = None
+        self.seen = 0.0  # when it was last seen running
 
     def start(self) -> None:
         """Begin, in a session of its own: Ctrl-C reaches the supervisor alone, which passes it on."""
@@ -62,9 +65,10 @@ class Rank:
     def code(self) -> int | None:
         """The exit code; None while it runs. Minus a number: the signal that killed it."""
         assert self.process, "the rank was not started"
+        now = time.time()
         code = self.process.poll()
-        if code is not None and self.ended_at is None:
-            self.ended_at = time.time()
+        if code is None:
+            self.seen = now
         return code
 
     def send(self, number: int) -> None:
@@ -72,6 +76,16 @@ class Rank:
         assert self.process, "the rank was not started"
         if self.code is None:
             (os.killpg if number == signal.SIGKILL else os.kill)(self.process.pid, number)
+
+    @property
+    def is_stopped(self) -> bool:
+        """Whether somebody has stopped the process (SIGSTOP), as far as the system tells."""
+        assert self.process, "the rank was not started"
+        try:
+            state = Path(f"/proc/{self.process.pid}/stat").read_text(encoding="utf-8", errors="replace")
+        except OSError:
+            return False
+        return state.rpartition(")")[2].split()[0] == "T"
 
     def last_lines(self) -> str:
         """The end of what it wrote into its log."""
@@ -105,14 +119,9 @@ class Failure:
         path = words_file(folder, rank.number)
         self.rank, self.code = rank, rank.code or 0
         self.words = path.read_text(encoding="utf-8") if path.is_file() else ""
-        at = path.stat().st_mtime if self.words else rank.ended_at or 0.0
-        self.order = (self.code != -signal.SIGKILL, at)  # nobody is killed so because another rank failed
+        at = path.stat().st_mtime if self.words else rank.seen
+        self.order = (int(self.code != -signal.SIGKILL), at)  # nobody is killed so because another rank failed
         self.killed_for_memory = killed_for_memory
-
-    @property
-    def exit_code(self) -> int:
-        """What the whole job ends with."""
-        return self.code if self.code > 0 else 128 - self.code
 
     def text(self, *, world: int) -> str:
         """The message: what the rank said, then which one it was and where its log lies."""
@@ -138,90 +147,125 @@ class Failure:
 _LESS_MEMORY = "`erniekit doctor CFG` shows the budget; a smaller batch_size or recompute: true needs less"
 
 
-Watch = Callable[[Sequence[Rank]], str]  # given the ranks that run, what is wrong with them, or ""
-
-
-def supervise(ranks: Sequence[Rank], *, folder: Path, world: int, watch: Watch | None = None) -> int:
+def supervise(
+    ranks: Sequence[Rank], *, folder: Path, world: int, watch: Watchdog | None = None, machines: Machines | None = None
+) -> int:
     """Start the ranks, wait for them, and return the exit code of the job. Prints what went wrong, once."""
+    machines = machines or Machines.alone()
     killed_before = _kills_for_memory()
     with _signals() as asked:
         try:
             for rank in ranks:
                 rank.start()
-            return _Job(ranks, folder, world, watch, asked, killed_before).wait()
+            return _Job(ranks, folder, world, watch, machines, asked, killed_before).wait()
         finally:
             for rank in ranks:
                 if rank.process:
                     rank.send(signal.SIGKILL)
                     rank.process.wait()
+            machines.leave()
 
 
+@dataclass
 class _Job:
     """The ranks of this machine while they run."""
 
-    def __init__(
-        self, ranks: Sequence[Rank], folder: Path, world: int, watch: Watch | None, asked: list[int], killed_before: int
-    ) -> None:
-        self._ranks, self._folder, self._world, self._watch = ranks, folder, world, watch
-        self._asked, self._killed_before, self._passed_on, self._leaving_since = asked, killed_before, 0, 0.0
+    ranks: Sequence[Rank]
+    folder: Path
+    world: int
+    watch: Watchdog | None
+    machines: Machines
+    asked: list[int]  # signals of the user
+    killed_before: int
+    passed_on: int = 0
+    leaving_since: float = 0.0
 
     def wait(self) -> int:
         """Until all are done, one has failed, or the user has had enough."""
         while running := self._running():
-            if any(self._failed(rank) for rank in self._ranks):
-                return self._end_after_failure()
-            if len(self._asked) > 1:
+            if bad := self._bad(running):
+                return self._end(bad, running)
+            if len(self.asked) > 1:
                 print("stopped at once; what was saved last stands.", file=sys.stderr)
-                return 128 + self._asked[0]
-            if self._asked:
-                self._pass_on(running)
-                if self._is_overdue(running):
-                    numbers = ", ".join(str(rank.number) for rank in running)
-                    print(f"warning: ranks {numbers} did not stop; they are killed.", file=sys.stderr)
-                    return 128 + self._asked[0]
-            elif problem := self._watch(running) if self._watch else "":
-                print(f"{problem}\nerror: the job is stopped; what was saved last stands.", file=sys.stderr)
-                _end(running)
-                return FAILED
+                return 128 + self.asked[0]
+            self._pass_on(running)
+            if self._is_overdue():
+                numbers = ", ".join(str(rank.number) for rank in running)
+                print(f"warning: ranks {numbers} did not stop; they are killed.", file=sys.stderr)
+                return self._stopped()
             time.sleep(_TICK)
-        if any(self._failed(rank) for rank in self._ranks):
-            return self._end_after_failure()
-        return 128 + self._asked[0] if self._asked and any(rank.code for rank in self._ranks) else 0
+        if bad := self._failure():
+            return self._end(self.machines.settle(bad), [])
+        return self._stopped() if any(rank.code for rank in self.ranks) else 0
 
     def _running(self) -> list[Rank]:
-        return [rank for rank in self._ranks if rank.code is None]
+        return [rank for rank in self.ranks if rank.code is None]
 
-    def _failed(self, rank: Rank) -> bool:
-        expected = (INTERRUPTED, -signal.SIGINT, -signal.SIGTERM) if self._asked else ()
-        return rank.code not in (None, 0, *expected)
+    def _bad(self, running: Sequence[Rank]) -> Bad | None:
+        """What the job has to end for: a rank here, something on another machine, or a rank that hangs."""
+        if bad := self._failure():
+            return self.machines.settle(bad)
+        if bad := self.machines.poll():
+            return bad
+        problem = self.watch(running) if self.watch and not self.asked else ""
+        if not problem:
+            return None
+        bad = Bad(problem, FAILED, order=(1, time.time()), machine=self.machines.number)
+        return self.machines.settle(bad)
+
+    @property
+    def _signal(self) -> int:
+        """The one by which somebody asked to stop, here or on another machine; 0 if nobody did."""
+        return self.asked[0] if self.asked else self.machines.asked
+
+    def _has_failed(self, rank: Rank) -> bool:
+        by_signal = (-signal.SIGINT, -signal.SIGTERM) if self._signal else ()
+        return rank.code not in (None, 0, INTERRUPTED, *by_signal)
+
+    def _failure(self) -> Bad | None:
+        """The first failure among the ranks of this machine."""
+        if not any(self._has_failed(rank) for rank in self.ranks):
+            return None
+        time.sleep(_SETTLE)
+        for_memory = _kills_for_memory() > self.killed_before
+        failed = [rank for rank in self.ranks if self._has_failed(rank)]
+        failures = [Failure(rank, self.folder, killed_for_memory=for_memory) for rank in failed]
+        first = min(failures, key=lambda failure: failure.order)
+        if first.words:  # what several say is told as that of rank 0, if it is among them
+            first = min((each for each in failures if each.words == first.words), key=lambda each: each.rank.number)
+        code = first.code if first.code > 0 else 128 - first.code
+        late = self.watch.late(self.ranks, first.rank.number) if self.watch else ""
+        return Bad(late + first.text(world=self.world), code, order=first.order, machine=self.machines.number)
+
+    def _end(self, bad: Bad, running: Sequence[Rank]) -> int:
+        """Tell what happened, on machine 0 and where it did; end the ranks that are left."""
+        text = bad.text
+        if self.machines.number not in (0, bad.machine):
+            text = f"error: stopped by a failure of machine {bad.machine}, which machine 0 tells of."
+        print(text, file=sys.stderr, flush=True)
+        _end(running)
+        return bad.code
 
     def _pass_on(self, running: Sequence[Rank]) -> None:
-        """Hand the user's signal to the ranks, once; a lost terminal asks as SIGTERM does."""
-        if not self._passed_on:
-            self._passed_on = signal.SIGTERM if self._asked[0] == signal.SIGHUP else self._asked[0]
-            for rank in running:
-                rank.send(self._passed_on)
+        """Hand the user's request to the ranks, once; a lost terminal asks as SIGTERM does."""
+        if not self._signal or self.passed_on:
+            return
+        self.passed_on = signal.SIGTERM if self._signal == signal.SIGHUP else self._signal
+        for rank in running:
+            rank.send(self.passed_on)
+        if self.asked:
+            self.machines.pass_on(self.passed_on)
 
-    def _is_overdue(self, running: Sequence[Rank]) -> bool:
-        """Whether some ranks have stopped long ago and these have not."""
-        if len(running) == len(self._ranks):
+    def _is_overdue(self) -> bool:
+        """Whether some ranks have stopped long ago, as they were asked to, and these have not."""
+        stopped = [rank for rank in self.ranks if rank.code is not None]
+        if not stopped or not (self._signal or any(rank.code for rank in stopped)):
             return False
-        self._leaving_since = self._leaving_since or time.monotonic()
-        return time.monotonic() - self._leaving_since > _LAST_WAIT
+        self.leaving_since = self.leaving_since or time.monotonic()
+        return time.monotonic() - self.leaving_since > _LAST_WAIT
 
-    def _end_after_failure(self) -> int:
-        time.sleep(_SETTLE)
-        for_memory = _kills_for_memory() > self._killed_before
-        failures = [
-            Failure(rank, self._folder, killed_for_memory=for_memory) for rank in self._ranks if self._failed(rank)
-        ]
-        first = min(failures, key=lambda failure: failure.order)
-        same = [failure for failure in failures if failure.words == first.words]
-        told = min(same, key=lambda failure: failure.rank.number) if first.words else first
-        others = self._running()
-        print(told.text(world=self._world), file=sys.stderr, flush=True)
-        _end(others)
-        return first.exit_code
+    def _stopped(self) -> int:
+        return 128 + self._signal if self._signal else INTERRUPTED
 
 
 def _end(ranks: Sequence[Rank]) -> None:

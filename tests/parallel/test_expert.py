@@ -2,18 +2,38 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import paddle
 import pytest
+from paddle import nn
 
+from erniekit.config.architecture import ErnieConfig
+from erniekit.config.cut import Cut
 from erniekit.config.layout import Layout
+from erniekit.models.layers import MLP, parameter
+from erniekit.models.moe import MoE
+from erniekit.parallel.collectives import Axis, Handle
+from erniekit.parallel.expert import use_expert_parallel
+from erniekit.parallel.mesh import Mesh
 from tests.parallel.equal import Case, assert_parallel_equals_single
+from tests.parallel.ranks import run_ranks
 from tests.parallel.samples import packed_row, steps_of, write_model
 
 ROUTERS = {
     "stage": "SFT", "moe_aux_loss_lambda": 0.5, "moe_z_loss_lambda": 0.3, "moe_orthogonal_loss_lambda": 0.4,
     "moe_use_aux_free": True, "moe_use_aux_free_update_coef": 0.01,
 }  # fmt: skip
+
+BESIDE_TENSOR_RANKS = [
+    Layout(world, tensor=2, expert=2, experts_over=over, sequence_parallel=parts)
+    for parts in (False, True)
+    for world, over in ((2, "tensor"), (4, "tensor"), (4, "data"))
+]
 
 
 @pytest.fixture(scope="module")
@@ -26,3 +46,123 @@ def sparse(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_experts_over_data_ranks(sparse: Path, layout: Layout) -> None:
     """With four ranks, one of them gets no token at all."""
     assert_parallel_equals_single(Case(sparse, steps_of(packed_row), ROUTERS), layout)
+
+
+@pytest.mark.parametrize("layout", BESIDE_TENSOR_RANKS, ids=str)
+def test_experts_beside_tensor_ranks(sparse: Path, layout: Layout) -> None:
+    assert_parallel_equals_single(Case(sparse, steps_of(packed_row, steps=2), ROUTERS, rate=0.02), layout)
+
+
+def test_recomputed_layers_exchange_again(sparse: Path) -> None:
+    keys = ROUTERS | {"recompute": True}
+    assert_parallel_equals_single(Case(sparse, steps_of(packed_row, steps=1), keys), Layout(2, expert=2))
+
+
+# ---------------------------------------------------------------------- one block by itself
+SIZE, EXPERTS, CHOSEN = 6, 4, 2
+
+
+def make_block(layout: Layout, rank: int) -> MoE:
+    """A block without shared experts, which tensor ranks would share; always the same weights."""
+    cfg = ErnieConfig(
+        vocab_size=8, hidden_size=SIZE, intermediate_size=8, num_hidden_layers=2, num_attention_heads=1, head_dim=6,
+        num_key_value_heads=1, model_type="ernie4_5_moe", moe_num_experts=EXPERTS, moe_k=CHOSEN,
+        moe_intermediate_size=4, moe_layer_start_index=1, moe_layer_end_index=1, moe_num_shared_experts=0,
+    )  # fmt: skip
+    block, rng, cut = MoE(cfg, dtype="float32"), np.random.default_rng(2), Cut.of(layout, rank)
+    held = cut.experts(EXPERTS)
+    for name, p in block.named_parameters():
+        drawn = rng.normal(0, 0.5, p.shape).astype("float32")
+        if name.startswith("experts."):
+            p = parameter(block.experts, [len(held), *p.shape[1:]], dtype="float32")
+            setattr(block.experts, name.removeprefix("experts."), p)
+            drawn = drawn[held.start : held.stop]
+        p.set_value(drawn)
+    block.experts.num_experts = len(held)
+    return block
+
+
+def tokens(*sizes: int) -> list[np.ndarray]:
+    """What the data ranks have: so many tokens each."""
+    drawn = np.random.default_rng(5).normal(size=(1, sum(sizes), SIZE)).astype("float32")
+    return np.split(drawn, np.cumsum(sizes)[:-1], axis=1)
+
+
+Passed = tuple[np.ndarray, dict[str, np.ndarray], Counter[str], Counter[str]]
+Use = Callable[[nn.Layer, Mesh], None]
+
+
+def passed(mesh: Mesh, parts: list[np.ndarray], use: Use) -> Passed:
+    """A block's output for the tokens of this rank, its gradients, and what was sent forward and in all."""
+    block = make_block(mesh.layout, mesh.rank)
+    use(block, mesh)
+    x = paddle.to_tensor(parts[mesh.coordinates.data], stop_gradient=False)
+    y = block(x)[0]
+    forward = mesh.traffic.sent.copy()
+    paddle.square(y).sum().backward()
+    grads = {name: p.grad.numpy() for name, p in block.named_parameters() if not p.stop_gradient}
+    return y.numpy(), grads | {"x": x.grad.numpy()}, forward, mesh.traffic.sent
+
+
+def assert_equal(
+    layout: Layout, parts: list[np.ndarray], use: Use = use_expert_parallel
+) -> list[tuple[Counter[str], Counter[str]]]:
+    """The block on ranks against the block in one piece; what every rank sent, forward and in all."""
+    ranks = run_ranks(passed, layout, parts, use)
+    y, grads, _, _ = passed(Mesh.single(), [np.concatenate(parts, axis=1)], lambda *_: None)
+    rows = np.split(np.arange(y.shape[1]), np.cumsum([part.shape[1] for part in parts])[:-1])
+    close = {"rtol": 1e-5, "atol": 1e-6}
+    for rank, (own_y, own, _, _) in enumerate(ranks):
+        cut = Cut.of(layout, rank)
+        held = cut.experts(EXPERTS)
+        np.testing.assert_allclose(own_y, y[:, rows[cut.at.data]], **close)
+        np.testing.assert_allclose(own["x"], grads["x"][:, rows[cut.at.data]], **close)
+        gates = sum(ranks[other][1]["gate.weight"] for other in range(cut.at.tensor, layout.world, layout.tensor))
+        np.testing.assert_allclose(gates, grads["gate.weight"], **close)
+        for name in ("experts.gate_up_proj", "experts.down_proj"):
+            np.testing.assert_allclose(own[name], grads[name][held.start : held.stop], **close)
+    return [sent for _, _, *sent in ranks]
+
+
+@pytest.mark.parametrize("sizes", [(5, 12), (1, 1)], ids=str)
+def test_exactly_the_routed_rows_travel_in_both_directions(sizes: tuple[int, ...]) -> None:
+    """Rows go out and come back, and so do their gradients; the counts of every expert go first."""
+    layout = Layout(2, expert=2)
+    sent = assert_equal(layout, tokens(*sizes))
+    routed = sum(sizes) * CHOSEN * SIZE * 4  # bytes
+    assert sum(forward["expert/all_to_all"] for forward, _ in sent) == 2 * routed
+    assert sum(everything["expert/all_to_all"] for _, everything in sent) == 4 * routed
+    for _, everything in sent:
+        assert everything["expert/all_gather"] == EXPERTS * 8
+        assert set(everything) == {"expert/all_to_all", "expert/all_gather"}
+
+
+@pytest.mark.parametrize("size", [7, 1])
+def test_tensor_ranks_share_tokens_and_experts(size: int) -> None:
+    """Each token goes through the experts of one rank only; of a single token, the second rank sends nothing."""
+    layout = Layout(2, tensor=2, expert=2, experts_over="tensor")
+    sent = assert_equal(layout, tokens(size))
+    assert sum(forward["expert/all_to_all"] for forward, _ in sent) == 2 * size * CHOSEN * SIZE * 4
+
+
+def test_shared_experts_work_while_rows_are_under_way() -> None:
+    order = run_ranks(in_order, Layout(2, expert=2))[0]
+    assert order == ["sent", "shared", "arrived", "experts", "sent", "arrived"]
+
+
+def in_order(mesh: Mesh) -> list[str]:
+    """What happens in a block, in order."""
+    block, order = make_block(mesh.layout, mesh.rank), []
+    use_expert_parallel(block, mesh)
+    block.shared_experts = MLP(SIZE, 4, bias=False, dtype="float32")
+    block.shared_experts.register_forward_pre_hook(lambda *_: order.append("shared"))
+    block.experts.register_forward_pre_hook(lambda *_: order.append("experts"))
+    start = Axis.start_all_to_all
+
+    def started(axis: Axis, *given: Any) -> Handle:
+        order.append("sent")
+        return Handle(start(axis, *given).wait(), lambda: order.append("arrived"))
+
+    Axis.start_all_to_all = started
+    block(paddle.to_tensor(tokens(5, 12)[mesh.rank]))
+    return order

@@ -18,6 +18,8 @@ SUPERVISOR = """
     from erniekit.cli.supervisor import Rank, supervise
     folder, programs = Path(sys.argv[1]), sys.argv[2:]
     head = "import os, pathlib, signal, sys, time; folder = pathlib.Path(sys.argv[1]); "
+    head += "mark = lambda: (folder / 'mark').touch()\\n"
+    head += "def follow(seconds):\\n while not (folder / 'mark').exists(): time.sleep(.01)\\n time.sleep(seconds)\\n"
     head += "say = lambda rank, text: (folder / f'rank-{rank}.words').write_text(text)\\n"
     ranks = [
         Rank(number, [sys.executable, "-c", head + program, str(folder)], environment=os.environ,
@@ -58,8 +60,8 @@ def test_all_well(tmp_path):
 def test_the_first_failure_is_told_and_the_others_end(tmp_path):
     """Rank 0 fails because rank 1 has, and is seen first."""
     started = time.monotonic()
-    first = "time.sleep(.3); say(1, 'Traceback of one\\n'); time.sleep(.3); sys.exit(3)"
-    follows = "time.sleep(.5); say(0, 'Traceback of zero\\n'); sys.exit(1)"
+    first = "say(1, 'Traceback of one\\n'); mark(); time.sleep(.3); sys.exit(3)"
+    follows = "follow(.1); say(0, 'Traceback of zero\\n'); sys.exit(1)"
     stubborn = f"(folder / 'pid').write_text(str(os.getpid())); signal.signal(15, signal.SIG_IGN); {SLEEP}"
     code, out, err = run(tmp_path, follows, first, stubborn)
     log = tmp_path / "logs" / "rank-1.log"
@@ -98,8 +100,8 @@ def test_the_rank_that_differs_is_named(tmp_path):
     ],
 )
 def test_how_a_rank_died_is_said_in_words(tmp_path, program, code, words):
-    follows = "time.sleep(.2); say(0, 'connection lost'); sys.exit(1)"
-    found, _, err = run(tmp_path, follows, f"time.sleep(.1); {program}")
+    follows = "follow(.1); say(0, 'connection lost'); sys.exit(1)"
+    found, _, err = run(tmp_path, follows, f"mark(); {program}")
     assert found == code
     assert f"rank 1 of 2 {words}" in err
     assert "connection lost" not in err
