@@ -85,6 +85,8 @@ def state_table(parameters: Table, keys: Iterable[str]) -> Table:
 
 def parameter_of(key: str, parameters: Table) -> str | None:
     """Which parameter a tensor has the shape of; None if of none, as a norm has."""
+    if key in parameters.tensors:
+        return key
     name, _, kind = key.rpartition(".")
     if name in parameters.tensors and kind != "norm":
         return name
