@@ -84,6 +84,7 @@ class Batch:
     segment_ids: np.ndarray
     end_rows: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))  # int32; empty: by the segments
     answer_ids: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))  # int32; empty: there are none
+    counts: bool = field(default=True, kw_only=True)  # False: only worked through, to keep step with other ranks
 
     def __post_init__(self) -> None:
         if not self.end_rows.size:
@@ -141,7 +142,7 @@ def _ends_of_segments(segment_ids: np.ndarray) -> np.ndarray:
     return np.where(segment_ids == 0, count, nearest)
 
 
-def make_batch(rows: Sequence[Row], *, pad_id: int, max_seq_len: int) -> Batch:
+def make_batch(rows: Sequence[Row], *, pad_id: int, max_seq_len: int, counts: bool = True) -> Batch:
     """Lay documents one after another and pad to the longest row, rounded up but not above `max_seq_len`.
 
     A PreferenceBatch if the documents are trees.
@@ -174,10 +175,10 @@ def make_batch(rows: Sequence[Row], *, pad_id: int, max_seq_len: int) -> Batch:
             start = end
     arrays = (input_ids, labels, position_ids, segment_ids, end_rows, answer_ids)
     documents = [document for row in rows for document in row.documents]
-    return _with_preferences(arrays, documents) if num_answers else Batch(*arrays)
+    return _with_preferences(arrays, documents, counts=counts) if num_answers else Batch(*arrays, counts=counts)
 
 
-def _with_preferences(arrays: Sequence[np.ndarray], documents: Sequence[Document]) -> PreferenceBatch:
+def _with_preferences(arrays: Sequence[np.ndarray], documents: Sequence[Document], *, counts: bool) -> PreferenceBatch:
     numbers = {kind: np.full(len(documents), NO_ANSWER, np.int64) for kind in (CHOSEN, REJECTED, MISMATCHED)}
     found: list[Preference] = []
     number = itertools.count()
@@ -192,6 +193,7 @@ def _with_preferences(arrays: Sequence[np.ndarray], documents: Sequence[Document
         score_delta=np.array([preference.score_delta for preference in found], np.float32),
         samples=np.array([preference.sample for preference in found], np.int64),
         names=tuple(document.name for document in documents),
+        counts=counts,
     )
 
 

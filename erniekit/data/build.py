@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from erniekit.config.align import AlignConfig
 from erniekit.config.data import DataConfig
-from erniekit.data.batch import Batch, Row, make_batches
+from erniekit.data.batch import Batch, Row, make_batch, make_batches
 from erniekit.data.cache import Progress
 from erniekit.data.chat import Dialogue, Message
 from erniekit.data.intake import read_sources, set_aside, summary
@@ -150,13 +150,23 @@ class EvalData:
         """The path of each source."""
         return tuple(map(str, self._sources))
 
-    def batches(self, batch_size: int, *, source: int | None = None) -> Iterator[Batch]:
-        """All rows, or those of one source, `batch_size` at a time; the last batch may be short."""
+    def batches(
+        self, batch_size: int, *, source: int | None = None, index: int = 0, parts: int = 1
+    ) -> Iterator[Batch]:  # fmt: skip
+        """All rows, or those of one source, `batch_size` at a time; the last batch may be short.
+
+        Of several `parts` this is number `index`: of every `parts` times `batch_size` rows as many as the others have,
+        or one less. All parts have equally many batches; where there is no row left for one, it has one that does not
+        count.
+        """
         picked = self._rows if source is None else [self._rows[source]]
         waiting = itertools.chain.from_iterable(picked)
-        while group := list(itertools.islice(waiting, batch_size)):
-            rows = [self.store.row(samples) for samples in group]
-            yield from make_batches(rows, batch_size=batch_size, pad_id=self._pad_id, max_seq_len=self._max_seq_len)
+        while group := list(itertools.islice(waiting, parts * batch_size)):
+            least, more = divmod(len(group), parts)
+            first = index * least + min(index, more)
+            own = group[first : first + least + (index < more)]
+            rows = [self.store.row(samples) for samples in own or group[-1:]]
+            yield make_batch(rows, pad_id=self._pad_id, max_seq_len=self._max_seq_len, counts=bool(own))
 
     def prompts(self, num_prompts: int) -> list[Prompt]:
         """What the first dialogues ask for (-1: all of them): their last answer, and each one before it that calls

@@ -12,7 +12,9 @@ from dataclasses import dataclass
 
 import paddle
 
+from erniekit.config.architecture import ErnieConfig
 from erniekit.config.layout import Layout
+from erniekit.parallel.styles import holders, partial_over_tensor
 
 _ROUTED_EXPERTS = re.compile(r"\.mlp\.experts\.")
 
@@ -25,6 +27,16 @@ class Block:
     index: int = 0
     total: int = 1
     partial: bool = False
+
+
+def blocks_of(names: Iterable[str], layout: Layout, arch: ErnieConfig, *, tensor: int) -> dict[str, Block]:
+    """How parameters lie along the tensor axis, for the rank with index `tensor` on it (styles.py says)."""
+    found, partial = {}, set(partial_over_tensor(names := list(names), layout, arch))
+    for name in names:
+        groups = holders(name, layout, arch)
+        index = next(number for number, ranks in enumerate(groups) if tensor in ranks)
+        found[name] = Block(index, len(groups), name in partial)
+    return found
 
 
 @dataclass(frozen=True)

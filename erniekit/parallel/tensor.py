@@ -14,19 +14,16 @@ finds its number of heads in the tensors. A mixture of experts needs all tokens 
 first door gathers for everything inside, router included, unless experts are shared by the tensor ranks: then every
 rank routes the tokens that it has. What happens between its router and its sum is parallel/expert.py's.
 
-Which gradients are still to be added up afterwards: `partial_over_tensor` (parallel/styles.py), `add_up` here.
+Which gradients are still to be added up afterwards: `partial_over_tensor` (parallel/styles.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import paddle
 from paddle import Tensor, nn
 
-from erniekit.config.architecture import ErnieConfig
 from erniekit.models.attention import Attention
 from erniekit.models.decoder import Decoder, ErnieForCausalLM
 from erniekit.models.layers import MLP
@@ -35,7 +32,7 @@ from erniekit.models.reward import ErnieForReward
 from erniekit.parallel.collectives import Axis
 from erniekit.parallel.mesh import Mesh
 from erniekit.parallel.passing import copy_in, join, join_in, reduce_out, split, split_out
-from erniekit.parallel.styles import holders, partial_over_tensor, slot_of
+from erniekit.parallel.styles import slot_of
 from erniekit.parallel.vocab import head_kernels, partial_embedding
 
 
@@ -119,29 +116,3 @@ def _cut_mixture(block: MoE, doors: Doors, *, whole_experts: bool) -> None:
         block.register_forward_post_hook(lambda _layer, _given, made: (doors.part(made[0]), made[1]))
     if block.shared_experts is not None:
         _cut_mlp(block.shared_experts, doors if whole_experts else Doors(doors.axis))  # behind the gathering door
-
-
-def add_up(gradients: Mapping[str, Tensor], mesh: Mesh, arch: ErnieConfig) -> dict[str, Tensor]:
-    """`gradients` by the parameters' names, with those that are partial over the tensor axis added up, in one
-    exchange."""
-    axis = mesh.axis("tensor")
-    names = partial_over_tensor(gradients, mesh.layout, arch)
-    if not names:
-        return dict(gradients)
-    found = dict(gradients)
-    everywhere = [name for name in names if len(holders(name, mesh.layout, arch)) == 1]
-    if everywhere:
-        flat = axis.all_reduce(paddle.concat([found[name].reshape([-1]) for name in everywhere]))
-        found |= _unpacked(flat, {name: found[name] for name in everywhere})
-    copies = [name for name in names if len(holders(name, mesh.layout, arch)) > 1]
-    if copies:  # of key and value heads: few numbers, so that they need no group of their own
-        mine = next(group for group in holders(copies[0], mesh.layout, arch) if axis.index in group)
-        flat = paddle.concat([found[name].reshape([-1]) for name in copies])
-        parts = axis.all_gather(flat.unsqueeze(0))[mine[0] : mine[-1] + 1]
-        found |= _unpacked(parts.sum(0), {name: found[name] for name in copies})
-    return found
-
-
-def _unpacked(flat: Tensor, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    parts = flat.split([int(each.size) for each in like.values()])
-    return {name: part.reshape(each.shape) for (name, each), part in zip(like.items(), parts, strict=True)}

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from erniekit.base.console import notice
 from erniekit.config.run import RunConfig
-from erniekit.data.batch import PreferenceBatch
+from erniekit.data.batch import Batch
 from erniekit.data.cache import default_folder
 from erniekit.data.chat import choose_template
 from erniekit.models.decoder import ErnieForCausalLM
@@ -62,7 +62,8 @@ class PreferenceStage:
         keys = job.cfg.align
         copy = PolicyCopy(model, every=keys.ref_model_update_steps)
         reference = _reference(job, model, folder, copy) if _needs_reference(job.cfg) else None
-        objective = preference_objective(self._stage, keys, loss_weights(job.arch, job.cfg), reference=reference)
+        weights = loss_weights(job.arch, job.cfg, mesh=job.mesh)
+        objective = preference_objective(self._stage, keys, weights, reference=reference, mesh=job.mesh)
 
         def measured(trained: ErnieForCausalLM) -> dict[str, float]:
             assert job.eval_data
@@ -76,7 +77,7 @@ class PreferenceStage:
         if self._stage == "RM":
             return []
         template = choose_template(job.tokenizer, job.cfg.data.chat_template)
-        return brief_answers(model, job.tokenizer, job.prompts(), template=template)
+        return brief_answers(model, job.tokenizer, job.prompts(), template=template, mesh=job.mesh)
 
 
 def _extent(job: Job) -> dict[str, int]:
@@ -129,20 +130,24 @@ def _fill(table: Table, job: Job, model: ErnieForCausalLM, folder: RunFolder) ->
 
     started, steps = time.perf_counter(), range(job.rhythm.total_steps)
     bar = tqdm(steps, "reference", unit="step", leave=False, disable=not sys.stderr.isatty())
-    trained = (batch for step in bar for batch in job.data.micro_batches(step, batch_size=job.rhythm.batch_size))
-    measured = held_out(job.eval_data, **_extent(job)) if job.eval_data else ()
-    unseen = _unseen(preferences(trained), num_samples=job.data.store.num_samples)
-    num = table.fill(itertools.chain(unseen, *measured), model=began_with)
+    measured = held_out(job.eval_data, **_extent(job), mesh=job.mesh) if job.eval_data else ()
+    num = table.fill(itertools.chain(preferences(_unseen(job, bar)), *measured), model=began_with, mesh=job.mesh)
     if num:
         print(f"the reference: {num:,} samples in {time.perf_counter() - started:.1f} s", flush=True)
 
 
-def _unseen(batches: Iterable[PreferenceBatch], *, num_samples: int) -> Iterator[PreferenceBatch]:
-    """Those with a sample that no batch before them had, until all samples were seen."""
+def _unseen(job: Job, steps: Iterable[int]) -> Iterator[Batch]:
+    """The micro-batches of this rank where any rank has a sample that none before them had, until all were seen."""
+    data, size = job.mesh.axis("data"), job.rhythm.batch_size
     seen: set[int] = set()
-    for batch in batches:
-        if not seen.issuperset(batch.samples.tolist()):
-            seen.update(batch.samples.tolist())
-            yield batch
-        if len(seen) == num_samples:
-            return
+    for step in steps:
+        rows = job.data.rows(step)
+        own = job.data.micro_batches(step, batch_size=size, index=data.index, parts=data.size)
+        for number, batch in enumerate(own):
+            whole = rows[number * size * data.size : (number + 1) * size * data.size]
+            samples = {document.preference.sample for row in whole for document in row.documents if document.preference}
+            if not seen.issuperset(samples):
+                seen |= samples
+                yield batch
+            if len(seen) == job.data.store.num_samples:
+                return

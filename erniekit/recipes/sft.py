@@ -28,14 +28,14 @@ class LanguageModelStage:
         def measured(model: ErnieForCausalLM) -> dict[str, float]:
             assert job.eval_data
             most = job.cfg.train.max_evaluate_steps
-            return measure(model, job.eval_data, batch_size=job.eval_rows, max_batches=most)
+            return measure(model, job.eval_data, batch_size=job.eval_rows, max_batches=most, mesh=job.mesh)
 
-        return Course(LanguageModelObjective(loss_weights(job.arch, job.cfg)), measured)
+        return Course(LanguageModelObjective(loss_weights(job.arch, job.cfg, mesh=job.mesh)), measured)
 
     def answers(self, job: Job, model: ErnieForCausalLM) -> list[str]:
         """What the model says to the first prompts of the evaluation data."""
         template = choose_template(job.tokenizer, job.cfg.data.chat_template)
-        return brief_answers(model, job.tokenizer, job.prompts(), template=template)
+        return brief_answers(model, job.tokenizer, job.prompts(), template=template, mesh=job.mesh)
 
 
 def train_language_model(cfg: RunConfig) -> TrainResult:

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from erniekit.data.build import Prompt
 from erniekit.data.tokenizer import Tokenizer
 from erniekit.models.decoder import ErnieForCausalLM
+from erniekit.parallel.mesh import Mesh
+from erniekit.rollout.decode import first_says
 from erniekit.rollout.generate import stream_answer
 
 TOKENS = 48
@@ -15,16 +17,17 @@ _SECONDS = 20.0  # for all prompts together
 
 
 def brief_answers(
-    model: ErnieForCausalLM, tokenizer: Tokenizer, prompts: Sequence[Prompt], *, template: str | None = None
-) -> list[str]:
-    """As many answers as there is time for; the last one may be cut."""
+    model: ErnieForCausalLM, tokenizer: Tokenizer, prompts: Sequence[Prompt], *, template: str | None = None,
+    mesh: Mesh = Mesh.single(),
+) -> list[str]:  # fmt: skip
+    """As many answers as there is time for; the last one may be cut. All ranks answer the same at once."""
     end, found = time.perf_counter() + _SECONDS, list[str]()
     for prompt in prompts:
         found.append("")
         for piece in stream_answer(
-            model, tokenizer, prompt.messages, max_new_tokens=TOKENS, template=template, tools=prompt.tools
+            model, tokenizer, prompt.messages, max_new_tokens=TOKENS, template=template, tools=prompt.tools, mesh=mesh
         ):
             found[-1] += piece
-            if time.perf_counter() > end:
+            if first_says(mesh, [int(time.perf_counter() > end)])[0]:
                 return found
     return found

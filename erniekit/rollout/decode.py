@@ -2,7 +2,8 @@
 
 Up to `batch_size` answers are made side by side; each prompt is read alone, a finished answer leaves and the next
 prompt joins. No padding enters the model, and a row's random numbers come from the seed and its own number, so an
-answer does not depend on what is made beside it.
+answer does not depend on what is made beside it. Several ranks make the same answers at once, each with its part of the
+model: what rank 0 chooses is what all go on with.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import paddle
 from erniekit.base.errors import DataError
 from erniekit.models.cache import KVCache
 from erniekit.models.decoder import ErnieForCausalLM
+from erniekit.parallel.mesh import Mesh
 from erniekit.rollout.logits import drawn, processed
 from erniekit.rollout.sampling import Sampling
 
@@ -49,29 +51,39 @@ class _Row:
         return True
 
 
+def first_says(mesh: Mesh, numbers: list[int]) -> list[int]:
+    """What rank 0 has there: numbers that come out of the last bits of sums need not be the same everywhere."""
+    world = mesh.axis("world")
+    return numbers if world.size == 1 else world.broadcast(paddle.to_tensor(numbers, "int64")).tolist()
+
+
 @paddle.no_grad()
-def _step(model: ErnieForCausalLM, ids: list[list[int]], cache: KVCache, rows: Sequence[_Row]) -> list[int]:
+def _step(
+    model: ErnieForCausalLM, ids: list[list[int]], cache: KVCache, rows: Sequence[_Row], mesh: Mesh
+) -> list[int]:
     """The token that follows, for each row."""
     logits_BV = model.step(paddle.to_tensor(ids, dtype="int64"), cache)
     if rows[0].sampling.plain:
-        return logits_BV.argmax(-1).tolist()
-    return [row.choose(logits_V) for row, logits_V in zip(rows, logits_BV.numpy(), strict=True)]
+        return first_says(mesh, logits_BV.argmax(-1).tolist())
+    chosen = [row.choose(logits_V) for row, logits_V in zip(rows, logits_BV.numpy(), strict=True)]
+    return first_says(mesh, chosen)
 
 
 @paddle.no_grad()
-def _read(model: ErnieForCausalLM, row: _Row) -> tuple[KVCache, int]:
+def _read(model: ErnieForCausalLM, row: _Row, mesh: Mesh) -> tuple[KVCache, int]:
     """Read a row's prompt: its cache, and its first token."""
     cache = model.new_cache()
     starts = range(0, len(row.prompt), _PREFILL_TOKENS)
     *pieces, last = [row.prompt[start : start + _PREFILL_TOKENS] for start in starts]
     for piece in pieces:
         model.step(paddle.to_tensor([piece], dtype="int64"), cache)
-    return cache, _step(model, [last], cache, [row])[0]
+    return cache, _step(model, [last], cache, [row], mesh)[0]
 
 
 def stream_tokens(
     model: ErnieForCausalLM, prompts: Sequence[Sequence[int]], *, max_new_tokens: int,
     stop_ids: Collection[int] = (), sampling: Sampling = GREEDY, batch_size: int = BATCH_SIZE, first_number: int = 0,
+    mesh: Mesh = Mesh.single(),
 ) -> Iterator[tuple[int, int]]:  # fmt: skip
     """Yield (number of the prompt, its next id) as they are made, until every answer met a stop id (not yielded) or
     `max_new_tokens`. Raises DataError for a prompt that leaves the model no room.
@@ -88,7 +100,7 @@ def stream_tokens(
     while waiting or rows:
         while waiting and len(rows) < batch_size:
             row = waiting.pop()
-            read, token = _read(model, row)
+            read, token = _read(model, row, mesh)
             if row.take(token):
                 yield row.number - first_number, token
             if row.room:
@@ -99,7 +111,7 @@ def stream_tokens(
         if not rows:
             continue
         assert cache is not None
-        for row, token in zip(rows, _step(model, [row.made[-1:] for row in rows], cache, rows), strict=True):
+        for row, token in zip(rows, _step(model, [row.made[-1:] for row in rows], cache, rows, mesh), strict=True):
             if row.take(token):
                 yield row.number - first_number, token
         going = [index for index, row in enumerate(rows) if row.room]
@@ -126,10 +138,11 @@ def _room(model: ErnieForCausalLM, prompt: Sequence[int], max_new_tokens: int) -
 
 def stream_ids(
     model: ErnieForCausalLM, prompt: Sequence[int], *, max_new_tokens: int,
-    stop_ids: Collection[int] = (), sampling: Sampling = GREEDY, number: int = 0,
+    stop_ids: Collection[int] = (), sampling: Sampling = GREEDY, number: int = 0, mesh: Mesh = Mesh.single(),
 ) -> Iterator[int]:  # fmt: skip
     """Yield the ids of one answer; see `stream_tokens`."""
     tokens = stream_tokens(
-        model, [prompt], max_new_tokens=max_new_tokens, stop_ids=stop_ids, sampling=sampling, first_number=number
-    )
+        model, [prompt], max_new_tokens=max_new_tokens, stop_ids=stop_ids, sampling=sampling, first_number=number,
+        mesh=mesh,
+    )  # fmt: skip
     return (token for _, token in tokens)

@@ -10,6 +10,7 @@ from erniekit.data.chat import encode_prompt
 from erniekit.data.rendering import Message, choose_template, fitted, render
 from erniekit.data.tokenizer import StreamDecoder, Tokenizer
 from erniekit.models.decoder import ErnieForCausalLM
+from erniekit.parallel.mesh import Mesh
 from erniekit.rollout.decode import BATCH_SIZE, GREEDY, stream_ids, stream_tokens
 from erniekit.rollout.sampling import Sampling
 
@@ -59,12 +60,13 @@ def stream_answer(
     model: ErnieForCausalLM, tokenizer: Tokenizer, messages: Sequence[Message], *,
     max_new_tokens: int, template: str | None = None, tools: Sequence[Any] | None = None,
     variables: Mapping[str, Any] | None = None, sampling: Sampling | None = None,
-    further_stops: Collection[int] = (), number: int = 0,
+    further_stops: Collection[int] = (), number: int = 0, mesh: Mesh = Mesh.single(),
 ) -> Iterator[str]:  # fmt: skip
     """The assistant's answer to a conversation, in pieces of text as they come.
 
     `template` is jinja source (None: the tokenizer's own), `variables` are further names that it may ask for.
-    `sampling` None is greedy; `number` tells apart the answers that one seed gives.
+    `sampling` None is greedy; `number` tells apart the answers that one seed gives. All ranks of the `mesh` answer at
+    once.
     """
     template = choose_template(tokenizer) if template is None else template
     with _answering(model):
@@ -72,8 +74,9 @@ def stream_answer(
         prompt = encode_prompt(tokenizer, messages, template=template, tools=tools or None, variables=variables)
         stops = stop_ids(tokenizer, template, further_stops)
         for token in stream_ids(
-            model, prompt, max_new_tokens=max_new_tokens, stop_ids=stops, sampling=sampling or GREEDY, number=number
-        ):
+            model, prompt, max_new_tokens=max_new_tokens, stop_ids=stops, sampling=sampling or GREEDY, number=number,
+            mesh=mesh,
+        ):  # fmt: skip
             if piece := decoder.push(token):
                 yield piece
         if rest := decoder.finish():

@@ -41,6 +41,7 @@ from erniekit.config.packing import packing_of
 from erniekit.config.run import RunConfig
 from erniekit.models.decoder import ErnieForCausalLM
 from erniekit.parallel.expert import use_expert_parallel
+from erniekit.parallel.flat import blocks_of
 from erniekit.parallel.layered import LayerShards
 from erniekit.parallel.mesh import Mesh
 from erniekit.parallel.recompute import apply_recompute
@@ -182,9 +183,11 @@ def _gradient_sync(model: ErnieForCausalLM, cfg: RunConfig, mesh: Mesh) -> Gradi
     """What brings the gradients of all ranks together; at stage 3, it takes the layers' weights in hand."""
     parameters = dict(model.named_parameters())
     trained = {name: p for name, p in parameters.items() if not p.stop_gradient}
-    layers = LayerShards(model, mesh) if mesh.layout.stage == 3 else None
+    blocks = blocks_of(parameters, mesh.layout, model.config, tensor=mesh.coordinates.tensor)
+    layers = LayerShards(model, mesh, blocks=blocks) if mesh.layout.stage == 3 else None
     size = cfg.parallel.sharding_comm_buffer_size_MB
-    return GradientSync(trained, mesh, flat_bytes=size * 2**20 if size > 0 else FLAT_BYTES, layers=layers)
+    flat_bytes = size * 2**20 if size > 0 else FLAT_BYTES
+    return GradientSync(trained, mesh, blocks=blocks, flat_bytes=flat_bytes, layers=layers)
 
 
 def step_hooks(model: ErnieForCausalLM, cfg: RunConfig) -> tuple[Callable[[int], None], ...]:

@@ -15,6 +15,7 @@ from erniekit.data.batch import Batch
 from erniekit.data.build import EvalData
 from erniekit.models.decoder import ErnieForCausalLM
 from erniekit.ops.attention import end_rows_from_segments
+from erniekit.parallel.mesh import Mesh
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,16 @@ class Score:
 
     def __add__(self, other: Score) -> Score:
         return Score(self.loss + other.loss, self.correct + other.correct, self.trained + other.trained)
+
+    def over(self, mesh: Mesh) -> Score:
+        """What all data ranks have measured together."""
+        data = mesh.axis("data")
+        if data.size == 1:
+            return self
+        mesh.meet("measured")  # some may have had more to do
+        sums = paddle.to_tensor([self.loss, self.correct, self.trained], "float64")
+        loss, correct, trained = data.all_reduce(sums).tolist()
+        return Score(loss, int(correct), int(trained))
 
     def figures(self) -> dict[str, float]:
         """eval_loss (mean over trained tokens), eval_perplexity, eval_accuracy, eval_tokens.
@@ -57,16 +68,20 @@ def figure_names(sources: Sequence[str]) -> list[str]:
 
 
 def measure(
-    model: ErnieForCausalLM, data: EvalData, *, batch_size: int, max_batches: int = -1
+    model: ErnieForCausalLM, data: EvalData, *, batch_size: int, max_batches: int = -1, mesh: Mesh = Mesh.single()
 ) -> dict[str, float]:
     """The figures over all of `data`; with several sources, `eval_loss/NAME` of each as well. A positive `max_batches`
-    stops early, in each source."""
-    if len(data.source_names) < 2:
-        return score(model, data.batches(batch_size), max_batches=max_batches).figures()
+    stops early, in each source. Data ranks share the rows, `batch_size` each at a time."""
+    names, at = short_names(data.source_names), mesh.axis("data")
+    picked = enumerate(names) if len(names) > 1 else [(None, "")]
     scores = {
-        name: score(model, data.batches(batch_size, source=i), max_batches=max_batches)
-        for i, name in enumerate(short_names(data.source_names))
+        name: score(
+            model, data.batches(batch_size, source=source, index=at.index, parts=at.size), max_batches=max_batches
+        ).over(mesh)
+        for source, name in picked
     }
+    if len(names) < 2:
+        return scores[""].figures()
     own = {f"eval_loss/{name}": part.loss / part.trained for name, part in scores.items() if part.trained}
     return sum(scores.values(), Score()).figures() | own
 
@@ -86,6 +101,8 @@ def score(model: ErnieForCausalLM, batches: Iterable[Batch], *, max_batches: int
         )
         hidden_MD = trunk.hidden_BSD.reshape([-1, trunk.hidden_BSD.shape[-1]])
         losses, corrects = model.lm_head.token_scores(hidden_MD, paddle.to_tensor(batch.labels).reshape([-1]))
+        if not batch.counts:
+            continue
         loss += float(losses.astype("float64").sum())
         correct += int(corrects.astype("int64").sum())
         trained += int(np.count_nonzero(batch.labels != -100))

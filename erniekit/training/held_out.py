@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from erniekit.data.batch import Batch, PreferenceBatch
 from erniekit.data.build import EvalData
 from erniekit.models.decoder import ErnieForCausalLM
+from erniekit.parallel.mesh import Mesh
 from erniekit.training.evaluate import short_names
 from erniekit.training.preference import PreferenceObjective
 
@@ -29,11 +30,16 @@ def preference_figures(stage: str, sources: Sequence[str]) -> list[str]:
     ]
 
 
-def held_out(data: EvalData, *, batch_size: int, max_batches: int = -1) -> list[Iterator[PreferenceBatch]]:
-    """The batches of each source that are measured: the first `max_batches` if that is positive."""
-    most = max_batches if max_batches > 0 else None
-    sources = range(len(data.source_names))
-    return [preferences(itertools.islice(data.batches(batch_size, source=i), most)) for i in sources]
+def held_out(
+    data: EvalData, *, batch_size: int, max_batches: int = -1, mesh: Mesh = Mesh.single()
+) -> list[Iterator[PreferenceBatch]]:
+    """The batches of each source that this rank measures: the first `max_batches` if that is positive."""
+    most, at = max_batches if max_batches > 0 else None, mesh.axis("data")
+    shares = [
+        data.batches(batch_size, source=source, index=at.index, parts=at.size)
+        for source in range(len(data.source_names))
+    ]
+    return [preferences(itertools.islice(share, most)) for share in shares]
 
 
 def preferences(batches: Iterable[Batch]) -> Iterator[PreferenceBatch]:
@@ -47,7 +53,8 @@ def measure_preferences(
     objective: PreferenceObjective, model: ErnieForCausalLM, data: EvalData, *, batch_size: int, max_batches: int = -1
 ) -> dict[str, float]:
     """The figures over all of `data`; with several sources loss, accuracy and margin of each as well."""
-    whole, *each = objective.measure(model, held_out(data, batch_size=batch_size, max_batches=max_batches))
+    batches = held_out(data, batch_size=batch_size, max_batches=max_batches, mesh=objective.mesh)
+    whole, *each = objective.measure(model, batches)
     named = zip(short_names(data.source_names), each, strict=True) if len(each) > 1 else ()
     return whole | {
         f"eval_{name}/{short}": figures[f"eval_{name}"]

@@ -20,15 +20,19 @@ from erniekit.base.errors import TrainingStopped
 from erniekit.config.run import RunConfig
 from erniekit.data.build import TrainData
 from erniekit.models.decoder import ErnieForCausalLM
+from erniekit.parallel.mesh import Mesh
 from erniekit.training.best import BestModel
 from erniekit.training.metrics import Reporter
 from erniekit.training.optimizer import Optimizer
 from erniekit.training.preference import Reference
+from erniekit.training.ranks import anybody
 from erniekit.training.replay import StepKeeper
 from erniekit.training.router import RouterUpkeep
 from erniekit.training.schedule import Schedule
 from erniekit.training.state import Checkpoints, Memory
 from erniekit.training.step import Objective, StepResult, train_step
+
+_STREAM = 1 << 40  # between the seeds of two data ranks
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,7 @@ def _every(strategy: str, steps: int, data: TrainData) -> int:
 class Run:
     """Everything the loop drives."""
 
+    mesh: Mesh
     model: ErnieForCausalLM
     optimizer: Optimizer
     schedule: Schedule
@@ -92,9 +97,13 @@ class Run:
             self.upkeep.health.load_state(progress["health"])
 
 
+class AskedToStop(KeyboardInterrupt):
+    """All ranks have saved, because the user wanted it so."""
+
+
 def train_loop(run: Run, *, start_step: int) -> int:
     """Take steps `start_step` + 1 to the last, or to where no evaluation gets better; returns how many were taken in
-    all. Raises KeyboardInterrupt after saving if the user asked to stop."""
+    all. Raises AskedToStop after saving if the user asked to stop, whichever rank heard it."""
     run.model.train()
     total, done = run.rhythm.total_steps, start_step
     with _stop_request() as asked_to_stop:
@@ -112,34 +121,40 @@ def train_loop(run: Run, *, start_step: int) -> int:
                 run.reporter.evaluation({"step": done, **figures})
                 better = run.best.judge(done, figures) and run.best.keep
             last = done == total or run.best.waited_enough
-            stopping = asked_to_stop() and not last
+            stopping = anybody(run.mesh, does=asked_to_stop()) and not last
             if better or stopping or _due(done, run.rhythm.save_every, done if last else total):
                 run.reporter.saved(_save(run, done))
             if stopping:
-                raise KeyboardInterrupt
+                raise AskedToStop
     return done
 
 
 def _save(run: Run, step: int) -> Path:
     best = run.best.step if run.best.keep else 0
-    return run.checkpoints.save(
-        run.model, run.optimizer, step=step, progress=run.progress(), memory=run.memory, best=best
-    )
+    with run.optimizer.whole_weights():
+        return run.checkpoints.save(
+            run.model, run.optimizer, step=step, progress=run.progress(), memory=run.memory, best=best
+        )
 
 
 def _take(run: Run, step: int) -> StepResult:
-    paddle.seed(run.rhythm.seed * 1_000_003 + step)  # whatever draws numbers in a step draws them from (seed, step)
+    data = run.mesh.axis("data")
+    # Whatever draws numbers in a step draws them from (seed, step), and data ranks draw others for their rows.
+    paddle.seed(run.rhythm.seed * 1_000_003 + step + data.index * _STREAM)
     for prepare in run.before_step:
         prepare(step)
     if run.upkeep.health:
         run.upkeep.health.begin(step, last=step + 1 == run.rhythm.total_steps)
-    batches = run.data.micro_batches(step, batch_size=run.rhythm.batch_size)
+    size = run.rhythm.batch_size
+    batches = run.data.micro_batches(step, batch_size=size, index=data.index, parts=data.size)
 
     def keep(loss: float, reason: str) -> None:
-        run.keeper.keep(
-            run.model, step=step, reason=reason, loss=loss, batches=batches, rows=run.data.rows(step),
-            reference=run.reference,
-        )  # fmt: skip
+        everybodys = run.data.micro_batches(step, batch_size=size)
+        with run.optimizer.whole_weights():
+            run.keeper.keep(
+                run.model, step=step, reason=reason, loss=loss, batches=everybodys, rows=run.data.rows(step),
+                reference=run.reference,
+            )  # fmt: skip
 
     def before_update(loss: float) -> None:
         if reason := run.keeper.spike(loss):
@@ -149,6 +164,7 @@ def _take(run: Run, step: int) -> StepResult:
         result = train_step(
             run.model, run.optimizer, batches=batches, objective=run.objective, upkeep=run.upkeep,
             learning_rate=run.schedule(step), row_length=run.rhythm.row_length, before_update=before_update,
+            mesh=run.mesh,
         )  # fmt: skip
     except TrainingStopped as stop:
         keep(math.nan, str(stop))

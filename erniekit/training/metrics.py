@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import resource
 import sys
 from collections.abc import Callable, Sequence
@@ -113,14 +114,15 @@ def _preferred(row: dict[str, Any]) -> str:
 class Reporter:
     """Collects the rows of a run (`history`) and shows each as it comes.
 
-    Rows of an earlier part of the run up to `start_step` are kept; later ones belong to steps that are taken again.
+    Rows of an earlier part of the run up to `start_step` are kept; later ones belong to steps that are taken again. Of
+    several ranks one has the folder: the others (`output_dir` None) know their own rows only, and write none.
     """
 
     def __init__(
-        self, output_dir: Path, *, total_steps: int, start_step: int, loggers: Sequence[Logger] = (),
+        self, output_dir: Path | None, *, total_steps: int, start_step: int, loggers: Sequence[Logger] = (),
         display: Display = Display(),
     ) -> None:  # fmt: skip
-        path = output_dir / LOG_NAME
+        path = output_dir / LOG_NAME if output_dir else Path(os.devnull)
         self.history = read_log(path, last_step=start_step)
         self._log: IO[str] = open(path, "w", encoding="utf-8")  # noqa: SIM115 - closed by close()
         for row in self.history:

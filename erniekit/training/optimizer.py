@@ -77,27 +77,27 @@ class Optimizer:
         self.settings = settings
         self.parameters = {name: p for name, p in named_parameters if not p.stop_gradient}
         self.num_steps = 0
-        self._sync = sync or GradientSync(self.parameters, Mesh.single())
+        self.sync = sync or GradientSync(self.parameters, Mesh.single())
         self._rates, self._matrices, self._moments = rates or {}, matrices or {}, moments
-        assert all(self._sync.is_whole(name) for name in self._matrices), "Muon needs whole matrices"
+        assert all(self.sync.is_whole(name) for name in self._matrices), "Muon needs whole matrices"
         self._states: dict[str, dict[str, paddle.Tensor]] = {}
         self._masters: dict[str, paddle.Tensor] = {}
         self._squares: dict[str, paddle.Tensor] = {}  # of the gradients that any rank has, once they are complete
         self._clip = AdaptiveClip() if adaptive_clip else None
         self._averages = None
         if ema_decay is not None:
-            self._averages = Averages(self._sync, decay=ema_decay, interval=ema_interval)
+            self._averages = Averages(self.sync, decay=ema_decay, interval=ema_interval)
 
     def expect(self, *, last: bool) -> None:
         """A backward pass comes; with `last`, it is the step's last one, and sums over ranks may start within it."""
-        self._sync.expect(last=last)
+        self.sync.expect(last=last)
 
     @paddle.no_grad()
     def gradient_norm(self) -> float:
         """The global 2-norm of the accumulated gradients of all ranks."""
-        self._sync.finish()
+        self.sync.finish()
         names = list(self.parameters)
-        squares, present = self._sync.squares(names)
+        squares, present = self.sync.squares(names)
         there = np.flatnonzero(present.numpy())
         self._squares = {names[i]: squares[i : i + 1] for i in there.tolist()}
         # Not Tensor.norm: it adds 50 million squares up in one fp32 number, 13 % off, and takes 15 times as long.
@@ -121,13 +121,13 @@ class Optimizer:
             update = Update(rate, settings.beta1, settings.beta2, settings.epsilon, self.num_steps, own)
             self._move(name, update)
         self.clear()
-        self._sync.gather_weights()
+        self.sync.gather_weights()
         if self._averages:
             self._averages.update(self._masters, num_steps=self.num_steps)
 
     def _move(self, name: str, update: Update) -> None:
         """Update what this rank has of a parameter."""
-        weight, gradient = self._sync.weight(name), self._sync.gradient(name)
+        weight, gradient = self.sync.weight(name), self.sync.gradient(name)
         if not weight.size:
             return
         if gradient is None:
@@ -140,7 +140,7 @@ class Optimizer:
                 num_parts=self._matrices[name],
             )  # fmt: skip
         else:
-            first, second, start = state["moment1"], state["moment2"], self._sync.own(name).start
+            first, second, start = state["moment1"], state["moment2"], self.sync.own(name).start
             adamw(
                 weight, gradient, first=first, second=second, master=master, update=update, weight_decay=decay,
                 start=start,
@@ -159,11 +159,11 @@ class Optimizer:
     def clear(self) -> None:
         """Forget the gradients and free their memory."""
         self._squares = {}
-        self._sync.clear()
+        self.sync.clear()
 
     def gradients(self) -> list[Piece]:
         """The gradients as `gradient_norm` left them: summed over ranks, each rank what it updates."""
-        made = {name: self._sync.gradient(name) for name in self._squares}
+        made = {name: self.sync.gradient(name) for name in self._squares}
         return [self._piece(name, "gradient", tensor) for name, tensor in made.items() if tensor is not None]
 
     def averages(self) -> dict[str, paddle.Tensor] | None:
@@ -178,7 +178,7 @@ class Optimizer:
     def whole_weights(self) -> AbstractContextManager[None]:
         """Within, every parameter of the rank's part of the model is there, for whoever reads or replaces them; at
         sharding stage 3 they are not, otherwise. All ranks enter together."""
-        return self._sync.whole_weights()
+        return self.sync.whole_weights()
 
     def state(self) -> dict[str, paddle.Tensor]:
         """`<parameter>.moment1` and `.moment2` (or `.momentum`), `.master`, `.ema`, not copied, and `.norm` of adaptive
@@ -197,12 +197,12 @@ class Optimizer:
         return [self._piece(name, part, tensor) for name, part, tensor in split if part != "norm"]
 
     def _piece(self, name: str, part: str, tensor: paddle.Tensor) -> Piece:
-        return Piece(name, part, tensor, *self.held(name), self._sync.is_first(name))
+        return Piece(name, part, tensor, *self.held(name), self.sync.is_first(name))
 
     def held(self, name: str) -> tuple[int, int]:
         """Which numbers of the rank's block of a parameter the state of this rank is about: [start, stop). That is
         what `load_state` wants; equal where it is nothing."""
-        own = self._sync.own(name)
+        own = self.sync.own(name)
         return own.start, own.stop
 
     def load_state(self, state: Mapping[str, np.ndarray], *, num_steps: int, source: str) -> None:
@@ -214,7 +214,7 @@ class Optimizer:
         unknown = names - set(self.parameters)
         problems = [f"{source}: optimizer state of '{name}', which is not trained." for name in unknown]
         moved = {key.rsplit(".", 1)[0] for key in state if not key.endswith((".ema", ".norm"))}
-        moved = {name for name in moved if name not in self.parameters or self._sync.weight(name).size}
+        moved = {name for name in moved if name not in self.parameters or self.sync.weight(name).size}
         for name in moved & set(self.parameters):
             missing = [part for part in self._parts(name) if f"{name}.{part}" not in state]
             problems += [f"{source}: the optimizer state of '{name}' has no {part}." for part in missing]
@@ -222,7 +222,7 @@ class Optimizer:
             raise CheckpointError(listed(sorted(problems)))
         self.num_steps = num_steps
         for name in moved:
-            shape = self._sync.weight(name).shape
+            shape = self.sync.weight(name).shape
             arrays = {part: np.asarray(state[f"{name}.{part}"], np.float32) for part in self._parts(name)}
             made = {part: paddle.to_tensor(array.reshape(shape)) for part, array in arrays.items()}
             self._states[name] = {part: tensor.astype(self._moments) for part, tensor in made.items()}

@@ -42,11 +42,12 @@ from erniekit.losses.preference import (
 from erniekit.models.decoder import ErnieForCausalLM
 from erniekit.models.reward import ErnieForReward
 from erniekit.ops.cross_entropy import IGNORED
+from erniekit.parallel.mesh import Mesh
 from erniekit.training.objective import LossWeights, beside, run_trunk
+from erniekit.training.samples import Counts, Seen, answer_lengths, gathered, joined
 from erniekit.training.step import Losses, Totals
 
 Reference = Callable[[ErnieForCausalLM, PreferenceBatch], Tensor]  # the reference's `answer_log_probs`
-Seen = Any  # a NamedTuple of tensors [N]: what a loss is made from
 
 
 # ---------------------------------------------------------------------- log-probabilities of answers
@@ -59,11 +60,6 @@ def answer_log_probs(model: ErnieForCausalLM, batch: PreferenceBatch) -> Tensor:
     if was_training:
         model.train()
     return logps_A
-
-
-def answer_lengths(batch: PreferenceBatch) -> np.ndarray:
-    """Tokens of each answer, [A]."""
-    return np.bincount(batch.answer_ids[batch.labels != IGNORED], minlength=batch.num_answers)
 
 
 def _summed(model: ErnieForCausalLM, hidden_BSD: Tensor, batch: PreferenceBatch, answers: np.ndarray) -> Tensor:
@@ -80,24 +76,6 @@ def _rows(hidden_BSD: Tensor, rows_M: np.ndarray) -> Tensor:
 
 
 # ---------------------------------------------------------------------- what all three stages share
-class _Step(NamedTuple):
-    """Counts over a whole step, or over all held-out samples."""
-
-    samples: int = 0
-    chosen: int = 0  # samples with a chosen answer
-    chosen_tokens: int = 0
-
-    @classmethod
-    def of(cls, batches: Sequence[PreferenceBatch]) -> _Step:
-        chosen = [batch.chosen[batch.desirable] for batch in batches]
-        tokens = [answer_lengths(batch)[answers].sum() for batch, answers in zip(batches, chosen, strict=True)]
-        return cls(sum(len(b.samples) for b in batches), sum(map(len, chosen)), int(sum(tokens)))
-
-    def plus(self, other: _Step) -> _Step:
-        """Both together."""
-        return _Step(*(mine + its for mine, its in zip(self, other, strict=True)))
-
-
 class _Scored(NamedTuple):
     """Of each sample the loss, and figures whose mean over the step is the step's figure: [N] each."""
 
@@ -108,14 +86,18 @@ class _Scored(NamedTuple):
 class PreferenceObjective(ABC):
     """What the three have in common; callable as a training.step.Objective.
 
-    `reference` None: the loss needs none. `weights` are those of the terms beside the preference loss.
+    `reference` None: the loss needs none. `weights` are those of the terms beside the preference loss. The samples of a
+    step are those of all data ranks of the `mesh`.
     """
 
     looks_across = False  # whether the loss of a sample depends on the step's other samples
 
-    def __init__(self, keys: AlignConfig, weights: LossWeights, *, reference: Reference | None = None) -> None:
-        self.keys, self.weights, self.reference = keys, weights, reference
-        self._step = _Step()
+    def __init__(
+        self, keys: AlignConfig, weights: LossWeights, *, reference: Reference | None = None,
+        mesh: Mesh = Mesh.single(),
+    ) -> None:  # fmt: skip
+        self.keys, self.weights, self.reference, self.mesh = keys, weights, reference, mesh
+        self._step = Counts()
         self._across: dict[int, Across] = {}  # by the identity of the step's micro-batches
         self._ref_logps: dict[int, Tensor] = {}
 
@@ -124,7 +106,7 @@ class PreferenceObjective(ABC):
         """What the loss is made from, with its gradients."""
 
     @abstractmethod
-    def _score(self, seen: Seen, step: _Step, across: Across) -> _Scored:
+    def _score(self, seen: Seen, step: Counts, across: Across) -> _Scored:
         """The loss of each sample."""
 
     def _look(self, whole: Seen, *, learn: bool) -> Across:  # noqa: ARG002
@@ -142,13 +124,14 @@ class PreferenceObjective(ABC):
     # ---- a step
     def begin(self, model: ErnieForCausalLM, batches: Sequence[PreferenceBatch]) -> None:
         """See Objective."""
-        self._step, self._across, self._ref_logps = _Step.of(batches), {}, {}
+        self._step, self._across, self._ref_logps = Counts.of(batches).over(self.mesh.axis("data")), {}, {}
         if not self.looks_across or len(batches) == 1:
             return
         if self.reference is not None:
             self._ref_logps = {id(batch): self.reference(model, batch) for batch in batches}
         seen = [self._see_quietly(model, batch) for batch in batches]
-        across, start = self._look(_joined(seen), learn=True), 0
+        everybodys, start = self._everybodys(joined(seen))
+        across = self._look(everybodys, learn=True)
         for batch in batches:
             stop = start + len(batch.samples)
             self._across[id(batch)] = across.part(start, stop)
@@ -162,13 +145,18 @@ class PreferenceObjective(ABC):
         seen = self._see(model, batch, trunk.hidden_BSD)
         across = self._across.get(id(batch))
         if across is None:
-            across = self._look(type(seen)(*(x.detach() for x in seen)), learn=True)
+            everybodys, start = self._everybodys(type(seen)(*(x.detach() for x in seen)))
+            across = self._look(everybodys, learn=True).part(start, start + len(batch.samples))
         scored = self._score(seen, self._step, across)
         loss = (scored.loss_N.sum() / totals.pairs).astype("float32")
         counts = dataclasses.replace(totals, trained=self._step.chosen_tokens)
         made = beside(loss, model, trunk, batch, counts, weights=self.weights, ahead=_chosen_only(batch))
         figures = {name: value.detach().sum() / totals.pairs for name, value in scored.figures.items()}
         return made._replace(parts=figures | made.parts)
+
+    def _everybodys(self, seen: Seen) -> tuple[Seen, int]:
+        """What all data ranks have seen, rank after rank, where the loss looks at it; and where the own part begins."""
+        return gathered(seen, self.mesh.axis("data")) if self.looks_across else (seen, 0)
 
     # ---- held-out samples
     def measure(
@@ -178,20 +166,22 @@ class PreferenceObjective(ABC):
         were one step. Raises DataError if a source has none."""
         self._ref_logps = {}
         seen: list[Seen] = []
-        counts: list[_Step] = []
+        counts: list[Counts] = []
         for batches in sources:
-            parts, count = list[Seen](), _Step()
+            parts, count = list[Seen](), Counts()
             for batch in batches:
-                parts.append(self._see_quietly(model, batch))
-                count = count.plus(_Step.of([batch]))
+                found = self._see_quietly(model, batch)
+                parts.append(found if batch.counts else type(found)(*(x[:0] for x in found)))
+                count = count.plus(Counts.of([batch]))
             if not parts:
                 raise DataError("an evaluation file gives no sample: it is empty, or none of its rows could be used.")
-            seen.append(_joined(parts))
-            counts.append(count)
-        whole = (_joined(seen), functools.reduce(_Step.plus, counts))
+            self.mesh.meet("measured")  # some may have had more to do
+            seen.append(gathered(joined(parts), self.mesh.axis("data"))[0])
+            counts.append(count.over(self.mesh.axis("data")))
+        whole = (joined(seen), functools.reduce(Counts.plus, counts))
         return [self._figures(*part) for part in (whole, *zip(seen, counts, strict=True))]
 
-    def _figures(self, seen: Seen, count: _Step) -> dict[str, float]:
+    def _figures(self, seen: Seen, count: Counts) -> dict[str, float]:
         scored = self._score(seen, count, self._look(seen, learn=False))
         found = {"loss": scored.loss_N, **scored.figures}
         return {f"eval_{name}": float(value.mean()) for name, value in found.items()} | {"eval_samples": count.samples}
@@ -210,10 +200,6 @@ class PreferenceObjective(ABC):
             return paddle.zeros([batch.num_answers], "float64")
         known = self._ref_logps.get(id(batch))
         return self.reference(model, batch) if known is None else known
-
-
-def _joined(seen: Sequence[Seen]) -> Seen:
-    return type(seen[0])(*map(paddle.concat, zip(*seen, strict=True)))
 
 
 def _chosen_only(batch: PreferenceBatch) -> PreferenceBatch:
@@ -252,8 +238,11 @@ class PairObjective(PreferenceObjective):
     The running mean by which bco shifts rewards is state: it is saved with a checkpoint, in fp32 as it is kept.
     """
 
-    def __init__(self, keys: AlignConfig, weights: LossWeights, *, reference: Reference | None = None) -> None:
-        super().__init__(keys, weights, reference=reference)
+    def __init__(
+        self, keys: AlignConfig, weights: LossWeights, *, reference: Reference | None = None,
+        mesh: Mesh = Mesh.single(),
+    ) -> None:  # fmt: skip
+        super().__init__(keys, weights, reference=reference, mesh=mesh)
         self.looks_across = keys.loss_type in ACROSS
         self.settings = PreferenceSettings(
             beta=keys.beta, label_smoothing=keys.label_smoothing, simpo_gamma=keys.simpo_gamma,
@@ -288,7 +277,7 @@ class PairObjective(PreferenceObjective):
             self._running = np.array([mean, count + new], np.float32)
         return Across(shift=float(self._running[0]))
 
-    def _score(self, seen: _Pairs, step: _Step, across: Across) -> _Scored:
+    def _score(self, seen: _Pairs, step: Counts, across: Across) -> _Scored:
         keys, logps = self.keys, seen.logps
         loss_N = keys.pref_loss_ratio * preference_loss(
             keys.loss_type, logps, self.settings, score_delta=seen.score_delta, across=across
@@ -335,7 +324,7 @@ class JudgedObjective(PreferenceObjective):
     def _look(self, whole: _Judged, *, learn: bool) -> Across:  # noqa: ARG002
         return Across(kl=kto_kl(whole.elsewhere))
 
-    def _score(self, seen: _Judged, step: _Step, across: Across) -> _Scored:
+    def _score(self, seen: _Judged, step: Counts, across: Across) -> _Scored:
         keys, ratios = self.keys, seen.policy - seen.ref
         loss_N = kto_loss(
             ratios, seen.desirable > 0, beta=keys.beta, kl=across.kl,
@@ -366,7 +355,7 @@ class RewardObjective(PreferenceObjective):
         rewards_A = answer_rewards(model, hidden_BSD, batch)
         return _Rewards(_pick(rewards_A, batch.chosen), _pick(rewards_A, batch.rejected))
 
-    def _score(self, seen: _Rewards, step: _Step, across: Across) -> _Scored:  # noqa: ARG002
+    def _score(self, seen: _Rewards, step: Counts, across: Across) -> _Scored:  # noqa: ARG002
         margin = seen.chosen - seen.rejected
         figures = {
             "rewards_chosen": seen.chosen, "rewards_rejected": seen.rejected, "margin": margin,
@@ -387,7 +376,7 @@ _STAGES: dict[str, type[PreferenceObjective]] = {"DPO": PairObjective, "KTO": Ju
 
 
 def preference_objective(
-    stage: str, keys: AlignConfig, weights: LossWeights, *, reference: Reference | None
+    stage: str, keys: AlignConfig, weights: LossWeights, *, reference: Reference | None, mesh: Mesh = Mesh.single()
 ) -> PreferenceObjective:
     """The objective of stage DPO, KTO or RM."""
-    return _STAGES[stage](keys, weights, reference=reference)
+    return _STAGES[stage](keys, weights, reference=reference, mesh=mesh)

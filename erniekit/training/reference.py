@@ -33,10 +33,14 @@ from erniekit.base.errors import CheckpointError
 from erniekit.base.files import atomic_write
 from erniekit.data.batch import NO_ANSWER, PreferenceBatch
 from erniekit.models.decoder import ErnieForCausalLM
+from erniekit.parallel.mesh import Mesh
 from erniekit.training.preference import Reference, answer_log_probs
+from erniekit.training.ranks import anybody
 
 _VERSION = 1  # of how log-probabilities are computed
 _SAVE_SECONDS = 120.0  # a table that takes long is kept piece by piece
+_DIGEST = 16  # bytes
+_KINDS = 3  # of answers: chosen, rejected, mismatched
 _BIAS = "e_score_correction_bias"  # moves without a gradient (training/router.py)
 
 
@@ -144,26 +148,50 @@ class Table:
             found[answers[there]] = values[there, column]
         return paddle.to_tensor(found)
 
-    def fill(self, batches: Iterable[PreferenceBatch], *, model: Callable[[], ErnieForCausalLM]) -> int:
+    def fill(
+        self, batches: Iterable[PreferenceBatch], *, model: Callable[[], ErnieForCausalLM], mesh: Mesh = Mesh.single()
+    ) -> int:  # fmt: skip
         """Compute what is not known yet with the model that `model` gives, which is asked for only then; returns of how
         many samples that was.
 
         A batch with one unknown sample is computed whole, so that what comes out does not depend on where an earlier
         life of the run was cut.
+
+        Each data rank has equally many batches, and all compute where one has to, because they may need each other; in
+        the end every rank knows what all have computed, and rank 0 keeps it.
         """
-        num_computed = 0
+        num_computed, before = 0, set(self._values)
         for batch in batches:
             keys = list(_digests(batch))
-            if unknown := sum(key not in self._values for key in keys):
+            unknown = sum(key not in self._values for key in keys)
+            if anybody(mesh, does=unknown > 0):
                 values = _by_sample(answer_log_probs(model(), batch).numpy(), batch)
                 for key, value in zip(keys, values, strict=True):
                     self._values.setdefault(key, value)
-                num_computed += unknown
-                if time.monotonic() - self._saved_at > _SAVE_SECONDS:
+                num_computed += unknown if batch.counts else 0
+                if mesh.first and time.monotonic() - self._saved_at > _SAVE_SECONDS:
                     self._save()
-        if num_computed:
+        num_computed = self._put_together(mesh, num_computed, before=before)
+        if num_computed and mesh.first:
             self._save()
         return num_computed
+
+    def _put_together(self, mesh: Mesh, num_computed: int, *, before: set[bytes]) -> int:
+        """Tell the other data ranks what was computed, and learn what they did; of how many samples that was."""
+        data = mesh.axis("data")
+        if data.size == 1:
+            return num_computed
+        new = [key for key in self._values if key not in before]
+        sizes = data.all_gather(paddle.to_tensor([[len(new), num_computed]], "int64"))
+        most = sizes[:, 0].tolist()
+        if sum(most):
+            keys = np.frombuffer(b"".join(new), np.uint8).reshape([len(new), _DIGEST])
+            values = np.array([self._values[key] for key in new]).reshape([len(new), _KINDS])
+            all_keys = data.gather_uneven(paddle.to_tensor(keys), most).numpy()
+            all_values = data.gather_uneven(paddle.to_tensor(values, "float64"), most).numpy()
+            for key, value in zip(all_keys, all_values, strict=True):
+                self._values.setdefault(key.tobytes(), value)
+        return int(sizes[:, 1].sum())
 
     def _save(self) -> None:
         self._saved_at = time.monotonic()
@@ -211,4 +239,4 @@ def _digests(batch: PreferenceBatch) -> Iterator[bytes]:
         content = hashlib.sha256()
         for part in (batch.input_ids[row, here], batch.labels[row, here], relative, branches):
             content.update(np.asarray(part, np.int64).tobytes())
-        yield content.digest()[:16]
+        yield content.digest()[:_DIGEST]

@@ -18,14 +18,16 @@ from typing import Any
 import numpy as np
 
 from erniekit.base.console import warn
-from erniekit.base.errors import CheckpointError
+from erniekit.base.errors import CheckpointError, MeshError
 from erniekit.base.files import fsync_folder, write_json, writing
 from erniekit.checkpoint.manifest import check_manifest, write_manifest
 from erniekit.config.model import PREFERENCE_STAGES
 from erniekit.config.run import RunConfig
 from erniekit.data.batch import Batch, PreferenceBatch, Row
 from erniekit.models.decoder import ErnieForCausalLM
+from erniekit.parallel.mesh import Mesh
 from erniekit.training.preference import Reference
+from erniekit.training.ranks import first_alone
 
 FOLDER = "replay"
 CONFIG_FILE = "training/run.yaml"
@@ -55,10 +57,10 @@ class StepKeeper:
 
     def __init__(
         self, output_dir: Path, cfg: RunConfig, *, save_model: Callable[[ErnieForCausalLM, Path], None],
-        losses: Iterable[float],
+        losses: Iterable[float], mesh: Mesh = Mesh.single(),
     ) -> None:  # fmt: skip
         """`losses` are those of the steps so far: what a spike is does not depend on where a run was cut."""
-        self._folder, self._cfg, self._save_model = output_dir / FOLDER, cfg, save_model
+        self._folder, self._cfg, self._save_model, self._mesh = output_dir / FOLDER, cfg, save_model, mesh
         self._losses, self._first = deque[float](maxlen=_WINDOW), 0.0
         for loss in losses:
             self.add(loss)
@@ -83,24 +85,21 @@ class StepKeeper:
         self, model: ErnieForCausalLM, *, step: int, reason: str, loss: float, batches: Sequence[Batch],
         rows: Sequence[Row], reference: Reference | None = None,
     ) -> Path | None:  # fmt: skip
-        """Write the bundle of the 0-based `step`; None, with a warning, if the disk has no room for it or refuses."""
-        final = self._folder / f"step-{step + 1}"
-        if final.exists():
+        """Write the bundle of the 0-based `step`; None, with a warning, if the disk has no room for it or refuses.
+
+        All ranks call it, with the micro-batches of all of them; rank 0 writes.
+        """
+        final, words = self._folder / f"step-{step + 1}", self._mesh.words
+        if words.share("it is kept already", final.exists()):
             return final
-        if np.isfinite(loss) and len(list(self._folder.glob("step-*"))) >= _MOST_SPIKES:
+        if np.isfinite(loss) and words.share("steps kept", len(list(self._folder.glob("step-*")))) >= _MOST_SPIKES:
             warn(f"step {step + 1}: {reason}. It is not kept: {self._folder} holds {_MOST_SPIKES} steps already.")
             return None
-        names, start = [], 0
-        for batch in batches:
-            part = rows[start : start + len(batch.labels)]
-            names.append([[document.name for document in row.documents] for row in part])
-            start += len(part)
         logps = [reference(model, b).numpy() for b in batches if reference and isinstance(b, PreferenceBatch)]
-        kept = Kept(step, reason, loss, self._cfg.train.seed, names, list(batches), logps)
+        kept = Kept(step, reason, loss, self._cfg.train.seed, _names(batches, rows), list(batches), logps)
         try:
-            _require_room(self._folder.parent, model)
             self._write(final, model, kept)
-        except CheckpointError as error:
+        except (CheckpointError, MeshError) as error:
             warn(f"step {step + 1}: {reason}. It could not be kept for replay: {error}")
             return None
         warn(f"step {step + 1}: {reason}. It is kept; look into it with: erniekit replay {final}")
@@ -108,20 +107,39 @@ class StepKeeper:
 
     def _write(self, final: Path, model: ErnieForCausalLM, kept: Kept) -> None:
         temporary = final.with_name(f".{final.name}.tmp")
-        with writing(final):
-            shutil.rmtree(temporary, ignore_errors=True)
-            try:
-                (temporary / "training").mkdir(parents=True)
-                self._save_model(model, temporary)
-                facts = {name: value for name, value in asdict(kept).items() if name not in ("batches", _REFERENCE)}
-                write_json(temporary / _FACTS, facts)
-                np.savez(temporary / _BATCHES, **_arrays(kept))
-                self._cfg.write_resolved(temporary / CONFIG_FILE)
-                write_manifest(temporary)
-                temporary.rename(final)
-                fsync_folder(final.parent)
-            finally:
+        try:
+            first_alone(self._mesh, "room for a step", lambda: self._make_room(temporary, model))
+            self._save_model(model, temporary)
+            first_alone(self._mesh, "a kept step", lambda: self._describe(temporary, final, kept))
+        finally:
+            if self._mesh.first:
                 shutil.rmtree(temporary, ignore_errors=True)
+
+    def _make_room(self, temporary: Path, model: ErnieForCausalLM) -> None:
+        _require_room(self._folder.parent, model)
+        with writing(temporary):
+            shutil.rmtree(temporary, ignore_errors=True)
+            (temporary / "training").mkdir(parents=True)
+
+    def _describe(self, temporary: Path, final: Path, kept: Kept) -> None:
+        with writing(final):
+            facts = {name: value for name, value in asdict(kept).items() if name not in ("batches", _REFERENCE)}
+            write_json(temporary / _FACTS, facts)
+            np.savez(temporary / _BATCHES, **_arrays(kept))
+            self._cfg.write_resolved(temporary / CONFIG_FILE)
+            write_manifest(temporary)
+            temporary.rename(final)
+            fsync_folder(final.parent)
+
+
+def _names(batches: Sequence[Batch], rows: Sequence[Row]) -> list[list[list[str]]]:
+    """The names of the documents in each row of each micro-batch."""
+    names, start = [], 0
+    for batch in batches:
+        part = rows[start : start + len(batch.labels)]
+        names.append([[document.name for document in row.documents] for row in part])
+        start += len(part)
+    return names
 
 
 def _arrays(kept: Kept) -> dict[str, Any]:
@@ -132,7 +150,7 @@ def _arrays(kept: Kept) -> dict[str, Any]:
     return found
 
 
-def _batch(arrays: dict[str, np.ndarray]) -> Batch:
+def _batch(arrays: dict[str, Any]) -> Batch:
     if "chosen" not in arrays:
         return Batch(**arrays)
     names: list[str] = arrays.pop("names").tolist()

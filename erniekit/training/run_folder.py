@@ -14,11 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from erniekit.base.console import notice, warn
-from erniekit.base.errors import CheckpointError, ConfigError
+from erniekit.base.errors import CheckpointError, ConfigError, MeshError
 from erniekit.base.files import write_json, writing
 from erniekit.base.machine import packages
 from erniekit.checkpoint.save import RUN_FILE
 from erniekit.config.run import RunConfig
+from erniekit.parallel.mesh import Mesh
+from erniekit.training.ranks import first_alone
 from erniekit.training.state import named_checkpoint, newest_complete, saved_step
 
 CONFIG_FILE = "run.yaml"
@@ -36,6 +38,17 @@ class RunFolder:
     start_step: int = 0
     finished: bool = False
     _lock: int = -1
+
+    def told(self) -> dict[str, Any]:
+        """What other ranks are told of it."""
+        checkpoint = str(self.checkpoint) if self.checkpoint else None
+        return {"checkpoint": checkpoint, "start_step": self.start_step, "finished": self.finished}
+
+    @classmethod
+    def of(cls, path: Path, told: dict[str, Any]) -> RunFolder:
+        """The folder that another rank has claimed."""
+        checkpoint = Path(told["checkpoint"]) if told["checkpoint"] else None
+        return cls(path, checkpoint, told["start_step"], finished=told["finished"])
 
     def mark(self, record: dict[str, Any], *, finished_at: int | None) -> None:
         """Write run.json; `finished_at` is the total number of steps of a finished run."""
@@ -86,6 +99,23 @@ def claim(path: Path, cfg: RunConfig, *, record: dict[str, Any], total_steps: in
         raise
     folder._lock = lock
     return folder
+
+
+def claim_together(
+    mesh: Mesh, path: Path, cfg: RunConfig, *, record: dict[str, Any], total_steps: int
+) -> RunFolder:  # fmt: skip
+    """`claim` for several ranks: rank 0 takes the folder, the others are told what it is.
+
+    Raises MeshError on a rank that does not see what rank 0 wrote there.
+    """
+    taken = first_alone(mesh, "the output folder", lambda: claim(path, cfg, record=record, total_steps=total_steps))
+    told = mesh.words.share("what the folder is", taken.told() if taken else None)
+    if taken is None and not (path / _LOCK).is_file():
+        raise MeshError(
+            f"output_dir {path}: rank {mesh.rank} does not see what rank 0 has written there. All machines of a run "
+            "need output_dir on a disk that they share."
+        )
+    return taken or RunFolder.of(path, told)
 
 
 def _decide(path: Path, cfg: RunConfig, record: dict[str, Any], total_steps: int) -> RunFolder | None:

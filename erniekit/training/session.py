@@ -1,7 +1,7 @@
 """A training run from its config to the model folder: read, claim the folder, resume, train, finish, tell.
 
 Everything that is the same in every stage. What data means, what is minimised and which figures are measured is the
-stage's business (recipes/): it comes in as a `Stage`.
+stage's business (recipes/): it comes in as a `Stage`. Every rank goes through it; what is done once, rank 0 does.
 """
 
 from __future__ import annotations
@@ -13,31 +13,36 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from erniekit.base import runtime
 from erniekit.base.console import notice, warn
 from erniekit.base.errors import TrainingStopped
 from erniekit.base.progress import ByteProgress
 from erniekit.checkpoint.download import locate_model
 from erniekit.checkpoint.folder import Folder
 from erniekit.config.architecture import ErnieConfig
+from erniekit.config.cut import Cut
+from erniekit.config.layout import layout_of
 from erniekit.config.run import RunConfig
 from erniekit.data.build import EvalData, Prompt, TrainData, build_eval_data, build_train_data, leaks, write_ledger
 from erniekit.data.preview import html_samples, sample_views
 from erniekit.data.tokenizer import Tokenizer
 from erniekit.models.decoder import ErnieForCausalLM
+from erniekit.parallel.mesh import Mesh, open_mesh
 from erniekit.training import assemble
 from erniekit.training.best import BestModel
 from erniekit.training.budget import memory_text, run_budget
 from erniekit.training.evaluate import measure
 from erniekit.training.lock import LOCK_NAME, finish_lock, lock_of, write_lock
 from erniekit.training.loggers import open_loggers, wanted_services
-from erniekit.training.loop import Rhythm, Run, train_loop
+from erniekit.training.loop import AskedToStop, Rhythm, Run, train_loop
 from erniekit.training.memory import MemoryWatch
 from erniekit.training.metrics import LOG_NAME, Display, Reporter, Volume, last_figures, read_log, write_figures
 from erniekit.training.preference import Reference
+from erniekit.training.ranks import first_alone, require_same_config, require_same_data
 from erniekit.training.replay import StepKeeper
 from erniekit.training.report import REPORT_NAME, write_report
 from erniekit.training.router import sparse_layers
-from erniekit.training.run_folder import CONFIG_FILE, RunFolder, claim, identity, require_writable
+from erniekit.training.run_folder import CONFIG_FILE, RunFolder, claim_together, identity, require_writable
 from erniekit.training.schedule import make_run_schedule
 from erniekit.training.state import Checkpoints, Memory, load_memory, load_optimizer, saved_progress
 from erniekit.training.step import Objective
@@ -68,6 +73,7 @@ class Job:
     eval_data: EvalData | None
     canary: EvalData | None
     rhythm: Rhythm
+    mesh: Mesh
 
     @property
     def eval_rows(self) -> int:
@@ -83,7 +89,7 @@ class Job:
         if not self.canary:
             return None
         most = self.cfg.train.max_evaluate_steps
-        return measure(model, self.canary, batch_size=self.eval_rows, max_batches=most)["eval_loss"]
+        return measure(model, self.canary, batch_size=self.eval_rows, max_batches=most, mesh=self.mesh)["eval_loss"]
 
 
 @dataclass(frozen=True)
@@ -119,38 +125,68 @@ def run_session(cfg: RunConfig, stage: Stage) -> TrainResult:
     for text in cfg.notices:
         notice(text)
     assert cfg.model.model_name_or_path and cfg.train.output_dir  # recipes.train saw to it
-    output_dir = Path(cfg.train.output_dir)
-    require_writable(output_dir)
+    require_writable(Path(cfg.train.output_dir))
     wanted_services(cfg.watch.report_to)  # one that is not installed is told now, not after the data was read
     base = Folder.open(locate_model(cfg.model.model_name_or_path, cfg.model.download_hub))
     arch = assemble.architecture(base, cfg)
     assemble.check_names(base, arch, cfg)
     tokenizer = Tokenizer.from_folder(base.path)
     tokenizer.check_vocab(arch.vocab_size)
-    data, eval_data, canary = _read_data(cfg, tokenizer)
-    weights = weights_of(cfg, base, arch)
-    job = Job(cfg, base, arch, tokenizer, weights, data, eval_data, canary, Rhythm.of(cfg, data))
+    mesh = _open_mesh(cfg, arch)
+    try:
+        result = _run(cfg, stage, mesh, base=base, arch=arch, tokenizer=tokenizer)
+    except (TrainingStopped, AskedToStop):  # in which all ranks agree; after other errors nobody is waited for
+        mesh.close()
+        raise
+    mesh.close()
+    return result
+
+
+def _open_mesh(cfg: RunConfig, arch: ErnieConfig) -> Mesh:
+    place = runtime.rank_place()
+    mesh = open_mesh(layout_of(cfg, place.world, arch), place)
+    require_same_config(mesh, cfg)
+    return mesh
+
+
+def _run(
+    cfg: RunConfig, stage: Stage, mesh: Mesh, *, base: Folder, arch: ErnieConfig, tokenizer: Tokenizer
+) -> TrainResult:
+    read = first_alone(mesh, "data", lambda: _read_data(cfg, tokenizer, mesh))
+    data, eval_data, canary = read or _read_data(cfg, tokenizer, mesh)  # the others find it tokenised
+    require_same_data(mesh, data.fingerprint)
+    weights = weights_of(cfg, base, arch, mesh)
+    job = Job(cfg, base, arch, tokenizer, weights, data, eval_data, canary, Rhythm.of(cfg, data), mesh)
     sources = job.eval_data.source_names if job.eval_data else ()
     best = BestModel.of(cfg, figures=stage.figures(sources), measured=job.eval_data is not None)
     record = identity(cfg, fingerprint=job.data.fingerprint)
-    folder = claim(output_dir, cfg, record=record, total_steps=job.rhythm.total_steps)
+    assert cfg.train.output_dir
+    output_dir = Path(cfg.train.output_dir)
+    folder = claim_together(mesh, output_dir, cfg, record=record, total_steps=job.rhythm.total_steps)
     try:
         if folder.finished:
             return _finished(cfg, folder)
-        if folder.checkpoint is None:
-            folder.mark(record, finished_at=None)
-            cfg.write_resolved(folder.path / CONFIG_FILE)
-            ledger = [*job.data.ledger, *(job.eval_data.ledger if job.eval_data else ())]
-            write_ledger(folder.path / "samples.jsonl", ledger)
-        if folder.checkpoint is None or cfg.train.resume_anyway or not (folder.path / LOCK_NAME).is_file():
-            write_lock(folder.path / LOCK_NAME, lock_of(cfg, fingerprint=job.data.fingerprint, model=base.path))
+        first_alone(mesh, "what the folder says of the run", lambda: _describe(job, folder, record))
         return _Session(job, stage, folder, record, best).train()
     finally:
         folder.release()
 
 
-def _read_data(cfg: RunConfig, tokenizer: Tokenizer) -> tuple[TrainData, EvalData | None, EvalData | None]:
-    rows, stage = cfg.train.batch_size * cfg.train.gradient_accumulation_steps, cfg.model.stage
+def _describe(job: Job, folder: RunFolder, record: dict[str, Any]) -> None:
+    """Write down what the run is made of, before its first step."""
+    cfg = job.cfg
+    if folder.checkpoint is None:
+        folder.mark(record, finished_at=None)
+        cfg.write_resolved(folder.path / CONFIG_FILE)
+        ledger = [*job.data.ledger, *(job.eval_data.ledger if job.eval_data else ())]
+        write_ledger(folder.path / "samples.jsonl", ledger)
+    if folder.checkpoint is None or cfg.train.resume_anyway or not (folder.path / LOCK_NAME).is_file():
+        write_lock(folder.path / LOCK_NAME, lock_of(cfg, fingerprint=job.data.fingerprint, model=job.base.path))
+
+
+def _read_data(cfg: RunConfig, tokenizer: Tokenizer, mesh: Mesh) -> tuple[TrainData, EvalData | None, EvalData | None]:
+    rows = cfg.train.batch_size * cfg.train.gradient_accumulation_steps * mesh.layout.data
+    stage = cfg.model.stage
     with ByteProgress("reading data") as progress:
         data = build_train_data(
             cfg.data, tokenizer, stage=stage, seed=cfg.train.seed, rows_per_step=rows, align=cfg.align,
@@ -161,7 +197,7 @@ def _read_data(cfg: RunConfig, tokenizer: Tokenizer) -> tuple[TrainData, EvalDat
     if cfg.data.has_eval_data:
         eval_data = build_eval_data(cfg.data, tokenizer, stage=stage, seed=cfg.train.seed, align=cfg.align)
         print(eval_data.summary, flush=True)
-        for text in leaks(data, eval_data) if cfg.data.check_leaks else ():
+        for text in leaks(data, eval_data) if cfg.data.check_leaks and mesh.first else ():
             warn(text)
     if cfg.watch.canary_dataset_path:
         files = dataclasses.replace(
@@ -198,14 +234,15 @@ class _Session:
         """From the first step that is not taken yet to the result."""
         job, folder, cfg = self.job, self.folder, self.job.cfg
         watch = MemoryWatch()
-        store = job.data.store
+        store, mesh = job.data.store, job.mesh
         needed = run_budget(
             cfg, job.arch, head_bias=job.base.has_head_bias, lengths=store.lengths(),
             labelled=store.num_trained / max(store.num_tokens, 1), on_gpu=watch.on_gpu,
+            cut=Cut.of(mesh.layout, mesh.rank),
         )  # fmt: skip
         print(needed.text, flush=True)
         model = job.weights.build(folder.checkpoint)
-        story = Story(folder.path, start_step=folder.start_step)
+        story = Story(folder.path, start_step=folder.start_step, writes=mesh.first)
         if not folder.start_step:
             story.tell(answers_before=self.stage.answers(job, model), canary_before=job.canary_loss(model))
         run = self._run(model)
@@ -222,46 +259,45 @@ class _Session:
             raise
         finally:
             run.reporter.close()
-        job.weights.save(model, folder.path, final=True)
+        with run.optimizer.whole_weights():
+            job.weights.save(model, folder.path, final=True)
         if run.optimizer.averages():
             with run.optimizer.averaged():
                 job.weights.save(model, folder.path / "ema", final=True)
         memory = {
             "budget": needed.peak, "kernels": needed.kernels, "tensors": watch.tensors, "process": watch.process
         }  # fmt: skip
-        story.tell(memory=memory)
         best = run.best.state() if run.best.keep else None
-        story.tell(answers_after=self.stage.answers(job, model), ended_at=done, best=best)
+        story.tell(memory=memory, answers_after=self.stage.answers(job, model), ended_at=done, best=best)
         history = run.reporter.history
-        self._tell(story, history, expert_layers=list(sparse_layers(model)))
-        folder.mark(self.record, finished_at=job.rhythm.total_steps)
-        print(Volume.of(history).text)
-        print(memory_text(**memory))
-        print(f"the trained model is in {folder.path} ({job.weights.form})", flush=True)
+        layers = list(sparse_layers(model))
+        first_alone(mesh, "the end", lambda: self._tell(story, history, memory=memory, expert_layers=layers))
         if problem := canary_problem(story, cfg.watch.canary_max_increase):
             raise TrainingStopped(f"{problem} The trained model is saved all the same, in {folder.path}.")
         return TrainResult(str(folder.path), last_figures(history), history)
 
     def _run(self, model: ErnieForCausalLM) -> Run:
         job, folder, cfg = self.job, self.folder, self.job.cfg
-        optimizer = assemble.assemble_optimizer(model, cfg)
+        optimizer, first = assemble.assemble_optimizer(model, cfg, mesh=job.mesh), job.mesh.first
         reporter = Reporter(
-            folder.path, total_steps=job.rhythm.total_steps, start_step=folder.start_step,
-            loggers=open_loggers(cfg, output_dir=folder.path, start_step=folder.start_step),
+            folder.path if first else None, total_steps=job.rhythm.total_steps, start_step=folder.start_step,
+            loggers=open_loggers(cfg, output_dir=folder.path, start_step=folder.start_step) if first else (),
             display=Display.of(cfg, job.data),
         )  # fmt: skip
         course = self.stage.begin(job, model, folder)
         save_exactly = functools.partial(job.weights.save, final=False)
-        losses = [row["loss"] for row in reporter.history if "loss" in row]
+        losses = job.mesh.words.share("losses", [row["loss"] for row in reporter.history if "loss" in row])
         run = Run(
-            model=model, optimizer=optimizer, schedule=make_run_schedule(cfg, job.rhythm.total_steps), data=job.data,
-            objective=course.objective, memory=course.memory, reference=course.reference,
-            upkeep=assemble.router_upkeep(model, cfg), reporter=reporter, rhythm=job.rhythm, best=self.best,
+            mesh=job.mesh, model=model, optimizer=optimizer,
+            schedule=make_run_schedule(cfg, job.rhythm.total_steps), data=job.data, objective=course.objective,
+            memory=course.memory, reference=course.reference, reporter=reporter, rhythm=job.rhythm, best=self.best,
+            upkeep=assemble.router_upkeep(model, cfg, mesh=job.mesh),
             checkpoints=Checkpoints(
-                folder.path, save_model=save_exactly, describe=self.record, keep=cfg.train.save_total_limit or None
+                folder.path, save_model=save_exactly, describe=self.record, keep=cfg.train.save_total_limit or None,
+                mesh=job.mesh,
             ),
             before_step=(*assemble.step_hooks(model, cfg), *course.before_step),
-            keeper=StepKeeper(folder.path, cfg, save_model=save_exactly, losses=losses),
+            keeper=StepKeeper(folder.path, cfg, save_model=save_exactly, losses=losses, mesh=job.mesh),
             evaluate=(lambda: course.measure(model)) if job.eval_data else None,
         )  # fmt: skip
         if folder.checkpoint:
@@ -278,10 +314,20 @@ class _Session:
             notice(f"stopped early after step {done}: {best.waited} evaluations in a row had no better {best.metric}.")
         if best.keep and best.step not in (0, done):
             notice(f"ending with the model of step {best.step}, {best.metric} {best.value:.6f}.")
-            self.job.weights.refill(run.model, self.folder.path / f"checkpoint-{best.step}")
+            with run.optimizer.whole_weights():
+                self.job.weights.refill(run.model, self.folder.path / f"checkpoint-{best.step}")
 
-    def _tell(self, story: Story, history: list[dict[str, Any]], *, expert_layers: Sequence[str]) -> None:
-        """Everything that is written at the end beside the model."""
+    def _tell(
+        self, story: Story, history: list[dict[str, Any]], *, memory: dict[str, int], expert_layers: Sequence[str]
+    ) -> None:
+        """Everything that is written and said at the end beside the model."""
+        self._write_report(story, history, expert_layers=expert_layers)
+        self.folder.mark(self.record, finished_at=self.job.rhythm.total_steps)
+        print(Volume.of(history).text)
+        print(memory_text(**memory))
+        print(f"the trained model is in {self.folder.path} ({self.job.weights.form})", flush=True)
+
+    def _write_report(self, story: Story, history: list[dict[str, Any]], *, expert_layers: Sequence[str]) -> None:
         job, cfg, output_dir = self.job, self.job.cfg, self.folder.path
         try:
             finish_lock(output_dir / LOCK_NAME, cfg, losses=[row["loss"] for row in history if "loss" in row])

@@ -24,7 +24,9 @@ from erniekit.checkpoint.hf_files import FORMATS, Entry, SafetensorsFile, format
 from erniekit.checkpoint.manifest import MANIFEST_FILE, check_manifest, write_manifest
 from erniekit.checkpoint.model_io import host_array
 from erniekit.models.decoder import ErnieForCausalLM
+from erniekit.parallel.mesh import Mesh
 from erniekit.training.optimizer import Optimizer
+from erniekit.training.ranks import first_alone
 
 _NAME = re.compile(r"checkpoint-(\d+)")
 _OPTIMIZER = "training/optimizer.safetensors"
@@ -48,38 +50,42 @@ class Checkpoints:
     """The checkpoints of one output folder."""
 
     def __init__(
-        self, output_dir: Path, *, save_model: SaveModel, describe: dict[str, Any], keep: int | None = None
-    ) -> None:
+        self, output_dir: Path, *, save_model: SaveModel, describe: dict[str, Any], keep: int | None = None,
+        mesh: Mesh = Mesh.single(),
+    ) -> None:  # fmt: skip
         """`save_model` writes a model folder; `describe` (config, data, versions) goes into each checkpoint; `keep` of
         the newest ones are kept (None: all)."""
         self._dir, self._save_model, self._describe, self._keep = output_dir, save_model, describe, keep
+        self._mesh = mesh
 
     def save(
         self, model: ErnieForCausalLM, optimizer: Optimizer, *,
         step: int, progress: dict[str, Any], memory: Memory | None = None, best: int = 0,
     ) -> Path:  # fmt: skip
         """Write checkpoint-`step` with what the run has found out so far (`progress`, `memory`), then remove what
-        exceeds the limit, but never that of step `best`. Raises CheckpointError if the disk refuses."""
+        exceeds the limit, but never that of step `best`. All ranks call it. Raises CheckpointError if the disk
+        refuses."""
         final = self._dir / f"checkpoint-{step}"
+
         temporary = self._dir / f".{final.name}.tmp"
-        with writing(final):
-            shutil.rmtree(temporary, ignore_errors=True)
-            try:
-                (temporary / "training").mkdir(parents=True)
-                self._save_model(model, temporary)
-                _write_tensors(temporary / _OPTIMIZER, optimizer.state())
-                if kept := memory.state() if memory else {}:
-                    _write_tensors(temporary / _MEMORY, kept)
-                state = {"step": step, "optimizer_steps": optimizer.num_steps, "progress": progress}
-                write_json(temporary / _STATE, {**state, **self._describe})
-                write_manifest(temporary, known=_digests(temporary))
-                shutil.rmtree(final, ignore_errors=True)  # a broken one of this name was passed over on resume
-                temporary.rename(final)
-                fsync_folder(self._dir)
-            finally:
+        try:
+            first_alone(self._mesh, "a new checkpoint", lambda: _make_anew(temporary))
+            self._save_model(model, temporary)
+            facts = {"step": step, "optimizer_steps": optimizer.num_steps, "progress": progress, **self._describe}
+            first_alone(self._mesh, "a saved state", lambda: _write_state(temporary, optimizer, memory, facts=facts))
+            first_alone(self._mesh, "a saved checkpoint", lambda: self._publish(temporary, final, best=best))
+        finally:
+            if self._mesh.first:
                 shutil.rmtree(temporary, ignore_errors=True)
-        self._prune(best)
         return final
+
+    def _publish(self, temporary: Path, final: Path, *, best: int) -> None:
+        with writing(final):
+            write_manifest(temporary, known=_digests(temporary))
+            shutil.rmtree(final, ignore_errors=True)  # a broken one of this name was passed over on resume
+            temporary.rename(final)
+            fsync_folder(self._dir)
+        self._prune(best)
 
     def newest_step(self) -> int:
         """The step of the newest checkpoint by name; 0 if there is none."""
@@ -94,6 +100,21 @@ class Checkpoints:
             doomed = old.with_name(f".{old.name}.removed")
             old.rename(doomed)  # a kill in between leaves no half checkpoint under its name
             shutil.rmtree(doomed)
+
+
+def _make_anew(folder: Path) -> None:
+    with writing(folder):
+        shutil.rmtree(folder, ignore_errors=True)
+        (folder / "training").mkdir(parents=True)
+
+
+def _write_state(folder: Path, optimizer: Optimizer, memory: Memory | None, *, facts: dict[str, Any]) -> None:
+    """Everything of a checkpoint beside the model."""
+    with writing(folder):
+        _write_tensors(folder / _OPTIMIZER, optimizer.state())
+        if kept := memory.state() if memory else {}:
+            _write_tensors(folder / _MEMORY, kept)
+        write_json(folder / _STATE, facts)
 
 
 def numbered(output_dir: Path) -> list[tuple[int, Path]]:

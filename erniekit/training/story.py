@@ -30,9 +30,10 @@ def told(output_dir: Path) -> dict[str, Any]:
 class Story:
     """Facts by name, written at once."""
 
-    def __init__(self, output_dir: Path, *, start_step: int) -> None:
-        """A new life of the run begins after `start_step`; the first one forgets what lies there."""
-        self._path = output_dir / _FILE
+    def __init__(self, output_dir: Path, *, start_step: int, writes: bool = True) -> None:
+        """A new life of the run begins after `start_step`; the first one forgets what lies there. Of several ranks one
+        `writes`."""
+        self._path, self._writes = output_dir / _FILE, writes
         self._facts = told(output_dir) if start_step else {}
         with writing(self._path):
             self._path.parent.mkdir(exist_ok=True)
@@ -45,7 +46,8 @@ class Story:
     def tell(self, **facts: Any) -> None:
         """Add facts."""
         self._facts |= facts
-        write_json(self._path, self._facts)
+        if self._writes:
+            write_json(self._path, self._facts)
 
 
 def canary_problem(story: Story | dict[str, Any], most: float | None) -> str:

@@ -18,6 +18,7 @@ from erniekit.config.adapter import AdapterConfig
 from erniekit.config.architecture import ErnieConfig
 from erniekit.config.run import RunConfig
 from erniekit.models.decoder import ErnieForCausalLM
+from erniekit.parallel.mesh import Mesh
 from erniekit.training.assemble import adapter_of, assemble_model
 
 
@@ -28,7 +29,7 @@ class Weights(Protocol):
         """The model that will be trained, as the base has it (None) or as a checkpoint does."""
 
     def save(self, model: ErnieForCausalLM, path: Path, *, final: bool) -> None:
-        """Write what was trained: exactly, for a checkpoint, or (`final`) as the run's result."""
+        """Write what was trained: exactly, for a checkpoint, or (`final`) as the run's result. All ranks call it."""
 
     def refill(self, model: ErnieForCausalLM, path: Path) -> None:
         """Put what a checkpoint holds in the place of what was trained."""
@@ -45,6 +46,7 @@ class FullWeights:
     cfg: RunConfig
     base: Folder
     arch: ErnieConfig
+    mesh: Mesh
 
     @property
     def layout(self) -> str:
@@ -58,17 +60,19 @@ class FullWeights:
 
     def build(self, checkpoint: Path | None) -> ErnieForCausalLM:
         """See Weights."""
-        return assemble_model(Folder.open(checkpoint) if checkpoint else self.base, self.arch, self.cfg)
+        weights = Folder.open(checkpoint) if checkpoint else self.base
+        return assemble_model(weights, self.arch, self.cfg, mesh=self.mesh)
 
     def save(self, model: ErnieForCausalLM, path: Path, *, final: bool) -> None:
         """See Weights; a checkpoint is in fp32."""
         if final:
             most = self.cfg.export.max_shard_size * GB
             save_model(
-                model, path, self.layout, dtype=self.base.config.dtype, base=self.base, max_shard_bytes=most
+                model, path, self.layout, dtype=self.base.config.dtype, base=self.base, max_shard_bytes=most,
+                team=self.mesh,
             )  # fmt: skip
         else:
-            save_model(model, path, self.layout, dtype="float32", base=self.base)
+            save_model(model, path, self.layout, dtype="float32", base=self.base, team=self.mesh)
 
     def refill(self, model: ErnieForCausalLM, path: Path) -> None:
         """See Weights."""
@@ -83,6 +87,7 @@ class AdapterWeights:
     base: Folder
     arch: ErnieConfig
     adapter: AdapterConfig
+    mesh: Mesh
 
     @property
     def _form(self) -> Literal["peft", "erniekit"]:
@@ -104,7 +109,9 @@ class AdapterWeights:
             self._require_same_base(checkpoint)
         elif start:
             check_base(AdapterFolder.open(start), self.base)
-        return assemble_model(self.base, self.arch, self.cfg, adapter=self.adapter, trained=checkpoint or start)
+        return assemble_model(
+            self.base, self.arch, self.cfg, mesh=self.mesh, adapter=self.adapter, trained=checkpoint or start
+        )
 
     def _require_same_base(self, checkpoint: Path) -> None:
         if AdapterFolder.open(checkpoint).base_mark != mark_of(self.base) and not self.cfg.train.resume_anyway:
@@ -115,6 +122,8 @@ class AdapterWeights:
 
     def save(self, model: ErnieForCausalLM, path: Path, *, final: bool) -> None:
         """See Weights; a checkpoint is in fp32 and in PEFT's form, which fuses nothing and so is exact."""
+        if not self.mesh.first:
+            return
         dtype, form = (self.base.config.dtype, self._form) if final else ("float32", "peft")
         save_adapter(model, path, config=self.adapter, form=form, base=self.base, dtype=dtype)
 
@@ -123,7 +132,7 @@ class AdapterWeights:
         load_adapter(model, AdapterFolder.open(path))
 
 
-def weights_of(cfg: RunConfig, base: Folder, arch: ErnieConfig) -> Weights:
-    """The weights that the run trains."""
+def weights_of(cfg: RunConfig, base: Folder, arch: ErnieConfig, mesh: Mesh = Mesh.single()) -> Weights:
+    """The weights that the run trains; of several ranks, each has its part of them."""
     adapter = adapter_of(base, arch, cfg)
-    return AdapterWeights(cfg, base, arch, adapter) if adapter else FullWeights(cfg, base, arch)
+    return AdapterWeights(cfg, base, arch, adapter, mesh) if adapter else FullWeights(cfg, base, arch, mesh)

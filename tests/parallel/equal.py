@@ -30,9 +30,16 @@ from erniekit.config.run import RunConfig
 from erniekit.data.batch import Batch, Row, make_batch
 from erniekit.models.decoder import ErnieForCausalLM
 from erniekit.parallel.mesh import Mesh
-from erniekit.parallel.tensor import add_up
-from erniekit.training.assemble import adapter_of, architecture, assemble_model, loss_weights, router_upkeep
+from erniekit.training.assemble import (
+    adapter_of,
+    architecture,
+    assemble_model,
+    assemble_optimizer,
+    loss_weights,
+    router_upkeep,
+)
 from erniekit.training.objective import LanguageModelObjective
+from erniekit.training.optimizer import Optimizer
 from erniekit.training.preference import preference_objective
 from erniekit.training.reference import base_log_probs
 from erniekit.training.step import Objective, Totals
@@ -89,6 +96,7 @@ class Outcome:
     """What training gave: of one rank, its part of everything; of all, the whole."""
 
     losses: list[float] = field(default_factory=list)  # of every step
+    norms: list[float] = field(default_factory=list)  # of the gradient, over all ranks
     gradients: list[Numbers] = field(default_factory=list)  # of every step
     weights: Numbers = field(default_factory=dict)  # after the last step
 
@@ -101,14 +109,26 @@ def batches_of(step: Step, mesh: Mesh) -> list[Batch]:
     return [make_batch(rows[data.share(len(rows))], pad_id=0, max_seq_len=1024) for rows in step]
 
 
-def reduce_gradients(model: ErnieForCausalLM, mesh: Mesh) -> Numbers:
-    """The gradients of what this rank holds, added up over those who hold it."""
-    found = {name: p.grad.detach().clone() for name, p in model.named_parameters() if not p.stop_gradient}
-    found = add_up(found, mesh, model.config)
-    return {
-        name: mesh.axis("expert_copies" if ".experts." in name else "data").all_reduce(grad).numpy()
-        for name, grad in found.items()
-    }
+def summed_gradients(optimizer: Optimizer) -> Numbers:
+    """The gradients of what this rank holds, added up over those who hold it; NaN where another rank updates."""
+    found = {}
+    for piece in optimizer.gradients():
+        array = np.full(optimizer.parameters[piece.name].shape, np.nan, np.float32)
+        array.reshape(-1)[piece.start : piece.stop] = piece.tensor.numpy().reshape(-1)
+        found[piece.name] = array
+    return found
+
+
+@paddle.no_grad()
+def descend(optimizer: Optimizer, *, rate: float) -> None:
+    """A step of plain SGD, by the ranges that the optimizer updates."""
+    sync = optimizer.sync
+    for name in sync.names:
+        weight, gradient = sync.weight(name), sync.gradient(name)
+        if weight.size:
+            weight.subtract_(rate * gradient)
+    optimizer.clear()
+    sync.gather_weights()
 
 
 def train(mesh: Mesh, case: Case, prepare: Callable[[], None] = lambda: None) -> Outcome:
@@ -117,24 +137,25 @@ def train(mesh: Mesh, case: Case, prepare: Callable[[], None] = lambda: None) ->
     model, objective = case.model(mesh), case.objective(mesh)
     model.train()
     upkeep, outcome = router_upkeep(model, case.cfg, mesh=mesh), Outcome()
+    optimizer = assemble_optimizer(model, case.cfg, mesh=mesh)
     for step in case.steps:
         batches, loss = batches_of(step, mesh), 0.0
         totals = Totals.of(batches, row_length=1024).over(mesh.axis("data"))
         objective.begin(model, batches)
-        for batch in batches:
+        for number, batch in enumerate(batches, start=1):
             made = objective(model, batch, totals)
+            optimizer.expect(last=number == len(batches))
             made.total.backward()
             upkeep.count(made.routings, made.mask_M)
             loss += float(made.total)
-        gradients = reduce_gradients(model, mesh)
-        for name, p in model.named_parameters():
-            if name in gradients:
-                p.set_value(p.detach() - case.rate * paddle.to_tensor(gradients[name]))
-                p.clear_gradient(False)
+        outcome.norms.append(optimizer.gradient_norm())
+        gradients = summed_gradients(optimizer)
+        descend(optimizer, rate=case.rate)
         upkeep.after_optimizer()
         outcome.losses.append(loss)
         outcome.gradients.append(gradients)
-    outcome.weights = {name: p.numpy() for name, p in model.named_parameters()}
+    with optimizer.whole_weights():
+        outcome.weights = {name: p.numpy() for name, p in model.named_parameters()}
     return outcome
 
 
@@ -149,8 +170,9 @@ def parallel(case: Case, layout: Layout, prepare: Callable[[], None] = lambda: N
     held = [held_by(case, Cut.of(layout, rank)) for rank in range(layout.world)]
     losses = np.array([part.losses for part in parts]).reshape(layout.data, layout.tensor, -1)
     np.testing.assert_allclose(losses, np.broadcast_to(losses[:, :1], losses.shape), rtol=LOSS)
+    assert all(part.norms == parts[0].norms for part in parts), [part.norms for part in parts]
     return Outcome(
-        losses[:, 0].sum(0).tolist(),
+        losses[:, 0].sum(0).tolist(), parts[0].norms,
         [joined([part.gradients[i] for part in parts], held) for i in range(len(case.steps))],
         joined([part.weights for part in parts], held),
     )
@@ -205,9 +227,12 @@ def joined(parts: Sequence[Numbers], held: Sequence[Callable[[str, np.ndarray], 
             assert part[name].shape == tuple(map(len, place.indices)), f"{name} of rank {rank}: {part[name].shape}"
             array = np.full(place.shape, np.nan, np.float32) if array is None else array
             here = np.ix_(*place.indices)
-            known = np.where(np.isnan(array[here]), part[name], array[here])
-            assert furthest(part[name], known) <= COPIES, f"{name}: rank {rank} has other numbers than ranks before it"
-            array[here] = part[name]
+            mine = np.where(np.isnan(part[name]), array[here], part[name])  # NaN: what it does not update
+            known = np.where(np.isnan(array[here]), mine, array[here])
+            both = ~np.isnan(known)
+            apart = furthest(mine[both], known[both])
+            assert apart <= COPIES, f"{name}: rank {rank} has other numbers than ranks before it"
+            array[here] = mine
         assert array is not None and not np.isnan(array).any(), f"{name}: a part of it is held by nobody, or is NaN"
         found[name] = array
     return found
@@ -226,6 +251,8 @@ def distances(found: Outcome, expected: Outcome) -> dict[str, float]:
     far = {}
     for step, (mine, its) in enumerate(zip(found.losses, expected.losses, strict=True), start=1):
         far[f"loss of step {step}"] = abs(mine - its) / abs(its) / LOSS
+    for step, (mine, its) in enumerate(zip(found.norms, expected.norms, strict=True), start=1):
+        far[f"gradient norm of step {step}"] = abs(mine - its) / abs(its) / GRADIENT
     for step, (mine, its) in enumerate(zip(found.gradients, expected.gradients, strict=True), start=1):
         assert mine.keys() == its.keys(), f"gradients of step {step}: {sorted(mine.keys() ^ its.keys())}"
         far |= {f"gradient of step {step}, {name}": furthest(mine[name], its[name]) / GRADIENT for name in its}

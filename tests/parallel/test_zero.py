@@ -122,7 +122,7 @@ def train(mesh: Mesh, case: Case) -> Found:
 @paddle.no_grad()
 def sgd(optimizer: Optimizer, norm: float, *, clip: float) -> None:
     """weight -= rate * gradient, by the same ranges as AdamW."""
-    sync = optimizer._sync
+    sync = optimizer.sync
     for name in sync.names:
         weight, gradient = sync.weight(name), sync.gradient(name)
         if weight.size:

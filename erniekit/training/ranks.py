@@ -1,0 +1,63 @@
+"""What one rank does for all, and what all must say alike before a run begins.
+
+Whatever may take long on one rank, or fail there, ends in words on the store: there nobody runs out of patience.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from typing import TypeVar
+
+import paddle
+
+from erniekit.base.errors import ErnieKitError, MeshError
+from erniekit.config.run import RunConfig
+from erniekit.parallel.mesh import Mesh
+
+T = TypeVar("T")
+
+
+def first_alone(mesh: Mesh, name: str, work: Callable[[], T]) -> T | None:
+    """Let rank 0 do `work` while the others wait, however long; what it returns, and None on the others.
+
+    What rank 0 finds wrong ends all ranks: it raises it, the others a MeshError that says so.
+    """
+    found, problems = None, list[str]()
+    if mesh.first:
+        try:
+            found = work()
+        except ErnieKitError as error:
+            mesh.words.share(name, error.problems)
+            raise
+    if problems := mesh.words.share(name, problems):
+        raise MeshError([f"rank 0 stopped, and rank {mesh.rank} with it:", *problems])
+    return found
+
+
+def anybody(mesh: Mesh, *, does: bool) -> bool:
+    """Whether one of the ranks does, which all ask at once: they go the same way from here."""
+    world = mesh.axis("world")
+    return does if world.size == 1 else bool(world.all_reduce(paddle.to_tensor([int(does)], "int64"), op="max").item())
+
+
+def config_digest(cfg: RunConfig) -> str:
+    """A hash of all keys."""
+    return hashlib.sha256(json.dumps(cfg.flat(), sort_keys=True, default=str).encode()).hexdigest()
+
+
+def require_same_config(mesh: Mesh, cfg: RunConfig) -> None:
+    """Raise MeshError on all ranks if they do not all run the same config."""
+    mesh.words.agree(
+        "the config", config_digest(cfg),
+        way_out="Start all ranks with the same file and overrides; where machines have copies of it, copy it again.",
+    )  # fmt: skip
+
+
+def require_same_data(mesh: Mesh, fingerprint: str) -> None:
+    """Raise MeshError on all ranks if they do not all read the same data."""
+    mesh.words.agree(
+        "the content of the data", fingerprint,
+        way_out="Ranks read the files of their own machine: copy them again, or put them on a shared disk.",
+    )  # fmt: skip
