@@ -121,37 +121,37 @@ class NCCLChannel:
 
     def __init__(self, ranks: Sequence[int]) -> None:
         """`ranks` of the world; every rank of the world makes every group, in the same order."""
-        self._group = distributed.new_group(list(ranks))
+        self.group = distributed.new_group(list(ranks))
         self.size = len(ranks)
 
     def all_reduce(self, tensor: paddle.Tensor, op: Reduction) -> Handle:
         """See Channel."""
         kind = {"sum": distributed.ReduceOp.SUM, "max": distributed.ReduceOp.MAX}[op]
-        return Handle(tensor, distributed.all_reduce(tensor, kind, group=self._group, sync_op=False).wait)
+        return Handle(tensor, distributed.all_reduce(tensor, kind, group=self.group, sync_op=False).wait)
 
     def all_gather(self, tensor: paddle.Tensor) -> Handle:
         """See Channel."""
         out = paddle.empty([self.size * tensor.shape[0], *tensor.shape[1:]], tensor.dtype)
-        return Handle(out, distributed.stream.all_gather(out, tensor, group=self._group, sync_op=False).wait)
+        return Handle(out, distributed.stream.all_gather(out, tensor, group=self.group, sync_op=False).wait)
 
     def reduce_scatter(self, tensor: paddle.Tensor) -> Handle:
         """See Channel."""
         out = paddle.empty([tensor.shape[0] // self.size, *tensor.shape[1:]], tensor.dtype)
-        task = distributed.stream.reduce_scatter(out, tensor, group=self._group, sync_op=False)
+        task = distributed.stream.reduce_scatter(out, tensor, group=self.group, sync_op=False)
         return Handle(out, task.wait)
 
     def all_to_all(self, tensor: paddle.Tensor, send: Sequence[int], receive: Sequence[int]) -> Handle:
         """See Channel."""
         out = paddle.empty([sum(receive), *tensor.shape[1:]], tensor.dtype)
         task = distributed.stream.alltoall_single(
-            out, tensor, list(receive), list(send), group=self._group, sync_op=False
+            out, tensor, list(receive), list(send), group=self.group, sync_op=False
         )
         return Handle(out, task.wait)
 
     def broadcast(self, tensor: paddle.Tensor, source: int) -> Handle:
         """See Channel."""
-        first = self._group.ranks[source]
-        return Handle(tensor, distributed.broadcast(tensor, first, group=self._group, sync_op=False).wait)
+        first = self.group.ranks[source]
+        return Handle(tensor, distributed.broadcast(tensor, first, group=self.group, sync_op=False).wait)
 
 
 @dataclass
@@ -188,6 +188,12 @@ class Axis:
     def size(self) -> int:
         """How many ranks there are."""
         return len(self.ranks)
+
+    @property
+    def nccl_group(self) -> Any:
+        """Paddle's own group, for a library that talks to the ranks by itself (deep_ep.py)."""
+        assert isinstance(self._channel, NCCLChannel)
+        return self._channel.group
 
     def all_reduce(self, tensor: paddle.Tensor, *, op: Reduction = "sum") -> paddle.Tensor:
         """The reduction over all ranks, in place."""
