@@ -84,7 +84,7 @@ class Flat:
     """The places of some parameters of one kind, for `shards` ranks that share them."""
 
     def __init__(self, kind: Kind, sizes: Mapping[str, int], *, shards: int) -> None:
-        self.kind, self.sizes = kind, dict(sizes)
+        self.kind, self.sizes, self.shards = kind, dict(sizes), shards
         self.starts, end = dict[str, int](), 0
         for name, size in sizes.items():
             self.starts[name] = end
