@@ -117,6 +117,8 @@ def lay_flat(
             sizes = open_ones[kind, own] = {}
             flats.append((kind, sizes))
         sizes[name] = p.size
+    order = {name: number for number, name in enumerate(reversed(list(parameters)))}
+    flats.sort(key=lambda flat: max(order[name] for name in flat[1]))  # by the gradient that comes last
     return [Flat(kind, sizes, shards=_shards(kind, layout)) for kind, sizes in flats]
 
 
