@@ -16,12 +16,14 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 import paddle
-from paddle import distributed
 from paddle.base import core
+from paddle.distributed.communication.group import Group
 
 from erniekit.parallel.pulse import Pulse
 
 Reduction = Literal["sum", "max"]
+_KINDS = {"sum": core.ReduceOp.SUM, "max": core.ReduceOp.MAX}
+_NCCL_PATIENCE = 30 * 60 * 1000  # milliseconds, Paddle's own value
 
 
 class Handle:
@@ -69,26 +71,46 @@ class Channel(Protocol):
         """What rank `source` holds, in place."""
 
 
-class GlooChannel:
-    """Gloo, on CPUs: everything is finished when a call returns. It gives up after 30 seconds, which cannot be set."""
+class _Channel:
+    """What both libraries have: tensors of one shape on all ranks, of which empty ones are not sent. Paddle's process
+    groups are used as they are; paddle.distributed's functions would open a store of their own where ours listens."""
 
-    def __init__(self, store: Any, *, index: int, size: int, number: int) -> None:
-        """`store` is a TCPStore that no other group uses: gloo's keys carry no name of the group."""
-        self.index, self.size = index, size
-        self._group = core.ProcessGroupGloo.create(store, index, size, number)
+    def __init__(self, group: Any, *, waits: bool) -> None:
+        self._group, self._waits = group, waits  # waits: a call returns when everything is finished
+
+    def _handle(self, result: paddle.Tensor, task: Any) -> Handle:
+        if not self._waits:
+            return Handle(result, task.wait)
+        task.wait()
+        return Handle(result)
 
     def all_reduce(self, tensor: paddle.Tensor, op: Reduction) -> Handle:
         """See Channel."""
-        kind = {"sum": core.ReduceOp.SUM, "max": core.ReduceOp.MAX}[op]
-        self._group.all_reduce(tensor, kind, True).wait()
-        return Handle(tensor)
+        if not tensor.size:
+            return Handle(tensor)
+        return self._handle(tensor, self._group.all_reduce(tensor, _KINDS[op], self._waits))
 
     def all_gather(self, tensor: paddle.Tensor) -> Handle:
         """See Channel."""
-        out = paddle.empty([self.size * tensor.shape[0], *tensor.shape[1:]], tensor.dtype)
-        if out.size:
-            self._group.all_gather_into_tensor(out, tensor, True).wait()
-        return Handle(out)
+        out = paddle.empty([self._group.size() * tensor.shape[0], *tensor.shape[1:]], tensor.dtype)
+        if not out.size:
+            return Handle(out)
+        return self._handle(out, self._group.all_gather_into_tensor(out, tensor, self._waits))
+
+    def broadcast(self, tensor: paddle.Tensor, source: int) -> Handle:
+        """See Channel."""
+        if not tensor.size:
+            return Handle(tensor)
+        return self._handle(tensor, self._group.broadcast(tensor, source, self._waits))
+
+
+class GlooChannel(_Channel):
+    """Gloo, on CPUs: everything is finished when a call returns. It gives up after 30 seconds, which cannot be set."""
+
+    def __init__(self, store: Any, ranks: Sequence[int], *, index: int, number: int) -> None:
+        """`store` is a TCPStore that no other group uses: gloo's keys carry no name of the group."""
+        super().__init__(core.ProcessGroupGloo.create(store, index, len(ranks), number), waits=True)
+        self.index, self.size = index, len(ranks)
 
     def reduce_scatter(self, tensor: paddle.Tensor) -> Handle:
         """See Channel: an all-reduce of which a rank keeps its part."""
@@ -110,48 +132,33 @@ class GlooChannel:
             parts.append(everything[start : start + row[self.index]])
         return Handle(paddle.concat(parts) if sum(receive) else tensor[:0].clone())
 
-    def broadcast(self, tensor: paddle.Tensor, source: int) -> Handle:
-        """See Channel."""
-        self._group.broadcast(tensor, source, True).wait()
-        return Handle(tensor)
 
+class NCCLChannel(_Channel):
+    """NCCL, on GPUs: calls return at once, and `wait` makes the device's next work wait, not the host. Written after
+    Paddle 3.3.1's own use of these groups and not run: no machine with several GPUs was at hand."""
 
-class NCCLChannel:
-    """NCCL, on GPUs: calls return at once. Not run: no machine with several GPUs was at hand."""
-
-    def __init__(self, ranks: Sequence[int]) -> None:
-        """`ranks` of the world; every rank of the world makes every group, in the same order."""
-        self._group = distributed.new_group(list(ranks))
+    def __init__(self, store: Any, ranks: Sequence[int], *, index: int, number: int) -> None:
+        """`ranks` of the world; `number` is the same on all of them, and another one for every group of a process."""
+        core.CommContextManager.set_device_id(int(paddle.get_device().partition(":")[2]))
+        group = core.ProcessGroupNCCL.create(  # type: ignore[attr-defined]  # not in the CPU build
+            store, index, len(ranks), number, _NCCL_PATIENCE, 0, None
+        )
+        super().__init__(group, waits=False)
         self.size = len(ranks)
-
-    def all_reduce(self, tensor: paddle.Tensor, op: Reduction) -> Handle:
-        """See Channel."""
-        kind = {"sum": distributed.ReduceOp.SUM, "max": distributed.ReduceOp.MAX}[op]
-        return Handle(tensor, distributed.all_reduce(tensor, kind, group=self._group, sync_op=False).wait)
-
-    def all_gather(self, tensor: paddle.Tensor) -> Handle:
-        """See Channel."""
-        out = paddle.empty([self.size * tensor.shape[0], *tensor.shape[1:]], tensor.dtype)
-        return Handle(out, distributed.stream.all_gather(out, tensor, group=self._group, sync_op=False).wait)
+        self.group = Group(index, number, list(ranks), group, f"mesh_{number}")
 
     def reduce_scatter(self, tensor: paddle.Tensor) -> Handle:
         """See Channel."""
         out = paddle.empty([tensor.shape[0] // self.size, *tensor.shape[1:]], tensor.dtype)
-        task = distributed.stream.reduce_scatter(out, tensor, group=self._group, sync_op=False)
-        return Handle(out, task.wait)
+        if not out.size:
+            return Handle(out)
+        return self._handle(out, self._group.reduce_scatter_tensor(out, tensor, _KINDS["sum"], self._waits))
 
     def all_to_all(self, tensor: paddle.Tensor, send: Sequence[int], receive: Sequence[int]) -> Handle:
         """See Channel."""
         out = paddle.empty([sum(receive), *tensor.shape[1:]], tensor.dtype)
-        task = distributed.stream.alltoall_single(
-            out, tensor, list(receive), list(send), group=self._group, sync_op=False
-        )
-        return Handle(out, task.wait)
-
-    def broadcast(self, tensor: paddle.Tensor, source: int) -> Handle:
-        """See Channel."""
-        first = self._group.ranks[source]
-        return Handle(tensor, distributed.broadcast(tensor, first, group=self._group, sync_op=False).wait)
+        task = self._group.all_to_all_single(out, tensor, list(receive), list(send), self._waits)
+        return self._handle(out, task)
 
 
 @dataclass
@@ -188,6 +195,12 @@ class Axis:
     def size(self) -> int:
         """How many ranks there are."""
         return len(self.ranks)
+
+    @property
+    def nccl_group(self) -> Any:
+        """The group in Paddle's words, for a library that talks to the ranks by itself (deep_ep.py)."""
+        assert isinstance(self._channel, NCCLChannel)
+        return self._channel.group
 
     def all_reduce(self, tensor: paddle.Tensor, *, op: Reduction = "sum") -> paddle.Tensor:
         """The reduction over all ranks, in place."""

@@ -12,7 +12,7 @@ nothing, or get nothing.
                                 through the experts; with sequence parallelism it has only a part in the first place.
 
 While rows are under way the shared experts work (models/moe.py). Knows no names of parameters: who holds which experts
-is said in config/cut.py.
+is said in config/cut.py. On Hopper GPUs DeepEP takes tokens there and back in its own way (deep_ep.py).
 Shapes: M tokens, K experts per token, T routed rows sent, R rows received, D hidden size, E experts.
 """
 
@@ -20,73 +20,92 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import paddle
-from paddle import nn
+from paddle import Tensor, nn
 
 from erniekit.models.moe import Experts, MoE, Routing
 from erniekit.ops.grouped import Order, combine, permute, sort_by_expert
 from erniekit.parallel.collectives import Axis
+from erniekit.parallel.deep_ep import DeepEP, serves
 from erniekit.parallel.mesh import Mesh
 from erniekit.parallel.passing import copy_in, exchange, join, reduce_out, split
 
 
 def use_expert_parallel(model: nn.Layer, mesh: Mesh) -> None:
     """Let every mixture of experts work with the experts that other ranks hold; its own are a part already."""
-    if mesh.axis("expert").size == mesh.axis("tensor").size == 1:
+    axis = mesh.axis("expert")
+    if axis.size == mesh.axis("tensor").size == 1:
         return
+    way = DeepEP(axis) if serves(axis, model) else Rows(axis)
     for layer in model.sublayers(include_self=True):
         if isinstance(layer, MoE):
-            layer.dispatcher = ExpertDispatcher(mesh)
+            layer.dispatcher = ExpertDispatcher(mesh, way)
+
+
+class Way(Protocol):
+    """Brings tokens to their experts and back."""
+
+    def __call__(
+        self, x_MD: Tensor, chosen_MK: Tensor, weights_MK: Tensor, experts: Experts
+    ) -> Callable[[], Tensor]:  # fmt: skip
+        """Send x; what is returned waits for it and gives the weighted sums [M, D]."""
 
 
 class ExpertDispatcher(nn.Layer):
     """Brings tokens to experts on other ranks, dropless, and sums their outputs. No parameters."""
 
-    def __init__(self, mesh: Mesh) -> None:
+    def __init__(self, mesh: Mesh, way: Way) -> None:
         super().__init__()
-        self._experts, self._tensor = mesh.axis("expert"), mesh.axis("tensor")
+        self._tensor, self._way = mesh.axis("tensor"), way
         self._cut_width = mesh.layout.experts_over == "data"
         self._cut_tokens = mesh.layout.experts_over == "tensor" and not mesh.layout.sequence_parallel
 
-    def forward(self, x_MD: paddle.Tensor, routing: Routing, experts: Experts) -> Callable[[], paddle.Tensor]:
+    def forward(self, x_MD: Tensor, routing: Routing, experts: Experts) -> Callable[[], Tensor]:
         """See LocalDispatcher."""
-        total, chosen_MK, weights_MK = x_MD.shape[0], routing.experts_MK, routing.weights_MK.astype(x_MD.dtype)
+        total, chosen_MK, weights_MK = x_MD.shape[0], routing.experts_MK, routing.weights_MK
         if self._cut_tokens:
-            here = self._tensor.share(total)
+            chosen_MK = chosen_MK[self._tensor.share(total)]
             x_MD, weights_MK = (split(x, self._tensor, dim=0) for x in (x_MD, weights_MK))
-            chosen_MK = chosen_MK[here]
         elif self._cut_width:
             x_MD, weights_MK = (copy_in(x, self._tensor) for x in (x_MD, weights_MK))
-        returning = self._routed(x_MD, chosen_MK, experts)
+        returning = self._way(x_MD, chosen_MK, weights_MK, experts)
 
-        def arrive() -> paddle.Tensor:
-            y_TD, order = returning()
-            y_MD = combine(y_TD, weights_MK, order)
+        def arrive() -> Tensor:
+            y_MD = returning()
             if self._cut_tokens:
                 return join(y_MD, self._tensor, dim=0, total=total)
             return reduce_out(y_MD, self._tensor) if self._cut_width else y_MD
 
         return arrive
 
-    def _routed(
-        self, x_MD: paddle.Tensor, chosen_MK: paddle.Tensor, experts: Experts
-    ) -> Callable[[], tuple[paddle.Tensor, Order]]:
-        """Send rows to their experts; what is returned gives the outputs in the order that they were sent in."""
-        axis = self._experts
+
+class Rows:
+    """Routed rows over the collectives of an axis: exactly those, in both directions."""
+
+    def __init__(self, axis: Axis) -> None:
+        self._axis = axis
+
+    def __call__(
+        self, x_MD: Tensor, chosen_MK: Tensor, weights_MK: Tensor, experts: Experts
+    ) -> Callable[[], Tensor]:  # fmt: skip
+        """See Way."""
+        axis, weights_MK = self._axis, weights_MK.astype(x_MD.dtype)
         order = sort_by_expert(chosen_MK, num_experts=experts.num_experts * axis.size)
         x_TD = permute(x_MD, order)
         if axis.size == 1:
-            return lambda: (experts(x_TD, order.counts), order)
+            return lambda: combine(experts(x_TD, order.counts), weights_MK, order)
         plan = Plan.of(order.counts, axis)
         arriving = exchange(x_TD, axis, send=plan.send, receive=plan.receive)
 
-        def back() -> tuple[paddle.Tensor, Order]:
+        def back() -> Tensor:
             by_expert = plan.by_expert()
             y_RD = experts(permute(arriving(), by_expert), by_expert.counts)
             y_RD = permute(y_RD, _undone(by_expert))
-            return exchange(y_RD, axis, send=plan.receive, receive=plan.send)(), order
+            y_TD = exchange(y_RD, axis, send=plan.receive, receive=plan.send)()
+            return combine(y_TD, weights_MK, order)
 
         return back
 

@@ -7,17 +7,15 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
-from typing import Any
 
 import paddle
-from paddle import distributed
 
 from erniekit.base import runtime
 from erniekit.base.runtime import Place
 from erniekit.config.layout import AXES, Coordinates, Layout
 from erniekit.parallel.collectives import Axis, Channel, GlooChannel, NCCLChannel, Traffic
 from erniekit.parallel.pulse import Pulse
-from erniekit.parallel.store import Words, free_port, open_store
+from erniekit.parallel.store import Words, open_free_store, open_store
 
 _FAREWELL = 0.2  # seconds that rank 0, where the store lives, stays after the last word
 
@@ -69,19 +67,17 @@ def open_mesh(layout: Layout, place: Place) -> Mesh:
     if place.world == 1:
         return Mesh.single()
     runtime.tell_paddle_rank(place.rank, place.world)
-    pulse, store = Pulse(place.pulse, rank=place.rank), open_store(place.master, rank=place.rank, world=place.world)
+    pulse, store = Pulse(place.pulse, rank=place.rank), open_store(place.master, rank=place.rank)
     words = Words(store, rank=place.rank, world=place.world, pulse=pulse)
-    on_gpu = paddle.device.is_compiled_with_cuda() and paddle.get_device().startswith("gpu")
-    if on_gpu:
-        distributed.init_parallel_env()
+    words.await_ranks()
     traffic = Traffic()
-    channels: dict[tuple[int, ...], Channel] = {}  # axes may have groups in common
+    channels: dict[tuple[int, ...], Channel | None] = {}  # axes may have groups in common
     axes = {}
     for name in AXES:
         for group in layout.groups(name):
-            key, mine = tuple(group), place.rank in group
-            if len(group) > 1 and key not in channels and (mine or on_gpu):
-                channels[key] = NCCLChannel(group) if on_gpu else _gloo(group, place, words, number=len(channels))
+            key, mine, number = tuple(group), place.rank in group, len(channels)
+            if len(group) > 1 and key not in channels:
+                channels[key] = _open_channel(group, place, words, number=number) if mine else None
             if mine:
                 index, channel = group.index(place.rank), channels.get(key)
                 axes[name] = Axis(name, group, index=index, channel=channel, traffic=traffic, pulse=pulse)
@@ -89,12 +85,13 @@ def open_mesh(layout: Layout, place: Place) -> Mesh:
     return Mesh(layout, place.rank, words, axes, traffic, pulse)
 
 
-def _gloo(group: list[int], place: Place, words: Words, *, number: int) -> GlooChannel:
+def _open_channel(group: list[int], place: Place, words: Words, *, number: int) -> Channel:
     """A channel with a store of its own, which its first rank opens and tells the others of."""
-    index, key = group.index(place.rank), "group/" + ",".join(map(str, group))
-    store: Any = words.store
+    index, key = group.index(place.rank), f"group/{number}"
     if index == 0:
-        store.set(key, f"{place.host}:{free_port()}")
-    master = store.get(key).decode()
-    own = open_store(master, rank=index, world=len(group))
-    return GlooChannel(own, index=index, size=len(group), number=number)
+        store, address = open_free_store(place.host)
+        words.store.set(key, address)
+    else:
+        store = open_store(words.store.get(key).decode(), rank=index)
+    on_gpu = paddle.device.is_compiled_with_cuda() and paddle.get_device().startswith("gpu")
+    return (NCCLChannel if on_gpu else GlooChannel)(store, group, index=index, number=number)

@@ -8,18 +8,25 @@ heard. Not for use by several threads.
 from __future__ import annotations
 
 import json
+import os
 import socket
+import stat
+import sys
 import time
 from collections import Counter
 from typing import Any
 
 from paddle.base import core
 
+from erniekit.base.console import warn
 from erniekit.base.errors import MeshError
 from erniekit.parallel.pulse import Pulse
 
 _ASK_AGAIN = 0.02  # seconds
-_PATIENCE = 120  # seconds for the ranks to come up
+_PATIENCE = 120  # seconds for all ranks to come up
+_PATIENCE_WITH_NAMES = 20  # seconds for the name of rank 0's machine to be known
+_QUIET = 10  # seconds of waiting that nobody is told of
+_TRIES = 5  # ports
 
 
 def free_port() -> int:
@@ -29,32 +36,84 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def open_store(master: str, *, rank: int, world: int) -> Any:
+def open_store(master: str, *, rank: int) -> Any:
     """A TCP store that lives in rank 0 at `master`, "host:port". Raises MeshError if it cannot be had."""
     host, _, port = master.rpartition(":")
     try:
         if rank:
-            _await_listener(host, int(port))
-        return core.TCPStore(host, int(port), rank == 0, world, _PATIENCE)
-    except (RuntimeError, OSError) as error:
-        first = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
+            _await_listener(host, int(port), rank)
+        else:
+            _require_free(int(port))
+        store = core.TCPStore(host, int(port), rank == 0, 1, _PATIENCE)  # 1: who else comes is not its business
+    except (RuntimeError, ValueError, OSError, OverflowError) as error:
+        verb = "cannot reach rank 0 at" if rank else "cannot listen on"
         raise MeshError(
-            f"rank {rank}: {'cannot listen on' if rank == 0 else 'cannot reach rank 0 at'} {master} ({first}). Ranks "
-            "meet there: see that the port is free on the first machine and that the others reach it, or set "
-            "MASTER_ADDR and MASTER_PORT."
+            f"rank {rank} {verb} {master} ({_reason(error)}). Ranks meet there: see that the port is free on the first "
+            "machine and that the others reach it, or set MASTER_ADDR and MASTER_PORT."
         ) from None
+    _send_at_once(int(port))
+    return store
 
 
-def _await_listener(host: str, port: int) -> None:
+def open_free_store(host: str) -> tuple[Any, str]:
+    """A store that lives here at a port that is free, and its address under the name that others call this machine."""
+    for _ in range(_TRIES - 1):
+        address = f"{host}:{free_port()}"
+        try:
+            return open_store(address, rank=0), address
+        except MeshError:  # somebody was quicker to take the port
+            continue
+    address = f"{host}:{free_port()}"
+    return open_store(address, rank=0), address
+
+
+def _reason(error: Exception) -> str:
+    """The sentence of an error that says something, of Paddle's many lines."""
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return next((line for line in lines if "rror" in line), lines[-1] if lines else type(error).__name__)
+
+
+def _require_free(port: int) -> None:
+    """Raise OSError if somebody listens at a port of this machine: Paddle aborts the process then."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        probe.bind(("", port))
+        probe.listen(1)
+
+
+def _send_at_once(port: int) -> None:
+    """Make this process's connections to `port` send without waiting for more, which Paddle forgets: a question to the
+    store takes 45 ms otherwise, and opening a group asks many. Linux shows which they are; elsewhere it stays slow."""
+    if not sys.platform.startswith("linux"):
+        return
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            if not stat.S_ISSOCK(os.stat(int(name)).st_mode):
+                continue
+            with socket.socket(fileno=os.dup(int(name))) as ours:
+                internet = ours.family in (socket.AF_INET, socket.AF_INET6)
+                if internet and ours.type == socket.SOCK_STREAM and ours.getpeername()[1] == port:
+                    ours.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        except OSError:  # closed meanwhile, or connected with nobody
+            continue
+
+
+def _await_listener(host: str, port: int, rank: int) -> None:
     """Knock until somebody listens: Paddle's own client sleeps for 3 seconds if it comes too early."""
-    deadline = time.monotonic() + _PATIENCE
+    started, told = time.monotonic(), False
     while True:
         try:
             socket.create_connection((host, port), timeout=_PATIENCE).close()
             return
-        except OSError:
-            if time.monotonic() > deadline:
+        except OSError as error:
+            waited = time.monotonic() - started
+            if waited > (_PATIENCE_WITH_NAMES if isinstance(error, socket.gaierror) else _PATIENCE):
                 raise
+            if waited > _QUIET and not told:
+                warn(f"rank {rank} still waits for rank 0 at {host}:{port} ({_reason(error)})")
+                told = True
             time.sleep(_ASK_AGAIN)
 
 
@@ -74,9 +133,33 @@ class Words:
     def _wait(self, counter: str, until: int) -> None:
         kind, _, name = counter.partition("/")
         number = self._pulse.enter(kind, name)
-        while self.store.add(counter, 0) < until:
-            time.sleep(_ASK_AGAIN)
+        try:
+            while self.store.add(counter, 0) < until:
+                time.sleep(_ASK_AGAIN)
+        except (RuntimeError, ValueError) as error:
+            raise MeshError(
+                f"rank {self.rank}: rank 0, at which all meet, is gone ({_reason(error)}); its log says why."
+            ) from None
         self._pulse.leave(number)
+
+    def await_ranks(self) -> None:
+        """Go on when all ranks have opened the store. Raises MeshError with those that did not come."""
+        self.store.add(f"here/{self.rank}", 1)
+        started, told, missing = time.monotonic(), False, list(range(self.world))
+        while True:
+            missing = [rank for rank in missing if not self.store.add(f"here/{rank}", 0)]
+            if not missing:
+                return
+            waited, names = time.monotonic() - started, ", ".join(map(str, missing))
+            if waited > _PATIENCE:
+                raise MeshError(
+                    f"rank {self.rank} has waited {_PATIENCE} seconds for ranks {names} of {self.world}. See their "
+                    "logs, and that as many processes are started as PADDLE_TRAINERS_NUM or NNODES x --nproc says."
+                )
+            if waited > _QUIET and not told and self.rank == 0:
+                warn(f"still waiting for ranks {names} of {self.world}")
+                told = True
+            time.sleep(_ASK_AGAIN)
 
     def meet(self, name: str) -> None:
         """Go on when all ranks have come here, however long that takes."""

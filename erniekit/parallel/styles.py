@@ -29,17 +29,19 @@ class Style(NamedTuple):
     kind: Kind
     unit: Unit = ""
     experts: bool = False  # routed experts, stacked in the first dimension
-    sees: Literal["all", "positions", "routed"] = "all"  # with sequence parallelism, whole modules work on a part of
-    # the positions; a router does if experts are shared by the tensor ranks, else on all of them (parallel/tensor.py)
+    sees: Literal["all", "positions", "routed"] = "all"  # with sequence parallelism, what is whole (modules, and the
+    # biases behind a row's sum) works on a part of the positions; in a mixture of experts it does if experts are shared
+    # by the tensor ranks, else on all of them (parallel/tensor.py)
 
 
 _BLOCK = r"model\.(layers|mtp_block)\.\d+\."
 _TABLE: tuple[tuple[str, Style], ...] = (
     (_BLOCK + r"self_attn\.q_proj", Style("column", "heads")),
     (_BLOCK + r"self_attn\.[kv]_proj", Style("column", "kv_heads")),
-    (_BLOCK + r"self_attn\.o_proj", Style("row", "heads")),
+    (_BLOCK + r"self_attn\.o_proj", Style("row", "heads", sees="positions")),
     (_BLOCK + r"mlp\.(shared_experts\.)?(gate|up)_proj", Style("column", "width")),
-    (_BLOCK + r"mlp\.(shared_experts\.)?down_proj", Style("row", "width")),
+    (_BLOCK + r"mlp\.down_proj", Style("row", "width", sees="positions")),
+    (_BLOCK + r"mlp\.shared_experts\.down_proj", Style("row", "width", sees="routed")),
     (_BLOCK + r"mlp\.experts\.gate_up", Style("column", "halves", experts=True)),
     (_BLOCK + r"mlp\.experts\.down", Style("row", "width", experts=True)),
     (_BLOCK + r"mlp\.(gate|moe_statics)", Style("whole", sees="routed")),
@@ -114,10 +116,10 @@ def _partial(slot: Slot, layout: Layout, arch: ErnieConfig) -> bool:
         return False  # whole experts, each in one place
     if slot.dim is not None:
         return style.unit == "kv_heads" and arch.num_key_value_heads < layout.tensor
-    if style.kind == "whole":
-        return layout.sequence_parallel and style.sees in (["positions"] if over_data else ["positions", "routed"])
-    # Whole beside what is cut: factors of adapters work on parts; a row's bias is added to the whole sum.
-    return slot.adapter or layout.sequence_parallel
+    if slot.adapter and style.kind != "whole":
+        return True  # a whole factor beside a cut one
+    sees_a_part = style.sees == "positions" or (style.sees == "routed" and not over_data)
+    return layout.sequence_parallel and sees_a_part
 
 
 def held_ranges(name: str, shape: tuple[int, ...], cut: Cut, arch: ErnieConfig) -> tuple[int | None, list[slice]]:

@@ -30,8 +30,10 @@ def first_alone(mesh: Mesh, name: str, work: Callable[[], T]) -> T | None:
             found = work()
         except ErnieKitError as error:
             mesh.words.share(name, error.problems)
+            mesh.close()
             raise
     if problems := mesh.words.share(name, problems):
+        mesh.close()
         raise MeshError([f"rank 0 stopped, and rank {mesh.rank} with it:", *problems])
     return found
 
@@ -49,15 +51,23 @@ def config_digest(cfg: RunConfig) -> str:
 
 def require_same_config(mesh: Mesh, cfg: RunConfig) -> None:
     """Raise MeshError on all ranks if they do not all run the same config."""
-    mesh.words.agree(
-        "the config", config_digest(cfg),
+    _agree(
+        mesh, "the config", config_digest(cfg),
         way_out="Start all ranks with the same file and overrides; where machines have copies of it, copy it again.",
     )  # fmt: skip
 
 
 def require_same_data(mesh: Mesh, fingerprint: str) -> None:
     """Raise MeshError on all ranks if they do not all read the same data."""
-    mesh.words.agree(
-        "the content of the data", fingerprint,
+    _agree(
+        mesh, "the content of the data", fingerprint,
         way_out="Ranks read the files of their own machine: copy them again, or put them on a shared disk.",
     )  # fmt: skip
+
+
+def _agree(mesh: Mesh, what: str, digest: str, *, way_out: str) -> None:
+    try:
+        mesh.words.agree(what, digest, way_out=way_out)
+    except MeshError:  # all have it: nobody leaves before all know
+        mesh.close()
+        raise

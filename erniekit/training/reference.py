@@ -160,7 +160,7 @@ class Table:
         Each data rank has equally many batches, and all compute where one has to, because they may need each other; in
         the end every rank knows what all have computed, and rank 0 keeps it.
         """
-        num_computed, before = 0, set(self._values)
+        num_computed, worked_on = 0, dict[bytes, None]()
         for batch in batches:
             keys = list(_digests(batch))
             unknown = sum(key not in self._values for key in keys)
@@ -168,30 +168,30 @@ class Table:
                 values = _by_sample(answer_log_probs(model(), batch).numpy(), batch)
                 for key, value in zip(keys, values, strict=True):
                     self._values.setdefault(key, value)
+                worked_on |= dict.fromkeys(keys)
                 num_computed += unknown if batch.counts else 0
                 if mesh.first and time.monotonic() - self._saved_at > _SAVE_SECONDS:
                     self._save()
-        num_computed = self._put_together(mesh, num_computed, before=before)
+        num_computed = self._put_together(mesh, num_computed, worked_on=list(worked_on))
         if num_computed and mesh.first:
             self._save()
         return num_computed
 
-    def _put_together(self, mesh: Mesh, num_computed: int, *, before: set[bytes]) -> int:
-        """Tell the other data ranks what was computed, and learn what they did; of how many samples that was."""
+    def _put_together(self, mesh: Mesh, num_computed: int, *, worked_on: list[bytes]) -> int:
+        """Tell the other data ranks of what was worked on here, and learn of theirs; of how many samples in all."""
         data = mesh.axis("data")
         if data.size == 1:
             return num_computed
-        new = [key for key in self._values if key not in before]
-        sizes = data.all_gather(paddle.to_tensor([[len(new), num_computed]], "int64"))
-        most = sizes[:, 0].tolist()
-        if sum(most):
-            keys = np.frombuffer(b"".join(new), np.uint8).reshape([len(new), _DIGEST])
-            values = np.array([self._values[key] for key in new]).reshape([len(new), _KINDS])
-            all_keys = data.gather_uneven(paddle.to_tensor(keys), most).numpy()
-            all_values = data.gather_uneven(paddle.to_tensor(values, "float64"), most).numpy()
+        told = data.all_gather(paddle.to_tensor([[len(worked_on), num_computed]], "int64"))
+        sizes = told[:, 0].tolist()
+        if sum(sizes):
+            keys = np.frombuffer(b"".join(worked_on), np.uint8).reshape([-1, _DIGEST])
+            values = np.array([self._values[key] for key in worked_on]).reshape([-1, _KINDS])
+            all_keys = data.gather_uneven(paddle.to_tensor(keys), sizes).numpy()
+            all_values = data.gather_uneven(paddle.to_tensor(values, "float64"), sizes).numpy()
             for key, value in zip(all_keys, all_values, strict=True):
                 self._values.setdefault(key.tobytes(), value)
-        return int(sizes[:, 1].sum())
+        return int(told[:, 1].sum())
 
     def _save(self) -> None:
         self._saved_at = time.monotonic()

@@ -1,20 +1,25 @@
 """Parallel equals single: the same training once in this process and once on the ranks of a layout, number by number.
 
-A `Case` is a model folder, the keys of a run and the rows of some steps. `single` trains it in this process; `parallel`
-trains it on forked ranks, each with its rows and its part of the model, and puts the parts together again: what several
-ranks hold must be the same on all of them. `assert_same` compares losses, every gradient of every step by parameter
-name, and the weights after the last step.
+A `Case` is a model folder, the keys of a run and the rows of some steps. It goes through what a run goes through:
+assemble_model, assemble_optimizer, train_step. Only the update is plain SGD unless AdamW is asked for: it shows a wrong
+gradient as it is. Every rank gives what it holds; put together it is compared with one process: losses and all other
+figures of every step, every gradient of every step by parameter name, and the weights after the last step. What several
+ranks hold must be the same on all of them.
+
+One fork of ranks trains any number of cases, and each of them also with one reduction left out (sabotage.py).
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import paddle
@@ -23,13 +28,15 @@ from erniekit.checkpoint.ernie45 import memory_table
 from erniekit.checkpoint.folder import Folder
 from erniekit.config.align import REFERENCE_FREE
 from erniekit.config.architecture import ErnieConfig
-from erniekit.config.cut import Cut
+from erniekit.config.cut import WHOLE, Cut
 from erniekit.config.layout import Layout
 from erniekit.config.load import load_config
 from erniekit.config.run import RunConfig
 from erniekit.data.batch import Batch, Row, make_batch
 from erniekit.models.decoder import ErnieForCausalLM
+from erniekit.ops.adamw import Update
 from erniekit.parallel.mesh import Mesh
+from erniekit.training import optimizer as optimizers
 from erniekit.training.assemble import (
     adapter_of,
     architecture,
@@ -39,18 +46,17 @@ from erniekit.training.assemble import (
     router_upkeep,
 )
 from erniekit.training.objective import LanguageModelObjective
-from erniekit.training.optimizer import Optimizer
 from erniekit.training.preference import preference_objective
 from erniekit.training.reference import base_log_probs
-from erniekit.training.step import Objective, Totals
+from erniekit.training.step import Objective, train_step
 from tests.parallel.ranks import run_ranks
 
-LOSS, GRADIENT, WEIGHT = 1e-6, 1e-5, 1e-5  # how far apart parallel and single may be
+LOSS, FIGURE, GRADIENT, WEIGHT = 1e-6, 1e-5, 1e-5, 1e-5  # how far apart parallel and single may be
 COPIES = 1e-6  # and what several ranks hold
-_ADAPTER = re.compile(r"(?P<module>.*?)(?P<slot>\.adapter|_adapter)\.(?P<factor>lora_A|lora_B|magnitude)")
+_ADAPTER = re.compile(r"(?P<module>.*?)(?P<slot>\.adapter|_adapter)\.(?P<factor>(lora|initial)_[AB]|magnitude)")
 
 Step = Sequence[Sequence[Row]]  # micro-batches of rows, those of all data ranks together
-Numbers = dict[str, np.ndarray]  # by parameter name
+Numbers = dict[str, "Held"]  # by parameter name
 
 
 @dataclass(frozen=True)
@@ -61,6 +67,7 @@ class Case:
     steps: Sequence[Step]
     keys: Mapping[str, Any] = field(default_factory=dict)
     rate: float = 0.1
+    adamw: bool = False
 
     @cached_property
     def cfg(self) -> RunConfig:
@@ -88,17 +95,24 @@ class Case:
         if stage in ("PT", "SFT"):
             return LanguageModelObjective(weights)
         reference = None if self.cfg.align.loss_type in REFERENCE_FREE else base_log_probs
-        return preference_objective(stage, self.cfg.align, weights, reference=reference)
+        return preference_objective(stage, self.cfg.align, weights, reference=reference, mesh=mesh)
 
 
 @dataclass
 class Outcome:
-    """What training gave: of one rank, its part of everything; of all, the whole."""
+    """What training gave. Of one rank, parameters and gradients are what it holds of them."""
 
-    losses: list[float] = field(default_factory=list)  # of every step
-    norms: list[float] = field(default_factory=list)  # of the gradient, over all ranks
+    figures: list[dict[str, float]] = field(default_factory=list)  # of every step, the loss among them
     gradients: list[Numbers] = field(default_factory=list)  # of every step
     weights: Numbers = field(default_factory=dict)  # after the last step
+
+
+@dataclass(frozen=True)
+class Held:
+    """A rank's numbers of a parameter: those from `start` on of the block that it has."""
+
+    numbers: np.ndarray
+    start: int = 0
 
 
 # ---------------------------------------------------------------------- training
@@ -109,130 +123,114 @@ def batches_of(step: Step, mesh: Mesh) -> list[Batch]:
     return [make_batch(rows[data.share(len(rows))], pad_id=0, max_seq_len=1024) for rows in step]
 
 
-def summed_gradients(optimizer: Optimizer) -> Numbers:
-    """The gradients of what this rank holds, added up over those who hold it; NaN where another rank updates."""
-    found = {}
-    for piece in optimizer.gradients():
-        array = np.full(optimizer.parameters[piece.name].shape, np.nan, np.float32)
-        array.reshape(-1)[piece.start : piece.stop] = piece.tensor.numpy().reshape(-1)
-        found[piece.name] = array
-    return found
+def sgd(p: paddle.Tensor, gradient: paddle.Tensor, *, update: Update, **_others: Any) -> None:
+    """In the place of AdamW."""
+    paddle.assign(p.detach() - update.learning_rate * update.gradient_scale * gradient.astype(p.dtype), p)
 
 
-@paddle.no_grad()
-def descend(optimizer: Optimizer, *, rate: float) -> None:
-    """A step of plain SGD, by the ranges that the optimizer updates."""
-    sync = optimizer.sync
-    for name in sync.names:
-        weight, gradient = sync.weight(name), sync.gradient(name)
-        if weight.size:
-            weight.subtract_(rate * gradient)
-    optimizer.clear()
-    sync.gather_weights()
-
-
-def train(mesh: Mesh, case: Case, prepare: Callable[[], None] = lambda: None) -> Outcome:
-    """Train with plain SGD, and keep what `prepare` makes of this process out of the others."""
-    prepare()
+def train(mesh: Mesh, case: Case) -> Outcome:
+    """On this rank."""
     model, objective = case.model(mesh), case.objective(mesh)
     model.train()
-    upkeep, outcome = router_upkeep(model, case.cfg, mesh=mesh), Outcome()
-    optimizer = assemble_optimizer(model, case.cfg, mesh=mesh)
-    for step in case.steps:
-        batches, loss = batches_of(step, mesh), 0.0
-        totals = Totals.of(batches, row_length=1024).over(mesh.axis("data"))
-        objective.begin(model, batches)
-        for number, batch in enumerate(batches, start=1):
-            made = objective(model, batch, totals)
-            optimizer.expect(last=number == len(batches))
-            made.total.backward()
-            upkeep.count(made.routings, made.mask_M)
-            loss += float(made.total)
-        outcome.norms.append(optimizer.gradient_norm())
-        gradients = summed_gradients(optimizer)
-        descend(optimizer, rate=case.rate)
-        upkeep.after_optimizer()
-        outcome.losses.append(loss)
-        outcome.gradients.append(gradients)
+    optimizer, upkeep = assemble_optimizer(model, case.cfg, mesh=mesh), router_upkeep(model, case.cfg, mesh=mesh)
+    outcome = Outcome()
+
+    def keep(_loss: float) -> None:
+        pieces = {piece.name: Held(piece.tensor.numpy().ravel().copy(), piece.start) for piece in optimizer.gradients()}
+        outcome.gradients.append(pieces)
+
+    with nullcontext() if case.adamw else mock.patch.object(optimizers, "adamw", sgd):
+        for step in case.steps:
+            made = train_step(
+                model, optimizer, batches=batches_of(step, mesh), objective=objective, upkeep=upkeep, mesh=mesh,
+                learning_rate=case.rate, row_length=1024, before_update=keep,
+            )  # fmt: skip
+            outcome.figures.append({"loss": made.loss, "gradient norm": made.grad_norm, **made.parts})
     with optimizer.whole_weights():
-        outcome.weights = {name: p.numpy() for name, p in model.named_parameters()}
+        outcome.weights = {name: Held(p.numpy().ravel().copy()) for name, p in model.named_parameters()}
     return outcome
 
 
-def single(case: Case) -> Outcome:
+def single(case: Case) -> Whole:
     """In this process alone."""
-    return train(Mesh.single(), case)
+    return together(case, Layout(), [train(Mesh.single(), case)])
 
 
-def parallel(case: Case, layout: Layout, prepare: Callable[[], None] = lambda: None) -> Outcome:
-    """On the ranks of `layout`, each of which calls `prepare` first."""
-    parts: list[Outcome] = run_ranks(train, layout, case, prepare)
-    held = [held_by(case, Cut.of(layout, rank)) for rank in range(layout.world)]
-    losses = np.array([part.losses for part in parts]).reshape(layout.data, layout.tensor, -1)
-    np.testing.assert_allclose(losses, np.broadcast_to(losses[:, :1], losses.shape), rtol=LOSS)
-    assert all(part.norms == parts[0].norms for part in parts), [part.norms for part in parts]
-    return Outcome(
-        losses[:, 0].sum(0).tolist(), parts[0].norms,
-        [joined([part.gradients[i] for part in parts], held) for i in range(len(case.steps))],
-        joined([part.weights for part in parts], held),
-    )
+def parallel(cases: Sequence[Case], layout: Layout) -> list[Whole]:
+    """Each case on the ranks of `layout`."""
+    parts = run_ranks(_train_all, layout, cases)
+    return [together(case, layout, [of_rank[i] for of_rank in parts]) for i, case in enumerate(cases)]
+
+
+def _train_all(mesh: Mesh, cases: Sequence[Case]) -> list[Outcome]:
+    return [train(mesh, case) for case in cases]
 
 
 # ---------------------------------------------------------------------- parts and wholes
-@dataclass(frozen=True)
-class Held:
-    """Which part of a parameter a rank holds: the shape of the whole, and indices for each of its dimensions."""
+@dataclass
+class Whole:
+    """What training gave, of all ranks together."""
 
-    shape: tuple[int, ...]
-    indices: tuple[np.ndarray, ...]
+    figures: list[dict[str, float]]
+    gradients: list[dict[str, np.ndarray]]
+    weights: dict[str, np.ndarray]
 
 
-def held_by(case: Case, cut: Cut) -> Callable[[str, np.ndarray], Held]:
-    """Tells by a parameter's name and a rank's part of it which part that is."""
-    head_bias = case.weights.has_head_bias
-    whole, mine = (memory_table(case.arch, head_bias=head_bias, cut=each) for each in (Cut(), cut))
+def together(case: Case, layout: Layout, parts: Sequence[Outcome]) -> Whole:
+    """Raises AssertionError where ranks that should have the same do not."""
+    for rank, part in enumerate(parts):
+        assert part.figures == parts[0].figures, f"rank {rank} tells {part.figures}, rank 0 {parts[0].figures}"
+    places = [Places(case, Cut.of(layout, rank)) for rank in range(layout.world)]
+    gradients = [joined([part.gradients[i] for part in parts], places) for i in range(len(case.steps))]
+    return Whole(parts[0].figures, gradients, joined([part.weights for part in parts], places))
 
-    def of_weight(name: str) -> Held:
-        shape, local = whole.tensors[name].shape, np.empty(mine.tensors[name].shape, np.int64)
-        numbers = np.arange(math.prod(shape)).reshape(shape)
-        for atom, view in mine.tensors[name].parts:
-            view(local)[...] = whole.places[atom].view(numbers)[mine.held.get(atom, ())]
-        return Held(shape, tuple(np.unique(where) for where in np.unravel_index(local, shape)))
 
-    def held(name: str, part: np.ndarray) -> Held:
+class Places:
+    """Which part of every parameter a rank has."""
+
+    def __init__(self, case: Case, cut: Cut) -> None:
+        head_bias = case.weights.has_head_bias
+        self._whole, self._mine = (memory_table(case.arch, head_bias=head_bias, cut=each) for each in (WHOLE, cut))
+        self._rank = case.cfg.lora.lora_rank
+
+    def of(self, name: str) -> tuple[tuple[int, ...], tuple[np.ndarray, ...]]:
+        """The shape of the whole parameter, and the indices of the part in each of its dimensions."""
         found = _ADAPTER.fullmatch(name)
         if not found:
-            return of_weight(name)
-        weight = of_weight(found["module"] + (".weight" if found["slot"] == ".adapter" else "_proj"))
-        *experts, (num_in, ins), (num_out, outs) = zip(weight.shape, weight.indices, strict=True)
-        rank_A, rank_B = part.shape[-1], part.shape[-2] if part.ndim > 1 else 0
-        dims = {
-            "lora_A": [*experts, (num_in, ins), (rank_A, np.arange(rank_A))],
-            "lora_B": [*experts, (rank_B, np.arange(rank_B)), (num_out, outs)],
-            "magnitude": [(num_out, outs)],
-        }[found["factor"]]
-        return Held(tuple(size for size, _ in dims), tuple(indices for _, indices in dims))
+            return self._of_weight(name)
+        weight = found["module"] + (".weight" if found["slot"] == ".adapter" else "_proj")
+        *experts, ins, outs = zip(*self._of_weight(weight), strict=True)
+        ranks = self._rank, np.arange(self._rank)
+        dims = {"A": [*experts, ins, ranks], "B": [*experts, ranks, outs], "magnitude": [outs]}
+        shape, indices = zip(*dims[found["factor"].rpartition("_")[2]], strict=True)
+        return shape, indices
 
-    return held
+    def _of_weight(self, name: str) -> tuple[tuple[int, ...], tuple[np.ndarray, ...]]:
+        shape, local = self._whole.tensors[name].shape, np.empty(self._mine.tensors[name].shape, np.int64)
+        numbers = np.arange(math.prod(shape)).reshape(shape)
+        for atom, view in self._mine.tensors[name].parts:
+            view(local)[...] = self._whole.places[atom].view(numbers)[self._mine.held.get(atom, ())]
+        return shape, tuple(np.unique(where) for where in np.unravel_index(local, shape))
 
 
-def joined(parts: Sequence[Numbers], held: Sequence[Callable[[str, np.ndarray], Held]]) -> Numbers:
-    """The whole of every parameter. Raises AssertionError where a number is held by nobody, or differs among those who
-    hold it."""
+def joined(parts: Sequence[Numbers], places: Sequence[Places]) -> dict[str, np.ndarray]:
+    """The whole of every parameter. Raises AssertionError where a number is held by nobody, is NaN, or differs among
+    those who hold it."""
     found = {}
-    for name in parts[0]:
+    for name in dict.fromkeys(name for part in parts for name in part):
         array: np.ndarray | None = None
-        for rank, part in enumerate(parts):
-            place = held[rank](name, part[name])
-            assert part[name].shape == tuple(map(len, place.indices)), f"{name} of rank {rank}: {part[name].shape}"
-            array = np.full(place.shape, np.nan, np.float32) if array is None else array
-            here = np.ix_(*place.indices)
-            mine = np.where(np.isnan(part[name]), array[here], part[name])  # NaN: what it does not update
-            known = np.where(np.isnan(array[here]), mine, array[here])
-            both = ~np.isnan(known)
-            apart = furthest(mine[both], known[both])
-            assert apart <= COPIES, f"{name}: rank {rank} has other numbers than ranks before it"
-            array[here] = mine
+        for rank, (part, place) in enumerate(zip(parts, places, strict=True)):
+            shape, indices = place.of(name)
+            array = np.full(shape, np.nan, np.float32) if array is None else array
+            if name not in part:
+                continue
+            block, (numbers, start) = array[np.ix_(*indices)].ravel(), (part[name].numbers, part[name].start)
+            assert start + len(numbers) <= block.size, f"{name} of rank {rank}: {len(numbers)} numbers from {start} on"
+            mine = block[start : start + len(numbers)]
+            known = np.where(np.isnan(mine), numbers, mine)
+            assert furthest(numbers, known) <= COPIES, f"{name}: rank {rank} has other numbers than ranks before it"
+            mine[...] = numbers
+            array[np.ix_(*indices)] = block.reshape([len(index) for index in indices])
         assert array is not None and not np.isnan(array).any(), f"{name}: a part of it is held by nobody, or is NaN"
         found[name] = array
     return found
@@ -246,13 +244,14 @@ def furthest(found: np.ndarray, expected: np.ndarray) -> float:
     return float(difference / most) if most else float(difference)
 
 
-def distances(found: Outcome, expected: Outcome) -> dict[str, float]:
+def distances(found: Whole, expected: Whole) -> dict[str, float]:
     """How far apart everything is, in units of what is allowed, the worst first."""
     far = {}
-    for step, (mine, its) in enumerate(zip(found.losses, expected.losses, strict=True), start=1):
-        far[f"loss of step {step}"] = abs(mine - its) / abs(its) / LOSS
-    for step, (mine, its) in enumerate(zip(found.norms, expected.norms, strict=True), start=1):
-        far[f"gradient norm of step {step}"] = abs(mine - its) / abs(its) / GRADIENT
+    for step, (mine, its) in enumerate(zip(found.figures, expected.figures, strict=True), start=1):
+        assert mine.keys() == its.keys(), f"figures of step {step}: {sorted(mine.keys() ^ its.keys())}"
+        for name, value in its.items():
+            allowed = LOSS * abs(value) if name == "loss" else FIGURE * max(abs(value), 1.0)
+            far[f"{name} of step {step}"] = abs(mine[name] - value) / allowed
     for step, (mine, its) in enumerate(zip(found.gradients, expected.gradients, strict=True), start=1):
         assert mine.keys() == its.keys(), f"gradients of step {step}: {sorted(mine.keys() ^ its.keys())}"
         far |= {f"gradient of step {step}, {name}": furthest(mine[name], its[name]) / GRADIENT for name in its}
@@ -262,8 +261,10 @@ def distances(found: Outcome, expected: Outcome) -> dict[str, float]:
     return dict(sorted(far.items(), key=lambda item: -item[1]))
 
 
-def assert_parallel_equals_single(case: Case, layout: Layout) -> None:
-    """Raise AssertionError with everything that differs."""
-    far = distances(parallel(case, layout), single(case))
-    wrong = [f"{what}: {times:.2g} times as far as allowed" for what, times in far.items() if not times <= 1]
-    assert not wrong, f"{layout}:\n" + "\n".join(wrong)
+def assert_parallel_equals_single(cases: Case | Sequence[Case], layout: Layout) -> None:
+    """Raise AssertionError with everything that differs in the first case that does."""
+    cases = [cases] if isinstance(cases, Case) else cases
+    for case, found in zip(cases, parallel(cases, layout), strict=True):
+        far = distances(found, single(case))
+        wrong = [f"{what}: {times:.2g} times as far as allowed" for what, times in far.items() if not times <= 1]
+        assert not wrong, f"{layout}, {case.keys}:\n" + "\n".join(wrong)

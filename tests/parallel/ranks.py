@@ -24,12 +24,25 @@ def run_ranks(function: Callable[..., Any], layout: Layout, *arguments: Any, sec
 
     Raises AssertionError with the traceback of the first rank that failed, or if not all are done in time.
     """
+    return run_places(_in_mesh, layout.world, function, layout, *arguments, seconds=seconds)
+
+
+def _in_mesh(place: Place, function: Callable[..., Any], layout: Layout, *arguments: Any) -> Any:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    mesh = open_mesh(layout, place)
+    found = function(mesh, *arguments)
+    mesh.close()
+    return found
+
+
+def run_places(function: Callable[..., Any], world: int, *arguments: Any, seconds: float = 60) -> list[Any]:
+    """The same for `function(place, *arguments)`, which opens the mesh itself."""
     context, master = multiprocessing.get_context("fork"), f"127.0.0.1:{free_port()}"
     pipes, processes = {}, []
-    for rank in range(layout.world):
+    for rank in range(world):
         ours, theirs = context.Pipe(duplex=False)
-        place = Place(rank, layout.world, master)
-        process = context.Process(target=_work, args=(theirs, function, layout, place, arguments), daemon=True)
+        place = Place(rank, world, master)
+        process = context.Process(target=_work, args=(theirs, function, place, arguments), daemon=True)
         process.start()
         theirs.close()
         pipes[ours] = rank
@@ -43,12 +56,9 @@ def run_ranks(function: Callable[..., Any], layout: Layout, *arguments: Any, sec
                 process.kill()
 
 
-def _work(pipe: Connection, function: Callable[..., Any], layout: Layout, place: Place, arguments: tuple) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _work(pipe: Connection, function: Callable[..., Any], place: Place, arguments: tuple) -> None:
     try:
-        mesh = open_mesh(layout, place)
-        result = (True, function(mesh, *arguments))
-        mesh.close()
+        result = (True, function(place, *arguments))
     except BaseException:  # noqa: BLE001 - whatever it is, the test must see it
         result = (False, traceback.format_exc())
     pipe.send_bytes(pickle.dumps(result))

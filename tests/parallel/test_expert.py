@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import paddle
 import pytest
+from paddle import nn
 
 from erniekit.config.architecture import ErnieConfig
 from erniekit.config.cut import Cut
@@ -86,10 +88,14 @@ def tokens(*sizes: int) -> list[np.ndarray]:
     return np.split(drawn, np.cumsum(sizes)[:-1], axis=1)
 
 
-def passed(mesh: Mesh, parts: list[np.ndarray]) -> tuple[np.ndarray, dict[str, np.ndarray], Counter[str], Counter[str]]:
+Passed = tuple[np.ndarray, dict[str, np.ndarray], Counter[str], Counter[str]]
+Use = Callable[[nn.Layer, Mesh], None]
+
+
+def passed(mesh: Mesh, parts: list[np.ndarray], use: Use) -> Passed:
     """A block's output for the tokens of this rank, its gradients, and what was sent forward and in all."""
     block = make_block(mesh.layout, mesh.rank)
-    use_expert_parallel(block, mesh)
+    use(block, mesh)
     x = paddle.to_tensor(parts[mesh.coordinates.data], stop_gradient=False)
     y = block(x)[0]
     forward = mesh.traffic.sent.copy()
@@ -98,10 +104,12 @@ def passed(mesh: Mesh, parts: list[np.ndarray]) -> tuple[np.ndarray, dict[str, n
     return y.numpy(), grads | {"x": x.grad.numpy()}, forward, mesh.traffic.sent
 
 
-def assert_equal(layout: Layout, parts: list[np.ndarray]) -> list[tuple[Counter[str], Counter[str]]]:
+def assert_equal(
+    layout: Layout, parts: list[np.ndarray], use: Use = use_expert_parallel
+) -> list[tuple[Counter[str], Counter[str]]]:
     """The block on ranks against the block in one piece; what every rank sent, forward and in all."""
-    ranks = run_ranks(passed, layout, parts)
-    y, grads, _, _ = passed(Mesh.single(), [np.concatenate(parts, axis=1)])
+    ranks = run_ranks(passed, layout, parts, use)
+    y, grads, _, _ = passed(Mesh.single(), [np.concatenate(parts, axis=1)], lambda *_: None)
     rows = np.split(np.arange(y.shape[1]), np.cumsum([part.shape[1] for part in parts])[:-1])
     close = {"rtol": 1e-5, "atol": 1e-6}
     for rank, (own_y, own, _, _) in enumerate(ranks):

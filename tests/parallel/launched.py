@@ -1,0 +1,39 @@
+"""Runs of several ranks without a launcher: forked processes that are told their places as a launcher tells them."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from erniekit.base.errors import ErnieKitError
+from erniekit.base.runtime import Place
+from erniekit.recipes import train
+from tests.parallel.ranks import run_places
+
+
+def run_ranked(
+    config: Path, world: int, overrides: Mapping[str, Any], *, prepare: Callable[[int], None] = lambda _: None,
+    seconds: float = 60,
+) -> list[str]:  # fmt: skip
+    """What the run ended with on each rank: nothing, or the name of an error and what it says. `prepare` is called with
+    each rank's number, in its process."""
+    return run_places(_run, world, config, dict(overrides), prepare, seconds=seconds)
+
+
+def _run(place: Place, config: Path, overrides: dict[str, Any], prepare: Callable[[int], None]) -> str:
+    variables = {"PADDLE_TRAINERS_NUM": place.world, "PADDLE_TRAINER_ID": place.rank, "PADDLE_MASTER": place.master}
+    os.environ.update({name: str(value) for name, value in variables.items()})
+    prepare(place.rank)
+    try:
+        train(config, **overrides)
+    except (ErnieKitError, KeyboardInterrupt) as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def log_of(out: Path) -> list[dict[str, Any]]:
+    """The rows that a run has logged."""
+    return [json.loads(line) for line in (out / "train_log.jsonl").read_text().splitlines()]
