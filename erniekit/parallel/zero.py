@@ -207,8 +207,8 @@ class GradientSync:
     def gradient(self, name: str) -> paddle.Tensor | None:
         """The gradient of the own range, in the shape of the parameter if that is all of it; None if there is none."""
         p, bucket = self._parameters[name], self._bucket_of.get(name)
-        if bucket is None:  # at stage 3 even what is not shared lives as an own range, which is flat
-            return p.grad if p.grad is None else p.grad.reshape(self.weight(name).shape)
+        if bucket is None:
+            return p.grad
         if bucket.sum is None:
             return None
         own = self.own(name)
