@@ -58,7 +58,7 @@ ALL_COMMANDS = [
 FOREIGN = (
     "vllm", "curl", "hf", "modelscope", "aistudio", "tensorboard", "nvidia-smi", "fastdeploy", "docker", "sbatch",
     "kubectl",
-)
+)  # fmt: skip
 
 
 def known_keys() -> set[str]:
