@@ -1,8 +1,8 @@
 """Prove that a checkpoint does not depend on who wrote it.
 
-Trains a small mixture of experts a few steps under each of six layouts of CPU ranks and saves; then goes on from each of
-these checkpoints under each of the layouts. The losses of the steps that follow are compared with those of one process
-that was never stopped.
+Trains a small mixture of experts a few steps under each of six layouts of CPU ranks and saves; then goes on from each
+of these checkpoints under each of the layouts. The losses of the steps that follow are compared with those of one
+process that was never stopped.
 
     python scripts/prove_reshard.py [--only "tensor 2"] [--seed 1] [--json FILE]
 """
