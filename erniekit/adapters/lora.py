@@ -7,10 +7,10 @@ in, rank] and so on; PiSSA adds `initial_A` and `initial_B`, which never change.
 
 from __future__ import annotations
 
-import functools
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Protocol
 
 import numpy as np
 import paddle
@@ -35,10 +35,47 @@ class _Added(nn.Layer):
         self.config, self.base = config, base
 
 
-def add_adapters(model: ErnieForCausalLM, config: AdapterConfig, *, seed: int, draw: bool = True) -> None:
+class Parts(Protocol):
+    """How parameters lie where a model holds a part of itself (parallel/whole.py); arrays may be of all routed experts
+    or of those held here."""
+
+    def shape(self, name: str, held: list[int]) -> list[int]:
+        """The shape of the whole parameter of which one of shape `held` is held."""
+
+    def part(self, name: str, array: np.ndarray) -> np.ndarray:
+        """What is held of a whole array."""
+
+    def gathered(self, name: str, array: np.ndarray) -> np.ndarray:
+        """The whole of what is held."""
+
+    def adder(self, module: str) -> Callable[[paddle.Tensor], paddle.Tensor] | None:
+        """What adds up sums over the inputs of a linear layer; None: all are held."""
+
+
+class _Everything:
+    """The parts of a model that is whole."""
+
+    def shape(self, name: str, held: list[int]) -> list[int]:  # noqa: ARG002
+        return held
+
+    def part(self, name: str, array: np.ndarray) -> np.ndarray:  # noqa: ARG002
+        return array
+
+    def gathered(self, name: str, array: np.ndarray) -> np.ndarray:  # noqa: ARG002
+        return array
+
+    def adder(self, module: str) -> None:  # noqa: ARG002
+        return None
+
+
+def add_adapters(
+    model: ErnieForCausalLM, config: AdapterConfig, *, seed: int, draw: bool = True, parts: Parts | None = None
+) -> None:
     """Freeze the model and put adapters on `config.targets`, drawn from `seed` and each parameter's name; thaw
-    `config.modules_to_save`. `draw=False` leaves A and B at zero: they will be loaded.
+    `config.modules_to_save`. `draw=False` leaves A and B at zero: they will be loaded. Of a model that holds a part of
+    itself, `parts` says which: what is drawn is drawn whole.
     """
+    parts = parts or _Everything()
     assert adapter_config_of(model) is None, "the model has adapters"
     for p in model.parameters():
         p.stop_gradient = True
@@ -49,8 +86,10 @@ def add_adapters(model: ErnieForCausalLM, config: AdapterConfig, *, seed: int, d
         owner, _, name = path.rpartition(".")
         made = _adapter(modules[owner], name, config, dtype=dtype)
         setattr(modules[owner], name, made)
+        if isinstance(made, DoraAdapter):
+            made.add_up = parts.adder(owner)
         if draw:
-            _draw(made, functools.partial(_weight, modules[owner], name), config, path=path, seed=seed)
+            _draw(made, modules[owner], config, target=target, seed=seed, parts=parts)
     parameters = dict(model.named_parameters())
     whole = [name for name in parameters if name.startswith(tuple(f"{path}." for path in config.modules_to_save))]
     base = {name: parameters[name].detach().clone() for name in whole}
@@ -132,12 +171,14 @@ def _weight(owner: nn.Layer, name: str) -> paddle.Tensor:
 
 @paddle.no_grad()
 def _draw(
-    adapter: Adapter, weight: Callable[[], paddle.Tensor], config: AdapterConfig, *, path: str, seed: int
+    adapter: Adapter, owner: nn.Layer, config: AdapterConfig, *, target: str, seed: int, parts: Parts
 ) -> None:
     """A uniform within 1 / sqrt(in) (PEFT's Kaiming with a = sqrt(5)) and B zero; or PiSSA's singular vectors. Only who
-    needs the `weight` makes it dense."""
+    needs the weight makes it dense."""
+    path = slot(target)
     if config.init == "pissa":
-        made = weight().astype("float32").numpy()
+        weight = _weight(owner, path.rpartition(".")[2]).astype("float32").numpy()
+        made = parts.gathered(target if isinstance(owner, Experts) else f"{target}.weight", weight)
         if config.rank > min(made.shape[-2:]):
             raise ConfigError(
                 f"lora_rank: {config.rank} and lora_init: pissa exclude each other: the weight of {path} has "
@@ -145,19 +186,21 @@ def _draw(
             )
         u, sigma, v = np.linalg.svd(made, full_matrices=False)
         root = np.sqrt(sigma[..., : config.rank] / np.float32(config.scaling))
-        for factor, first in (
-            (u[..., : config.rank] * root[..., None, :], (adapter.lora_A, adapter.initial_A)),
-            (v[..., : config.rank, :] * root[..., :, None], (adapter.lora_B, adapter.initial_B)),
+        for factor, name, first in (
+            (u[..., : config.rank] * root[..., None, :], "lora_A", (adapter.lora_A, adapter.initial_A)),
+            (v[..., : config.rank, :] * root[..., :, None], "lora_B", (adapter.lora_B, adapter.initial_B)),
         ):
             for p in first:
-                _set(p, factor)
+                _set(p, parts.part(f"{path}.{name}", factor))
     else:
         name = f"{path}.lora_A"
         generator = np.random.Generator(np.random.PCG64([seed, zlib.crc32(name.encode())]))
-        drawn = generator.random(adapter.lora_A.shape, np.float32) * np.float32(2.0) - np.float32(1.0)
-        _set(adapter.lora_A, drawn / np.float32(np.sqrt(adapter.lora_A.shape[-2])))
+        shape = parts.shape(name, adapter.lora_A.shape)
+        drawn = generator.random(shape, np.float32) * np.float32(2.0) - np.float32(1.0)
+        _set(adapter.lora_A, parts.part(name, drawn / np.float32(np.sqrt(shape[-2]))))
     if isinstance(adapter, DoraAdapter):
-        _set(adapter.magnitude, paddle.sqrt(paddle.square(weight().astype("float32")).sum(0)).numpy())
+        assert isinstance(owner, Linear)
+        _set(adapter.magnitude, paddle.sqrt(adapter.base_squares(owner)).numpy())
 
 
 def _set(p: paddle.Tensor, array: np.ndarray) -> None:

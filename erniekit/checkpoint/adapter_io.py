@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import paddle
 
-from erniekit.adapters.lora import adapter_config_of, adapter_parameters, plain_factors
+from erniekit.adapters.lora import Parts, adapter_config_of, adapter_parameters, plain_factors
 from erniekit.adapters.targets import slot
 from erniekit.base.console import warn
 from erniekit.base.errors import CheckpointError, listed
@@ -54,15 +54,17 @@ def plain_config(config: AdapterConfig) -> AdapterConfig:
     return dataclasses.replace(config, rank=2 * config.rank, alpha=alpha, init="default")
 
 
-def load_adapter(model: ErnieForCausalLM, folder: AdapterFolder) -> None:
-    """Put the adapter of `folder` in the place of the model's. Raises CheckpointError, before anything is written,
-    unless the folder holds exactly the model's adapter: the same modules, the same rank."""
+def load_adapter(model: ErnieForCausalLM, folder: AdapterFolder, *, parts: Parts | None = None) -> None:
+    """Put the adapter of `folder` in the place of the model's, as far as `parts` holds it. Raises CheckpointError,
+    before anything is written, unless the folder holds exactly the model's adapter: the same modules, the same rank."""
     wanted = adapter_config_of(model)
     assert wanted is not None, "the model has no adapters"
     parameters, adapter = adapter_parameters(model), folder.on(model.config)
     arrays = {**dict(adapter.in_memory(_table(model))), **_whole(adapter, _table(model))}
     if wanted.init == "pissa":
         arrays = {name: part for whole, array in arrays.items() for name, part in _taken_apart(whole, array)}
+    if parts is not None:
+        arrays = {name: parts.part(name, array) if name in parameters else array for name, array in arrays.items()}
     problems = [f"{folder.path}: '{name}' has no place in the model." for name in arrays.keys() - parameters.keys()]
     problems += [f"{folder.path}: '{name}' is missing." for name in parameters.keys() - arrays.keys()]
     problems += [

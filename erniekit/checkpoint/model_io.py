@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +27,7 @@ from erniekit.models.decoder import ErnieForCausalLM
 from erniekit.models.reward import ErnieForReward
 from erniekit.parallel.part import hold_part
 from erniekit.precision.packed import PackedExperts, PackedLinear, packed_weights, use_packed_weights
+from erniekit.precision.quantize import Greatest
 
 
 def host_array(tensor: paddle.Tensor) -> np.ndarray:
@@ -57,14 +58,15 @@ class HostParameters(Mapping[str, np.ndarray]):
 
 def build_model(
     folder: Folder, cfg: ErnieConfig, *, dtype: str = "float32", mtp_init: str | None = None, seed: int = 0,
-    pack: Packing | None = None, cut: Cut = WHOLE,
+    pack: Packing | None = None, cut: Cut = WHOLE, greatest: Callable[[str], Greatest | None] = lambda _module: None,
 ) -> ErnieForCausalLM:  # fmt: skip
     """A model of architecture `cfg` with the weights of `folder`, in `dtype` ("float32" or "bfloat16"), as far as `cut`
     holds them.
 
     `mtp_init="random"` draws multi-token prediction weights that the folder does not have, from `seed`; the score of
     a reward model that is made from a language model is always drawn. What `pack` names is quantised while it is read:
-    an expert or a linear layer is dense at a time, never the model.
+    an expert or a linear layer is dense at a time, never the model; `greatest` looks at inputs that others hold
+    (precision/packed.py).
     Raises CheckpointError if a tensor is missing, extra or misshapen.
     """
     for text in folder.notices:
@@ -80,7 +82,7 @@ def build_model(
             table = memory_table(cfg, head_bias=folder.has_head_bias, cut=cut)
             hold_part(model, {name: tensor.shape for name, tensor in table.tensors.items()})
     if pack:
-        use_packed_weights(model, pack, dtype=dtype)
+        use_packed_weights(model, pack, dtype=dtype, greatest=greatest)
     for p in model.parameters() if lazy else ():
         p.initialize()
     fill_model(model, folder, mtp_init=mtp_init, seed=seed, cut=cut)

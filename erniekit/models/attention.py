@@ -41,7 +41,7 @@ class CoreAttention(nn.Layer):
     def __init__(self, head_dim: int) -> None:
         super().__init__()
         self.head_dim = head_dim
-        self.dropout = 0.0  # of the weights, in training; set from outside
+        self.dropout, self.stream = 0.0, 0  # of the weights, in training (ops/dropout.py); set from outside
 
     def forward(
         self, q_BSX: paddle.Tensor, k_BSY: paddle.Tensor, v_BSY: paddle.Tensor, positions: Positions
@@ -51,6 +51,7 @@ class CoreAttention(nn.Layer):
             return attention_with_dropout(
                 q_BSX, k_BSY, v_BSY, cos_BSJ=positions.cos_BSJ, sin_BSJ=positions.sin_BSJ,
                 end_rows_BS=positions.end_rows_BS, head_dim=self.head_dim, dropout=self.dropout,
+                stream=self.stream,
             )  # fmt: skip
         return attention(
             q_BSX, k_BSY, v_BSY, cos_BSJ=positions.cos_BSJ, sin_BSJ=positions.sin_BSJ,

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import paddle
-import paddle.nn.functional as F
 from paddle import nn
 
 from erniekit.base.errors import CheckpointError
@@ -21,6 +20,7 @@ from erniekit.models.layers import MLP, Embedding, Linear, RMSNorm, parameter
 from erniekit.models.moe import MoE, Routing
 from erniekit.ops.attention import end_rows_from_mask, end_rows_from_segments, positions_in_segments
 from erniekit.ops.cross_entropy import head_logits, linear_cross_entropy, token_scores
+from erniekit.ops.dropout import dropout
 from erniekit.ops.log_probs import linear_log_probs
 
 
@@ -41,7 +41,7 @@ class DecoderLayer(nn.Layer):
         self.self_attn = Attention(cfg, dtype=dtype)
         self.post_attention_layernorm = RMSNorm(cfg.hidden_size, eps=cfg.rms_norm_eps, dtype=dtype)
         self.sparse = sparse
-        self.dropout = 0.0  # of what attention and MLP add, in training; set from outside
+        self.dropout, self.stream = 0.0, 0  # of what attention and MLP add, in training (ops/dropout.py); from outside
         if sparse:
             self.mlp = MoE(cfg, dtype=dtype)
         else:
@@ -57,7 +57,7 @@ class DecoderLayer(nn.Layer):
         return x_BSD + self._thinned(y_BSD), routing
 
     def _thinned(self, added_BSD: paddle.Tensor) -> paddle.Tensor:
-        return F.dropout(added_BSD, self.dropout) if self.dropout and self.training else added_BSD
+        return dropout(added_BSD, self.dropout, stream=self.stream) if self.dropout and self.training else added_BSD
 
 
 class Decoder(nn.Layer):

@@ -1,8 +1,8 @@
 """Attention with dropout on its weights: block by block, forward and backward, in memory that grows with S, not S x S.
 
 The plain twin of no kernel: there is no faster way here, and with probability 0 nobody comes this way. Which weights
-are dropped follows from one number that every call draws from Paddle's global generator, so that the backward pass and
-a recomputed forward pass drop the same ones and keep no mask.
+are dropped follows from one number that every call draws (ops/dropout.py), so that the backward pass and a recomputed
+forward pass drop the same ones and keep no mask.
 
 Shapes: B batch, S rows, N query heads, K key/value heads, G = N / K, d head_dim, R rows of a block, C its columns.
 """
@@ -14,17 +14,16 @@ from collections.abc import Iterator
 import paddle
 
 from erniekit.ops.attention import row_blocks
+from erniekit.ops.dropout import drawn_seed
 from erniekit.ops.gradients import only, wanted
 from erniekit.ops.rope import rotate
-
-_LARGEST_SEED = 2**31 - 2**16  # leaves room for a number of its own for every block
 
 
 class _Attention(paddle.autograd.PyLayer):
     @staticmethod
-    def forward(ctx, q_BKGSd, k_BK1Sd, v_BK1Sd, end_rows_BS, dropout: float):
+    def forward(ctx, q_BKGSd, k_BK1Sd, v_BK1Sd, end_rows_BS, dropout: float, stream: int):
         ctx.wanted = wanted(q_BKGSd, k_BK1Sd, v_BK1Sd)
-        ctx.dropout, ctx.seed = dropout, paddle.randint(1, _LARGEST_SEED, [1]).item()
+        ctx.dropout, ctx.seed = dropout, drawn_seed(stream)
         ctx.save_for_backward(q_BKGSd, k_BK1Sd, v_BK1Sd, end_rows_BS)
         out = [
             paddle.matmul(weights * kept, v_BK1Sd[..., columns, :])
@@ -68,6 +67,7 @@ def _blocks(
 def attention_with_dropout(
     q_BSX: paddle.Tensor, k_BSY: paddle.Tensor, v_BSY: paddle.Tensor, *, cos_BSJ: paddle.Tensor,
     sin_BSJ: paddle.Tensor, end_rows_BS: paddle.Tensor, head_dim: int, dropout: float,
+    stream: int = 0,
 ) -> paddle.Tensor:  # fmt: skip
     """`attention` whose softmax weights are dropped with probability `dropout`, the others scaled up; in fp32."""
     b, s = q_BSX.shape[:2]
@@ -76,5 +76,5 @@ def attention_with_dropout(
     k, v = (x.reshape([b, s, -1, 1, head_dim]).transpose([0, 2, 3, 1, 4]) for x in (k, v_BSY))
     q = q.reshape([b, s, k.shape[1], -1, head_dim]).transpose([0, 2, 3, 1, 4])
     # Contiguous: Paddle's recomputation hands saved tensors back without their strides.
-    out = _Attention.apply(*(x.astype("float32").contiguous() for x in (q, k, v)), end_rows_BS, dropout)
+    out = _Attention.apply(*(x.astype("float32").contiguous() for x in (q, k, v)), end_rows_BS, dropout, stream)
     return out.astype(q_BSX.dtype).transpose([0, 3, 1, 2, 4]).reshape([b, s, -1])

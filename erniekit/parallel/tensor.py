@@ -24,10 +24,10 @@ from typing import Any
 
 from paddle import Tensor, nn
 
-from erniekit.models.attention import Attention
-from erniekit.models.decoder import Decoder, ErnieForCausalLM
-from erniekit.models.layers import MLP
-from erniekit.models.moe import MoE
+from erniekit.models.attention import Attention, CoreAttention
+from erniekit.models.decoder import Decoder, DecoderLayer, ErnieForCausalLM
+from erniekit.models.layers import MLP, Linear
+from erniekit.models.moe import Experts, MoE
 from erniekit.models.reward import ErnieForReward
 from erniekit.parallel.collectives import Axis
 from erniekit.parallel.mesh import Mesh
@@ -72,6 +72,7 @@ def use_tensor_parallel(model: ErnieForCausalLM | ErnieForReward, mesh: Mesh) ->
         return
     for name, _ in model.named_parameters():
         slot_of(name)  # every parameter has a style
+    _draw_apart(model, mesh)
     doors = Doors(axis)
     _watch_positions(model.model, doors, sequence_parallel=mesh.layout.sequence_parallel)
     _cut_vocabulary(model, doors)
@@ -81,6 +82,24 @@ def use_tensor_parallel(model: ErnieForCausalLM | ErnieForReward, mesh: Mesh) ->
             _cut_mixture(layer.mlp, doors, whole_experts=mesh.layout.experts_over == "tensor")
         else:
             _cut_mlp(layer.mlp, doors)
+
+
+def _draw_apart(model: nn.Layer, mesh: Mesh) -> None:
+    """Where a rank works on a part of a tensor, dropout draws from the rank's own stream; elsewhere all drop alike."""
+    stream, in_parts = mesh.axis("tensor").index + 1, mesh.layout.sequence_parallel
+    whole_experts = mesh.layout.experts_over == "tensor"
+    for path, layer in model.named_sublayers():
+        if isinstance(layer, CoreAttention):
+            layer.stream = stream
+        elif isinstance(layer, DecoderLayer):
+            layer.stream = stream if in_parts else 0
+        elif isinstance(layer, Linear) and layer.adapter is not None:
+            style = slot_of(f"{path}.weight").style
+            layer.adapter.stream = stream if style.kind == "row" or (in_parts and style.sees == "positions") else 0
+        elif isinstance(layer, Experts):
+            for adapter, cut in ((layer.gate_up_adapter, whole_experts), (layer.down_adapter, True)):
+                if adapter is not None:
+                    adapter.stream = stream if cut else 0
 
 
 def _watch_positions(decoder: Decoder, doors: Doors, *, sequence_parallel: bool) -> None:

@@ -7,6 +7,7 @@ Shapes: D inputs, F outputs, T rows sorted by expert.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 import numpy as np
@@ -19,7 +20,7 @@ from erniekit.models.layers import Linear
 from erniekit.models.moe import Experts
 from erniekit.ops import weight_only
 from erniekit.ops.packed import packed_product, unpack
-from erniekit.precision.quantize import KERNEL_KINDS, code_rows, pack, require_finite
+from erniekit.precision.quantize import KERNEL_KINDS, Greatest, code_rows, pack, require_finite
 
 _SLOTS = {"gate_up_proj": "gate_up_packed", "down_proj": "down_packed"}  # of Experts
 
@@ -42,8 +43,11 @@ class Store(Protocol):
 class Codes:
     """Codes and scales as ops/packed.py reads them."""
 
-    def __init__(self, kind: Kind, shape: tuple[int, int, int], *, group_size: int | None, dtype: str) -> None:
-        self.shape = shape
+    def __init__(
+        self, kind: Kind, shape: tuple[int, int, int], *, group_size: int | None, dtype: str,
+        greatest: Greatest | None = None,
+    ) -> None:  # fmt: skip
+        self.shape, self.greatest = shape, greatest
         count, self.num_in, num_out = shape
         self.kind, self.group_size, self.dtype = kind, group_size, dtype
         rows, groups = code_rows(kind, self.num_in), self.num_in // (group_size or self.num_in)
@@ -52,7 +56,7 @@ class Codes:
 
     def put(self, index: int, weight_DF: np.ndarray, *, name: str) -> None:
         """See Store."""
-        codes, scales = pack(weight_DF, self.kind, self.group_size, name=name)
+        codes, scales = pack(weight_DF, self.kind, self.group_size, name=name, greatest=self.greatest)
         for stored, made in ((self.codes, codes), (self.scales, scales)):
             stored[index].copy_(paddle.to_tensor(made), True)  # an assignment would copy once more
 
@@ -90,11 +94,14 @@ class GPUCodes:
         return weight_only.weight_only_product(x_TD, weights, counts=counts)
 
 
-def _store(kind: Kind, shape: tuple[int, int, int], *, group_size: int | None, dtype: str) -> Store:
+def _store(
+    kind: Kind, shape: tuple[int, int, int], *, group_size: int | None, dtype: str, greatest: Greatest | None
+) -> Store:
     on_gpu = paddle.device.is_compiled_with_cuda() and paddle.get_device().startswith("gpu")
-    if on_gpu and dtype != "float32" and weight_only.serves(kind, *shape[1:], group_size):
+    own_scales = greatest is None or group_size is not None  # Paddle's kernels make theirs from what they see
+    if on_gpu and dtype != "float32" and own_scales and weight_only.serves(kind, *shape[1:], group_size):
         return GPUCodes(kind, shape, group_size=group_size, dtype=dtype)
-    return Codes(kind, shape, group_size=group_size, dtype=dtype)
+    return Codes(kind, shape, group_size=group_size, dtype=dtype, greatest=greatest)
 
 
 class PackedExperts(nn.Layer):
@@ -102,10 +109,13 @@ class PackedExperts(nn.Layer):
 
     bf16_products = False  # precision/products.py
 
-    def __init__(self, kind: Kind, shape: tuple[int, int, int], *, group_size: int | None, dtype: str) -> None:
+    def __init__(
+        self, kind: Kind, shape: tuple[int, int, int], *, group_size: int | None, dtype: str,
+        greatest: Greatest | None = None,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.shape = shape
-        self.store = _store(kind, shape, group_size=group_size, dtype=dtype)
+        self.store = _store(kind, shape, group_size=group_size, dtype=dtype, greatest=greatest)
 
     def forward(self, x_TD: paddle.Tensor, counts: list[int]) -> paddle.Tensor:
         """Rows sorted by expert times their expert's weight: [T, F]."""
@@ -121,10 +131,13 @@ class PackedLinear(nn.Layer):
 
     bf16_products = False  # precision/products.py
 
-    def __init__(self, kind: Kind, shape: tuple[int, int], *, group_size: int | None, dtype: str) -> None:
+    def __init__(
+        self, kind: Kind, shape: tuple[int, int], *, group_size: int | None, dtype: str,
+        greatest: Greatest | None = None,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.shape = shape
-        self.store = _store(kind, (1, *shape), group_size=group_size, dtype=dtype)
+        self.store = _store(kind, (1, *shape), group_size=group_size, dtype=dtype, greatest=greatest)
 
     def forward(self, x: paddle.Tensor) -> paddle.Tensor:
         """x @ weight: [..., D] -> [..., F]."""
@@ -137,8 +150,12 @@ class PackedLinear(nn.Layer):
         return self.store.dense(0)
 
 
-def use_packed_weights(model: ErnieForCausalLM, packing: Packing, *, dtype: str) -> None:
-    """Give every module that `packing` names empty packed weights in place of its parameter.
+def use_packed_weights(
+    model: ErnieForCausalLM, packing: Packing, *, dtype: str,
+    greatest: Callable[[str], Greatest | None] = lambda _module: None,
+) -> None:  # fmt: skip
+    """Give every module that `packing` names empty packed weights in place of its parameter. Of a module that has some
+    of its inputs only, `greatest` says how to look at all of them (quantize.py).
 
     Raises ConfigError where the group size does not fit.
     """
@@ -156,11 +173,15 @@ def use_packed_weights(model: ErnieForCausalLM, packing: Packing, *, dtype: str)
             continue
         if name in linears:
             linears[name].weight = None
-            linears[name].packed = PackedLinear(kind, tuple(weight.shape), group_size=packing.group_size, dtype=dtype)
+            linears[name].packed = PackedLinear(
+                kind, tuple(weight.shape), group_size=packing.group_size, dtype=dtype, greatest=greatest(name)
+            )
         else:
             part = name.rpartition(".")[2]
             setattr(stacks[name], part, None)
-            packed = PackedExperts(kind, tuple(weight.shape), group_size=packing.group_size, dtype=dtype)
+            packed = PackedExperts(
+                kind, tuple(weight.shape), group_size=packing.group_size, dtype=dtype, greatest=greatest(name)
+            )
             setattr(stacks[name], _SLOTS[part], packed)
 
 

@@ -27,7 +27,7 @@ from erniekit.adapters.targets import (
     started_config,
 )
 from erniekit.base.console import notice
-from erniekit.base.errors import ConfigError, MeshError
+from erniekit.base.errors import ConfigError
 from erniekit.checkpoint.adapter_folder import AdapterFolder
 from erniekit.checkpoint.adapter_io import load_adapter
 from erniekit.checkpoint.ernie45 import HEAD_BIAS, memory_table
@@ -47,6 +47,7 @@ from erniekit.parallel.mesh import Mesh
 from erniekit.parallel.recompute import apply_recompute
 from erniekit.parallel.tensor import use_tensor_parallel
 from erniekit.parallel.tokens import TokenRanks
+from erniekit.parallel.whole import Wholes
 from erniekit.parallel.zero import FLAT_BYTES, GradientSync
 from erniekit.precision.products import use_bf16_products
 from erniekit.training.dropout import DropoutCourse
@@ -121,22 +122,18 @@ def assemble_model(
     dtype = "bfloat16" if on_gpu and cfg.model.compute_type != "fp32" else "float32"
     if cfg.model.compute_type == "bf16" and not on_gpu and not cfg.model.cpu_bf16_matmul:
         notice("compute_type bf16: a CPU computes in fp32, with fp32 masters; only the saved model is rounded.")
+    wholes = Wholes(mesh, arch)
     model = build_model(
         weights, arch, dtype=dtype, mtp_init=cfg.model.mtp_init, seed=cfg.train.seed, pack=packing_of(cfg),
-        cut=Cut.of(mesh.layout, mesh.rank),
+        cut=Cut.of(mesh.layout, mesh.rank), greatest=wholes.greatest,
     )  # fmt: skip
     if adapter:
-        _adapt(model, adapter, trained, seed=cfg.train.seed)
+        _adapt(model, adapter, trained, seed=cfg.train.seed, parts=wholes)
     freeze(model, cfg.optimizer)
     if cfg.model.cpu_bf16_matmul and on_gpu:
         notice("cpu_bf16_matmul is about CPUs; on a GPU compute_type says how products are computed.")
     elif cfg.model.cpu_bf16_matmul:
         use_bf16_products(model)
-    if mesh.layout.tensor > 1 and (adapter or packing_of(cfg)):
-        raise MeshError(
-            "tensor_parallel_degree: adapters and quantised weights cannot be cut yet. Set it to 1, or fine_tuning to "
-            "Full and compute_type to bf16."
-        )
     use_tensor_parallel(model, mesh)
     use_expert_parallel(model, mesh)
     if cfg.train.recompute:
@@ -144,14 +141,17 @@ def assemble_model(
     return model
 
 
-def _adapt(model: ErnieForCausalLM, config: AdapterConfig, trained: Path | None, *, seed: int) -> None:
+def _adapt(
+    model: ErnieForCausalLM, config: AdapterConfig, trained: Path | None, *, seed: int, parts: Wholes
+) -> None:
     has_bias = any(name == HEAD_BIAS for name, _ in model.named_parameters())
     table = memory_table(model.config, head_bias=has_bias)
     base = sum(math.prod(tensor.shape) for tensor in table.tensors.values())
-    add_adapters(model, config, seed=seed, draw=trained is None)
+    add_adapters(model, config, seed=seed, draw=trained is None, parts=parts)
     if trained:
-        load_adapter(model, AdapterFolder.open(trained))
-    numbers = sum(p.size for p in model.parameters() if not p.stop_gradient)
+        load_adapter(model, AdapterFolder.open(trained), parts=parts)
+    trainable = {name: p for name, p in model.named_parameters() if not p.stop_gradient}
+    numbers = sum(math.prod(parts.shape(name, p.shape)) for name, p in trainable.items())
     whole = f" and {len(config.modules_to_save)} whole modules" if config.modules_to_save else ""
     notice(
         f"adapters of rank {config.rank} on {len(config.targets)} modules{whole}: {numbers:,} numbers are trained, "

@@ -53,7 +53,7 @@ from tests.parallel.ranks import run_ranks
 
 LOSS, FIGURE, GRADIENT, WEIGHT = 1e-6, 1e-5, 1e-5, 1e-5  # how far apart parallel and single may be
 COPIES = 1e-6  # and what several ranks hold
-_ADAPTER = re.compile(r"(?P<module>.*?)(?P<slot>\.adapter|_adapter)\.(?P<factor>lora_A|lora_B|magnitude)")
+_ADAPTER = re.compile(r"(?P<module>.*?)(?P<slot>\.adapter|_adapter)\.(?P<factor>(lora|initial)_[AB]|magnitude)")
 
 Step = Sequence[Sequence[Row]]  # micro-batches of rows, those of all data ranks together
 Numbers = dict[str, "Held"]  # by parameter name
@@ -201,8 +201,8 @@ class Places:
         weight = found["module"] + (".weight" if found["slot"] == ".adapter" else "_proj")
         *experts, ins, outs = zip(*self._of_weight(weight), strict=True)
         ranks = self._rank, np.arange(self._rank)
-        dims = {"lora_A": [*experts, ins, ranks], "lora_B": [*experts, ranks, outs], "magnitude": [outs]}
-        shape, indices = zip(*dims[found["factor"]], strict=True)
+        dims = {"A": [*experts, ins, ranks], "B": [*experts, ranks, outs], "magnitude": [outs]}
+        shape, indices = zip(*dims[found["factor"].rpartition("_")[2]], strict=True)
         return shape, indices
 
     def _of_weight(self, name: str) -> tuple[tuple[int, ...], tuple[np.ndarray, ...]]:

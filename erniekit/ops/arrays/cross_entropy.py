@@ -24,7 +24,9 @@ def cross_entropy(
     `log_sums` and `parts` are about a part of the vocabulary: see csrc.
     """
     trained = np.flatnonzero(labels != _IGNORED)
-    wrong = ((labels[trained] < 0) | (labels[trained] >= vocab)) & (labels[trained] != _ELSEWHERE)
+    wrong = (labels[trained] < 0) | (labels[trained] >= vocab)
+    if parts is not None or log_sums is not None:
+        wrong &= labels[trained] != _ELSEWHERE
     if wrong.any():
         return int(trained[wrong.argmax()])
     for array in (losses, correct, parts, grad_hidden, grad_weight, grad_bias):

@@ -42,7 +42,8 @@ EXPORT Size cross_entropy(const float* hidden, const float* weight, const float*
         losses[m] = 0, correct[m] = false;
         if (parts) std::fill_n(parts + 3 * m, 3, 0.0f);
         if (labels[m] == kIgnored) continue;
-        if (labels[m] != kElsewhere && (labels[m] < 0 || labels[m] >= vocab)) return m;
+        const bool elsewhere = labels[m] == kElsewhere && (parts || log_sums);
+        if (!elsewhere && (labels[m] < 0 || labels[m] >= vocab)) return m;
         trained.push_back(m);
     }
     if (grad_hidden) std::fill_n(grad_hidden, tokens * size, 0.0f);
