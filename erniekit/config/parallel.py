@@ -19,6 +19,9 @@ _ONE = {"idle": (0, 1), "least": -1, "resume": "free"}
 _LAYOUT = {"effect": SPEED}  # so it may be another one when a run is resumed
 
 
+FLAT_BYTES = 64 * 2**20  # of fp32 gradients that are reduced as one: enough for a network, little beside a model
+
+
 @dataclass(frozen=True)
 class ParallelConfig:
     """Degrees, and the switches of each kind of parallelism."""
@@ -83,3 +86,8 @@ class ParallelConfig:
     moe_multimodal_dispatch_use_allgather: str | None = speed("v2-alltoall-unpad", "How tokens reach their experts.")
     expert_max_capacity: int = later(2**32, "Largest number of tokens of an expert; here none is dropped.", least=1)
     expert_min_capacity: int = later(1, "Smallest number of token places of an expert.", least=1)
+
+    @property
+    def flat_bytes(self) -> int:
+        """How many bytes of fp32 gradients are reduced as one (parallel/zero.py)."""
+        return self.sharding_comm_buffer_size_MB * 2**20 if self.sharding_comm_buffer_size_MB > 0 else FLAT_BYTES
