@@ -86,8 +86,3 @@ class ParallelConfig:
     moe_multimodal_dispatch_use_allgather: str | None = speed("v2-alltoall-unpad", "How tokens reach their experts.")
     expert_max_capacity: int = later(2**32, "Largest number of tokens of an expert; here none is dropped.", least=1)
     expert_min_capacity: int = later(1, "Smallest number of token places of an expert.", least=1)
-
-    @property
-    def flat_bytes(self) -> int:
-        """How many bytes of fp32 gradients are reduced as one (parallel/zero.py)."""
-        return self.sharding_comm_buffer_size_MB * 2**20 if self.sharding_comm_buffer_size_MB > 0 else FLAT_BYTES

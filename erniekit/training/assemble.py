@@ -50,6 +50,7 @@ from erniekit.parallel.tokens import TokenRanks
 from erniekit.parallel.whole import Wholes
 from erniekit.parallel.zero import GradientSync
 from erniekit.precision.products import use_bf16_products
+from erniekit.training.budget import flat_bytes_of
 from erniekit.training.dropout import DropoutCourse
 from erniekit.training.health import RouterHealth
 from erniekit.training.objective import LossWeights
@@ -185,7 +186,7 @@ def _gradient_sync(model: ErnieForCausalLM, cfg: RunConfig, mesh: Mesh) -> Gradi
     trained = {name: p for name, p in parameters.items() if not p.stop_gradient}
     blocks = blocks_of(parameters, mesh.layout, model.config, tensor=mesh.coordinates.tensor)
     layers = LayerShards(model, mesh, blocks=blocks) if mesh.layout.stage == 3 else None
-    return GradientSync(trained, mesh, blocks=blocks, flat_bytes=cfg.parallel.flat_bytes, layers=layers)
+    return GradientSync(trained, mesh, blocks=blocks, flat_bytes=flat_bytes_of(cfg), layers=layers)
 
 
 def step_hooks(model: ErnieForCausalLM, cfg: RunConfig) -> tuple[Callable[[int], None], ...]:

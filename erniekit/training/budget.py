@@ -154,8 +154,14 @@ def run_budget(
         Parameters.of(cfg, arch, head_bias=head_bias, cut=cut), formats=Formats.of(cfg, on_gpu=on_gpu),
         micro_batches=train.gradient_accumulation_steps, terms=_terms(cfg, arch),
         recompute=train.recompute_granularity if train.recompute else None, cut=cut,
-        flat_bytes=cfg.parallel.flat_bytes,
+        flat_bytes=flat_bytes_of(cfg),
     )  # fmt: skip
+
+
+def flat_bytes_of(cfg: RunConfig) -> int:
+    """How many bytes of fp32 gradients are reduced over ranks as one."""
+    megabytes_wanted = cfg.parallel.sharding_comm_buffer_size_MB
+    return megabytes_wanted * 2**20 if megabytes_wanted > 0 else FLAT_BYTES
 
 
 def _terms(cfg: RunConfig, arch: ErnieConfig) -> Terms:

