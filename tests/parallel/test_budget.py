@@ -61,7 +61,7 @@ def measured(mesh: Mesh, case: Case) -> tuple[int, int]:
     Layout(2, tensor=2, sequence_parallel=True), Layout(2, expert=2),
 ], ids=["data", "states", "weights", "tensor", "sequences", "experts"])  # fmt: skip
 def test_the_peak_of_ranks(case: Case, layout: Layout) -> None:
-    """Of all ranks together: with experts on ranks, one has more tokens than another. Stand-ins of collectives, which
-    only CPUs need, are in the budget for experts alone; at stage 3 it takes the two largest layers to be whole at once."""
+    """Of all ranks together: with experts on ranks, one has more tokens than another. Of the stand-ins for collectives
+    that only CPUs need, the budget knows those of experts; at stage 3 it takes the two largest layers to be whole."""
     peaks, budgets = zip(*run_ranks(measured, layout, case), strict=True)
     assert sum(budgets) == pytest.approx(sum(peaks), rel=0.1)
