@@ -125,7 +125,9 @@ def train_loop(run: Run, *, start_step: int) -> int:
             if better or stopping or _due(done, run.rhythm.save_every, done if last else total):
                 run.reporter.saved(_save(run, done))
             if stopping:
+                run.checkpoints.wait()
                 raise AskedToStop
+        run.checkpoints.wait()
     return done
 
 
@@ -138,6 +140,7 @@ def _save(run: Run, step: int) -> Path:
 
 
 def _take(run: Run, step: int) -> StepResult:
+    run.mesh.pulse.step(step + 1)
     data = run.mesh.axis("data")
     # Whatever draws numbers in a step draws them from (seed, step), and data ranks draw others for their rows.
     paddle.seed(run.rhythm.seed * 1_000_003 + step + data.index * _STREAM)
