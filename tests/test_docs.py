@@ -20,7 +20,7 @@ TRANSLATED = {
     f"{name}.md"
     for name in (
         "getting-started", "data", "config", "checkpoints", "training", "lora", "preferences",
-        "troubleshooting", "serving", "verbs",
+        "troubleshooting", "serving", "verbs", "parallel",
     )
 }
 CHINESE = sorted((ROOT / "docs" / "zh").glob("*.md"))
@@ -55,7 +55,7 @@ ALL_COMMANDS = [
     if language == "bash" and page not in CHINESE  # which show the same blocks
     for line in lines_of(text)
 ]
-FOREIGN = ("vllm", "curl", "hf", "modelscope", "aistudio", "tensorboard", "nvidia-smi", "fastdeploy", "docker")
+FOREIGN = ("vllm", "curl", "hf", "modelscope", "aistudio", "tensorboard", "nvidia-smi", "fastdeploy", "docker", "sbatch", "kubectl")
 
 
 def known_keys() -> set[str]:
@@ -103,7 +103,7 @@ def test_command_is_known(page: Path, command: str) -> None:
         check_install(words)
     elif words[:2] == ["python", "-c"]:
         ast.parse(words[2])
-    elif words[:2] == ["python", "-m"] and words[2].startswith("fastdeploy."):
+    elif words[:2] == ["python", "-m"] and words[2].startswith(("fastdeploy.", "paddle.distributed.launch")):
         pass  # another program's, written from its documentation
     elif words[0] not in FOREIGN:
         pytest.fail(f"{page.name} shows a command that nothing checks: {command}")

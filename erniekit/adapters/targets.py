@@ -154,6 +154,11 @@ def slot(target: str) -> str:
     return f"{target.removesuffix('_proj')}_adapter" if _EXPERTS.search(target) else f"{target}.adapter"
 
 
+def slot_owner(path: str) -> str:
+    """The module that the adapter of this path is of: what `slot` was given."""
+    return path.removesuffix(".adapter") if path.endswith(".adapter") else path.removesuffix("_adapter") + "_proj"
+
+
 def _inside(name: str, path: str) -> bool:
     return name == path or name.startswith(path + ".")
 

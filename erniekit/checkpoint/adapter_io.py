@@ -7,43 +7,103 @@ load_adapter(model, folder)
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
+import shutil
+from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import paddle
 
-from erniekit.adapters.lora import Parts, adapter_config_of, adapter_parameters, plain_factors
+from erniekit.adapters.lora import adapter_config_of, adapter_parameters, plain_factors
 from erniekit.adapters.targets import slot
 from erniekit.base.console import warn
 from erniekit.base.errors import CheckpointError, listed
+from erniekit.base.files import writing
 from erniekit.checkpoint.adapter import Adapter, memory_adapter
 from erniekit.checkpoint.adapter_folder import AdapterFolder, mark_of
 from erniekit.checkpoint.adapter_forms import Form
 from erniekit.checkpoint.adapter_save import write_adapter
 from erniekit.checkpoint.ernie45 import HEAD_BIAS, Table, memory_table
 from erniekit.checkpoint.folder import Folder
+from erniekit.checkpoint.hf_files import SafetensorsFile
 from erniekit.checkpoint.keys import assign
-from erniekit.checkpoint.model_io import HostParameters
+from erniekit.checkpoint.model_io import HostParameters, Writer
+from erniekit.checkpoint.named import Named, Numbers, parameter_table
+from erniekit.checkpoint.pieces import Part
+from erniekit.checkpoint.together import SharedStage, Team
 from erniekit.config.adapter import AdapterConfig
+from erniekit.config.cut import WHOLE, Cut
 from erniekit.models.decoder import ErnieForCausalLM
 
-__all__ = ["AdapterFolder", "check_base", "load_adapter", "save_adapter"]
+_WHOLE = "adapter.safetensors"
+
+__all__ = ["AdapterFolder", "adapter_writer", "check_base", "load_adapter", "save_adapter"]
 
 
 def save_adapter(
-    model: ErnieForCausalLM, path: str | Path, *, config: AdapterConfig, form: Form, base: Folder, dtype: str
-) -> None:
+    model: ErnieForCausalLM, path: str | Path, *,
+    config: AdapterConfig, form: Form, base: Folder, dtype: str, team: Team | None = None,
+) -> None:  # fmt: skip
     """Write the model's adapter (`config` says which) as a folder, with the tokenizer of `base`; see adapter_save.py.
 
     What began as PiSSA is written as the plain adapter of twice the rank that it is; `load_adapter` takes it apart.
+    All ranks of a `team` call this, each with its part of the adapter.
+    """
+    adapter_writer(model, config=config, form=form, base=base, dtype=dtype)(Path(path), team)
+
+
+def adapter_writer(
+    model: ErnieForCausalLM, *, config: AdapterConfig, form: Form, base: Folder, dtype: str, copied: bool = False
+) -> Writer:
+    """What saves the adapter as it is now (`copied`: into host memory), or as it is when it is called.
+
+    Ranks first put their parts together in a file beside the result, as the model in memory has them. Rank 0 makes the
+    folder from that: which form an adapter gets can depend on the numbers of all of it.
     """
     parameters = adapter_parameters(model)
     for target, (a, b) in plain_factors(model).items():
         parameters |= {f"{slot(target)}.lora_A": a, f"{slot(target)}.lora_B": b}
-    adapter = memory_adapter(plain_config(config), HostParameters(parameters), _table(model))
-    write_adapter(path, adapter, form=form, base=base, dtype=dtype)
+    shapes = {name: tuple(p.shape) for name, p in parameters.items()}
+    numbers: Mapping[str, np.ndarray] = HostParameters(parameters)
+    if copied:
+        numbers = {name: np.array(array) for name, array in numbers.items()}
+    table = _table(model)
+
+    def write(path: Path, team: Team | None) -> None:
+        def written(arrays: Mapping[str, np.ndarray]) -> None:
+            adapter = memory_adapter(plain_config(config), arrays, table)
+            write_adapter(path, adapter, form=form, base=base, dtype=dtype)
+
+        if team is None or team.layout.world == 1:
+            written(numbers)
+            return
+        named = Named(model.config, shapes, team.layout, team.rank)
+        stage = SharedStage(team, lambda: _scratch(path))
+        with stage:
+            named.write(stage, _WHOLE, {name: Numbers(partial(numbers.__getitem__, name), "F32") for name in shapes})
+            if team.rank == 0:
+                whole = SafetensorsFile(stage.path / _WHOLE)
+                written({name: whole.read(name) for name in whole.tensors})
+        stage.settle()
+
+    return write
+
+
+@contextlib.contextmanager
+def _scratch(path: Path) -> Iterator[Path]:
+    """A hidden folder in `path` that is gone afterwards."""
+    scratch = path / ".together"
+    with writing(path):
+        shutil.rmtree(scratch, ignore_errors=True)  # what a killed process left
+        try:
+            scratch.mkdir(parents=True)
+            yield scratch
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
 
 
 def plain_config(config: AdapterConfig) -> AdapterConfig:
@@ -54,30 +114,32 @@ def plain_config(config: AdapterConfig) -> AdapterConfig:
     return dataclasses.replace(config, rank=2 * config.rank, alpha=alpha, init="default")
 
 
-def load_adapter(model: ErnieForCausalLM, folder: AdapterFolder, *, parts: Parts | None = None) -> None:
-    """Put the adapter of `folder` in the place of the model's, as far as `parts` holds it. Raises CheckpointError,
-    before anything is written, unless the folder holds exactly the model's adapter: the same modules, the same rank."""
+def load_adapter(model: ErnieForCausalLM, folder: AdapterFolder, *, cut: Cut = WHOLE) -> None:
+    """Put the adapter of `folder` in the place of the model's, as far as `cut` holds it. Raises CheckpointError, before
+    anything is written, unless the folder holds exactly the model's adapter: the same modules, the same rank."""
     wanted = adapter_config_of(model)
     assert wanted is not None, "the model has no adapters"
     parameters, adapter = adapter_parameters(model), folder.on(model.config)
     arrays = {**dict(adapter.in_memory(_table(model))), **_whole(adapter, _table(model))}
     if wanted.init == "pissa":
         arrays = {name: part for whole, array in arrays.items() for name, part in _taken_apart(whole, array)}
-    if parts is not None:
-        arrays = {name: parts.part(name, array) if name in parameters else array for name, array in arrays.items()}
+    shapes = {name: tuple(p.shape) for name, p in parameters.items()}
+    everything = parameter_table(model.config, shapes).tensors
     problems = [f"{folder.path}: '{name}' has no place in the model." for name in arrays.keys() - parameters.keys()]
     problems += [f"{folder.path}: '{name}' is missing." for name in parameters.keys() - arrays.keys()]
     problems += [
-        f"{folder.path}: '{name}' is {list(arrays[name].shape)}; the model's is {list(p.shape)}."
-        for name, p in parameters.items()
-        if name in arrays and list(arrays[name].shape) != list(p.shape)
+        f"{folder.path}: '{name}' is {list(arrays[name].shape)}; the model's is {list(tensor.shape)}."
+        for name, tensor in everything.items()
+        if name in arrays and arrays[name].shape != tensor.shape
     ]
     if not math.isclose(folder.config.scaling, plain_config(wanted).scaling, rel_tol=1e-12):
         problems.append(f"{folder.path}: its scale is {folder.config.scaling:g}; the model's is {wanted.scaling:g}.")
     if problems:
         raise CheckpointError(listed(sorted(problems)))
+    part = Part(parameter_table(model.config, shapes, cut=cut))
     for name, p in parameters.items():
-        p.set_value(paddle.to_tensor(np.ascontiguousarray(arrays[name])).astype(p.dtype))
+        atoms = {atom: view(arrays[name]) for atom, view in everything[name].parts}
+        p.set_value(paddle.to_tensor(part.filled(name, atoms, np.dtype(np.float32))).astype(p.dtype))
 
 
 def _taken_apart(name: str, array: np.ndarray) -> list[tuple[str, np.ndarray]]:

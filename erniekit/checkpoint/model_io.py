@@ -172,6 +172,9 @@ def load_model(path: str | Path, dtype: str | None = None) -> ErnieForCausalLM:
     return model
 
 
+Writer = Callable[[Path, Team | None], None]  # writes a folder, together with a team
+
+
 def save_model(
     model: ErnieForCausalLM, path: str | Path, layout: str = "pt", *,
     dtype: str | None = None, base: Folder | None = None, max_shard_bytes: int = MAX_SHARD_BYTES,
@@ -182,8 +185,23 @@ def save_model(
     `base`, the folder that it came from, gives tokenizer files and multi-token prediction weights that were not loaded.
     All ranks of a `team` call this, each with its part of the model.
     """
+    model_writer(model, layout, dtype=dtype, base=base, max_shard_bytes=max_shard_bytes)(Path(path), team)
+
+
+def model_writer(
+    model: ErnieForCausalLM, layout: str, *,
+    dtype: str | None = None, base: Folder | None = None, max_shard_bytes: int = MAX_SHARD_BYTES, copied: bool = False,
+) -> Writer:  # fmt: skip
+    """What saves the model as it is now (`copied`: into host memory), or as it is when it is called."""
     dtype = dtype or model.config.dtype
-    save_folder(
-        path, HostParameters(dict(model.named_parameters())), cfg=model.config, layout=layout, dtype=dtype, base=base,
-        max_shard_bytes=max_shard_bytes, team=team,
-    )  # fmt: skip
+    numbers: Mapping[str, np.ndarray] = HostParameters(dict(model.named_parameters()))
+    if copied:
+        numbers = {name: np.array(array) for name, array in numbers.items()}
+
+    def write(path: Path, team: Team | None) -> None:
+        save_folder(
+            path, numbers, cfg=model.config, layout=layout, dtype=dtype, base=base, max_shard_bytes=max_shard_bytes,
+            team=team,
+        )  # fmt: skip
+
+    return write

@@ -9,6 +9,7 @@ the others wrote, page by page: a local disk, Lustre, GPFS and CephFS do; NFS do
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import json
 import os
@@ -66,12 +67,21 @@ class Team(Protocol):
 
 
 @dataclass(frozen=True)
+class _Company:
+    """A team that talks otherwise."""
+
+    layout: Layout
+    rank: int
+    words: Any
+
+
+@dataclass(frozen=True)
 class Share:
-    """What this rank brings: numbers of tensors by name, its block or what `part` says that it has of the block, each
-    fetched when it is asked for; `mine` names those that it writes. `others` are atoms that it copies out of `also`."""
+    """What this rank brings: numbers of tensors by name, its block or what `part` says that it has of the block, which
+    `fetch` gives; `mine` names those that it writes. `others` are atoms that it copies out of `also`."""
 
     part: Part
-    numbers: Mapping[str, np.ndarray]
+    fetch: Callable[[str], np.ndarray]
     mine: frozenset[str]
     also: Source | None = None
     others: frozenset[str] = frozenset()
@@ -84,7 +94,7 @@ class Share:
         place = self.part.table.places.get(atom)
         if place is None or place.tensor not in self.mine:
             return
-        numbers = self.numbers[place.tensor]
+        numbers = self.fetch(place.tensor)
         for piece in self.part.pieces(atom):
             assign(target[piece.box], piece.seen(numbers))
 
@@ -125,7 +135,8 @@ def share_of(
         for (start, stop), holders in by_span.items():
             if stop > start and holders[number % len(holders)] == rank:
                 mine.add(name)
-    return Share(Part(own, spans), numbers, frozenset(mine))
+    # A stacked tensor is asked for once per expert, its two kinds in turn: the last few are kept.
+    return Share(Part(own, spans), functools.lru_cache(maxsize=4)(numbers.__getitem__), frozenset(mine))
 
 
 def _block(table: Table, name: str) -> object:
@@ -174,6 +185,10 @@ class Notes:
             time.sleep(_ASK_AGAIN)
         return [json.loads((self.folder / file).read_bytes()) for file in files]
 
+    def share(self, name: str, value: Any = None) -> Any:
+        """What rank 0 says."""
+        return self.collect(name, None if self.rank else value)[0]
+
     def leave(self) -> None:
         """The last word. Rank 0 removes the folder when all have said it."""
         if self.rank:
@@ -192,6 +207,7 @@ class SharedStage:
     def __init__(self, team: Team, staged: Callable[[], AbstractContextManager[Path]]) -> None:
         """Raises CheckpointError on all ranks if rank 0 cannot make it, MeshError if one cannot see it."""
         self._words: Words = team.words
+        self._layout = team.layout
         self._held, self._problems = contextlib.ExitStack(), list[str]()
         path, name = "", f".notes-{secrets.token_hex(8)}"
         if team.rank == 0:
@@ -206,6 +222,11 @@ class SharedStage:
         self.path = Path(path)
         self.notes = Notes(self.path / name, rank=team.rank, world=team.layout.world)
         self._require_seen()
+
+    @property
+    def team(self) -> Team:
+        """The ranks, talking by notes: what they make together within this folder."""
+        return _Company(self._layout, self.notes.rank, self.notes)
 
     def _require_seen(self) -> None:
         deadline = time.monotonic() + _PATIENCE

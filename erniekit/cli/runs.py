@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from erniekit.base import runtime
 from erniekit.base.errors import ConfigError
 from erniekit.cli.arguments import LAYOUTS, Arguments
 from erniekit.config.hubs import is_repository
@@ -34,8 +35,10 @@ def evaluate(arguments: Arguments) -> None:
 
 
 def export(arguments: Arguments) -> None:
-    """Write the trained model as a folder to deploy."""
+    """Write the trained model as a folder to deploy; files stream into files, which one of several ranks does."""
     config = load_config(arguments.places[0], arguments.overrides)
+    if runtime.rank_place().rank:
+        return
     from erniekit.recipes.export import export
 
     export(

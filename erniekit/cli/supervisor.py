@@ -27,7 +27,6 @@ from erniekit.cli.watchdog import Watchdog
 
 _TICK = 0.05  # seconds between two looks
 _SETTLE = 0.4  # for others to fail as well, so that the first one can be found
-_LEAVE = 3.0  # from SIGTERM to SIGKILL, where a rank has failed
 _LAST_WAIT = 30.0  # where the user asked to stop and some ranks have: what the others have to finish saving
 _NUM_LINES = 20  # of a log, where a rank left no last words
 _MEMORY_EVENTS = Path("/sys/fs/cgroup/memory.events")
@@ -158,7 +157,7 @@ def supervise(
             for rank in ranks:
                 rank.start()
             return _Job(ranks, folder, world, watch, machines, asked, killed_before).wait()
-        finally:
+        finally:  # nothing is lost: ranks without one of them cannot go on, and whatever they write is whole or absent
             for rank in ranks:
                 if rank.process:
                     rank.send(signal.SIGKILL)
@@ -184,7 +183,7 @@ class _Job:
         """Until all are done, one has failed, or the user has had enough."""
         while running := self._running():
             if bad := self._bad(running):
-                return self._end(bad, running)
+                return self._end(bad)
             if len(self.asked) > 1:
                 print("stopped at once; what was saved last stands.", file=sys.stderr)
                 return 128 + self.asked[0]
@@ -195,7 +194,7 @@ class _Job:
                 return self._stopped()
             time.sleep(_TICK)
         if bad := self._failure():
-            return self._end(self.machines.settle(bad), [])
+            return self._end(self.machines.settle(bad))
         return self._stopped() if any(rank.code for rank in self.ranks) else 0
 
     def _running(self) -> list[Rank]:
@@ -237,13 +236,12 @@ class _Job:
         late = self.watch.late(self.ranks, first.rank.number) if self.watch else ""
         return Bad(late + first.text(world=self.world), code, order=first.order, machine=self.machines.number)
 
-    def _end(self, bad: Bad, running: Sequence[Rank]) -> int:
-        """Tell what happened, on machine 0 and where it did; end the ranks that are left."""
+    def _end(self, bad: Bad) -> int:
+        """Tell what happened, on machine 0 and where it did."""
         text = bad.text
         if self.machines.number not in (0, bad.machine):
             text = f"error: stopped by a failure of machine {bad.machine}, which machine 0 tells of."
         print(text, file=sys.stderr, flush=True)
-        _end(running)
         return bad.code
 
     def _pass_on(self, running: Sequence[Rank]) -> None:
@@ -266,17 +264,6 @@ class _Job:
 
     def _stopped(self) -> int:
         return 128 + self._signal if self._signal else INTERRUPTED
-
-
-def _end(ranks: Sequence[Rank]) -> None:
-    """SIGTERM, a little time, SIGKILL."""
-    for rank in ranks:
-        rank.send(signal.SIGTERM)
-    deadline = time.monotonic() + _LEAVE
-    while time.monotonic() < deadline and any(rank.code is None for rank in ranks):
-        time.sleep(_TICK)
-    for rank in ranks:
-        rank.send(signal.SIGKILL)
 
 
 def _kills_for_memory() -> int:

@@ -45,6 +45,9 @@ class TrainConfig:
     )
     save_strategy: str = key("steps", "When to save a checkpoint.", **_INTERVALS)
     save_steps: int = key(500, "Steps between checkpoints.", least=1, resume="free")
+    use_async_save: bool | None = key(
+        False, "Save while training goes on, from a copy of weights and states in host memory.", resume="free"
+    )
     save_total_limit: int | None = key(
         None, "Newest checkpoints to keep; null or 0: all. The last good one is never deleted.", least=0, resume="free"
     )

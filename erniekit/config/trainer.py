@@ -49,7 +49,6 @@ class TrainerConfig:
     reshard_save_then_exit: bool | None = later(False, "Save under another layout and stop.")
     pdc_download_ckpt: bool = later(False, "Download the checkpoint to resume from.")
     pdc_download_timeout: int = inert(300, "Seconds for that download.")
-    use_async_save: bool | None = speed(False, "Save while training goes on.")
     ordered_save_group_size: int = speed(0, "Ranks that save at a time.")
     flash_device_save_steps: int = speed(0, "Steps between checkpoints in memory.")
     enable_zero_cost_checkpoint: bool = speed(False, "Checkpoints in memory.")

@@ -84,7 +84,7 @@ class Flat:
     """The places of some parameters of one kind, for `shards` ranks that share them."""
 
     def __init__(self, kind: Kind, sizes: Mapping[str, int], *, shards: int) -> None:
-        self.kind, self.sizes = kind, dict(sizes)
+        self.kind, self.sizes, self.shards = kind, dict(sizes), shards
         self.starts, end = dict[str, int](), 0
         for name, size in sizes.items():
             self.starts[name] = end
@@ -117,6 +117,8 @@ def lay_flat(
             sizes = open_ones[kind, own] = {}
             flats.append((kind, sizes))
         sizes[name] = p.size
+    order = {name: number for number, name in enumerate(reversed(list(parameters)))}
+    flats.sort(key=lambda flat: max(order[name] for name in flat[1]))  # by the gradient that comes last
     return [Flat(kind, sizes, shards=_shards(kind, layout)) for kind, sizes in flats]
 
 

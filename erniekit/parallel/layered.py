@@ -68,8 +68,9 @@ class _Unit:
     def close(self) -> None:
         """Free them."""
         if self._open:
-            for p in self.parameters.values():
-                p._clear_data()
+            for flat in self.flats:
+                for name in flat.sizes:
+                    self.parameters[name]._clear_data()
         self._open = False
 
 
@@ -87,7 +88,7 @@ class LayerShards:
         for names in self.names:
             inside = {name: parameters[name] for name in names}
             flats = lay_flat(inside, mesh.layout, blocks=blocks or {}, most=0, together=[names])
-            self._units.append(_Unit(inside, flats, mesh))
+            self._units.append(_Unit(inside, [flat for flat in flats if flat.shards > 1], mesh))
         places = [(unit, i, flat) for unit in self._units for i, flat in enumerate(unit.flats)]
         self._own = {name: (unit, i) for unit, i, flat in places for name in flat.sizes}
         self._shard = {name: mesh.axis(unit.flats[i].kind.shard).index for name, (unit, i) in self._own.items()}

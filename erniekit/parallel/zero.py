@@ -184,13 +184,13 @@ class GradientSync:
     def own(self, name: str) -> Range:
         """Which numbers of a parameter's block this rank updates."""
         bucket = self._bucket_of.get(name)
-        if bucket is None or not self._mesh.layout.stage:
+        if bucket is None:
             return Range(0, self._parameters[name].size, 0)
         return bucket.flat.own(name, self._mesh.axis(bucket.flat.kind.shard).index)
 
     def is_whole(self, name: str) -> bool:
         """Whether this rank updates all of the parameter's block."""
-        return name not in self._bucket_of or not self._mesh.layout.stage
+        return name not in self._bucket_of or self._bucket_of[name].flat.shards == 1
 
     def is_first(self, name: str) -> bool:
         """Whether this rank is the first of those that hold the same numbers of a parameter's own range."""
@@ -211,11 +211,9 @@ class GradientSync:
             return p.grad if p.grad is None else p.grad.reshape(self.weight(name).shape)
         if bucket.sum is None:
             return None
-        if self.is_whole(name):
-            start = bucket.flat.starts[name]
-            return bucket.sum[start : start + p.size].reshape(p.shape)
         own = self.own(name)
-        return bucket.sum[own.place : own.place + own.stop - own.start]
+        numbers = bucket.sum[own.place : own.place + own.stop - own.start]
+        return numbers.reshape(p.shape) if self.is_whole(name) else numbers
 
     def squares(self, names: Sequence[str]) -> tuple[paddle.Tensor, paddle.Tensor]:
         """By name, the squared 2-norm of the gradient of all ranks, each number once, and on how many ranks it was
@@ -256,12 +254,10 @@ class GradientSync:
     @paddle.no_grad()
     def gather_weights(self) -> None:
         """Give every rank the ranges that the others have updated."""
-        if not self._mesh.layout.stage:
-            return
         before: tuple[Flat, Handle] | None = None
         for flat in self.flats:
-            if self._layers and next(iter(flat.sizes)) in self._layers:
-                continue  # they are gathered when they are needed
+            if flat.shards == 1 or (self._layers and next(iter(flat.sizes)) in self._layers):
+                continue  # nobody has another part; or it is gathered when it is needed
             parts = [self.weight(name) for name in flat.sizes]
             parts = [part.reshape([-1]) for part in parts]
             missing = flat.each - sum(part.shape[0] for part in parts)

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from erniekit.adapters.lora import adapter_config_of
+from erniekit.base import runtime
 from erniekit.base.console import notice
 from erniekit.base.errors import ConfigError
 from erniekit.base.files import atomic_write, write_json, writing
@@ -20,6 +21,7 @@ from erniekit.checkpoint.chosen import adapter_of
 from erniekit.checkpoint.download import locate_model
 from erniekit.checkpoint.folder import Folder
 from erniekit.checkpoint.load import load_for_answers
+from erniekit.config.layout import Layout
 from erniekit.config.model import PREFERENCE_STAGES
 from erniekit.config.packing import packing_of
 from erniekit.config.readiness import require_ready
@@ -28,6 +30,7 @@ from erniekit.data.build import EvalData, build_eval_data
 from erniekit.data.rendering import choose_template
 from erniekit.data.tokenizer import Tokenizer
 from erniekit.models.decoder import ErnieForCausalLM
+from erniekit.parallel.mesh import Mesh, open_mesh
 from erniekit.rollout.generate import generate_batch, prompt_text
 from erniekit.rollout.judge import Judged, figures, judge
 from erniekit.rollout.sampling import Sampling, eos_ids, read_generation_config
@@ -51,8 +54,12 @@ _NUM_SHOWN = 10  # answers that are printed; all of them are in answers.jsonl
 
 def evaluate(cfg: RunConfig) -> dict[str, float]:
     """Measure `cfg.model.model_name_or_path`, with the adapter of lora_path or of a finished run, on
-    `eval_dataset_path`; prints the figures and returns them."""
-    require_ready(cfg, "eval")
+    `eval_dataset_path`; prints the figures and returns them.
+
+    Several ranks share the rows, each with the whole model, whatever the degrees of training are; rank 0 answers.
+    """
+    place = runtime.rank_place()
+    require_ready(cfg, "eval", world=place.world)
     for text in (*cfg.notices, *_unread(cfg)):
         notice(text)
     assert cfg.model.model_name_or_path  # require_ready saw to it
@@ -71,15 +78,17 @@ def evaluate(cfg: RunConfig) -> dict[str, float]:
     elif cfg.model.fine_tuning == "LoRA":
         notice("neither output_dir nor lora_path names an adapter; the base is measured by itself")
     model = load_for_answers(folder.path, adapter=adapter, pack=packing_of(cfg))
-    metrics = _measured(cfg, model, data)
-    judged = _answered(cfg, model, tokenizer, data, folder=folder.path)
+    mesh = open_mesh(Layout(world=place.world), place)
+    metrics = _measured(cfg, model, data, mesh=mesh)
+    judged = _answered(cfg, model, tokenizer, data, folder=folder.path) if mesh.first else []
     metrics |= _of_answers(judged, data.source_names)
     _print_table(metrics)
     for item in judged[:_NUM_SHOWN]:
         asked, reference = item.prompt.messages[-1]["content"], _reference_text(item)
         print(f"\nprompt:    {asked}\nreference: {reference}\nanswer:    {item.text}", flush=True)
-    if cfg.train.output_dir:
+    if cfg.train.output_dir and mesh.first:
         _write(Path(cfg.train.output_dir) / "eval", metrics, judged)
+    mesh.close()
     return metrics
 
 
@@ -107,17 +116,17 @@ def _unread(cfg: RunConfig) -> list[str]:
     return [] if for_training or not names else [f"not for `eval`, so without effect: {listed}"]
 
 
-def _measured(cfg: RunConfig, model: ErnieForCausalLM, data: EvalData) -> dict[str, float]:
+def _measured(cfg: RunConfig, model: ErnieForCausalLM, data: EvalData, *, mesh: Mesh) -> dict[str, float]:
     """Loss, perplexity and accuracy, and the speed of measuring them."""
     started = time.perf_counter()
     rows, most = cfg.train.per_device_eval_batch_size or cfg.train.batch_size, cfg.train.max_evaluate_steps
     if cfg.model.stage in PREFERENCE_STAGES:
-        return measure_preferences(_preferring(cfg, model), model, data, batch_size=rows, max_batches=most)
-    metrics = measure(model, data, batch_size=rows, max_batches=most)
+        return measure_preferences(_preferring(cfg, model, mesh), model, data, batch_size=rows, max_batches=most)
+    metrics = measure(model, data, batch_size=rows, max_batches=most, mesh=mesh)
     return metrics | {"tokens_per_s": metrics["eval_tokens"] / (time.perf_counter() - started)}
 
 
-def _preferring(cfg: RunConfig, model: ErnieForCausalLM) -> PreferenceObjective:
+def _preferring(cfg: RunConfig, model: ErnieForCausalLM, mesh: Mesh) -> PreferenceObjective:
     """What the stage measures. The reference of a model with adapters is the model without them."""
     stage, keys = cfg.model.stage, cfg.align
     needs_reference = stage == "KTO" or (stage == "DPO" and keys.needs_reference)
@@ -128,7 +137,7 @@ def _preferring(cfg: RunConfig, model: ErnieForCausalLM) -> PreferenceObjective:
             "a run measures its eval set beside its reference while it trains."
         )
     reference = base_log_probs if needs_reference else None
-    return preference_objective(stage, keys, LossWeights(), reference=reference)
+    return preference_objective(stage, keys, LossWeights(), reference=reference, mesh=mesh)
 
 
 def _answered(

@@ -128,7 +128,7 @@ def assemble_model(
         cut=Cut.of(mesh.layout, mesh.rank), greatest=wholes.greatest,
     )  # fmt: skip
     if adapter:
-        _adapt(model, adapter, trained, seed=cfg.train.seed, parts=wholes)
+        _adapt(model, adapter, trained, seed=cfg.train.seed, parts=wholes, cut=Cut.of(mesh.layout, mesh.rank))
     freeze(model, cfg.optimizer)
     if cfg.model.cpu_bf16_matmul and on_gpu:
         notice("cpu_bf16_matmul is about CPUs; on a GPU compute_type says how products are computed.")
@@ -142,14 +142,14 @@ def assemble_model(
 
 
 def _adapt(
-    model: ErnieForCausalLM, config: AdapterConfig, trained: Path | None, *, seed: int, parts: Wholes
+    model: ErnieForCausalLM, config: AdapterConfig, trained: Path | None, *, seed: int, parts: Wholes, cut: Cut
 ) -> None:
     has_bias = any(name == HEAD_BIAS for name, _ in model.named_parameters())
     table = memory_table(model.config, head_bias=has_bias)
     base = sum(math.prod(tensor.shape) for tensor in table.tensors.values())
     add_adapters(model, config, seed=seed, draw=trained is None, parts=parts)
     if trained:
-        load_adapter(model, AdapterFolder.open(trained), parts=parts)
+        load_adapter(model, AdapterFolder.open(trained), cut=cut)
     trainable = {name: p for name, p in model.named_parameters() if not p.stop_gradient}
     numbers = sum(math.prod(parts.shape(name, p.shape)) for name, p in trainable.items())
     whole = f" and {len(config.modules_to_save)} whole modules" if config.modules_to_save else ""

@@ -125,7 +125,9 @@ def train_loop(run: Run, *, start_step: int) -> int:
             if better or stopping or _due(done, run.rhythm.save_every, done if last else total):
                 run.reporter.saved(_save(run, done))
             if stopping:
+                run.checkpoints.wait()
                 raise AskedToStop
+        run.checkpoints.wait()
     return done
 
 

@@ -293,17 +293,17 @@ class _Session:
             memory=course.memory, reference=course.reference, reporter=reporter, rhythm=job.rhythm, best=self.best,
             upkeep=assemble.router_upkeep(model, cfg, mesh=job.mesh),
             checkpoints=Checkpoints(
-                folder.path, save_model=save_exactly, describe=self.record, keep=cfg.train.save_total_limit or None,
-                mesh=job.mesh,
+                folder.path, writer=job.weights.writer, describe=self.record, keep=cfg.train.save_total_limit or None,
+                mesh=job.mesh, background=bool(cfg.train.use_async_save),
             ),
             before_step=(*assemble.step_hooks(model, cfg), *course.before_step),
             keeper=StepKeeper(folder.path, cfg, save_model=save_exactly, losses=losses, mesh=job.mesh),
             evaluate=(lambda: course.measure(model)) if job.eval_data else None,
         )  # fmt: skip
         if folder.checkpoint:
-            load_optimizer(folder.checkpoint, optimizer)
+            load_optimizer(folder.checkpoint, optimizer, model, job.mesh)
             if course.memory:
-                load_memory(folder.checkpoint, course.memory)
+                load_memory(folder.checkpoint, course.memory, model, job.mesh)
             run.resume(saved_progress(folder.checkpoint))
         return run
 

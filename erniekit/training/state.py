@@ -2,15 +2,22 @@
 
 A checkpoint is a model folder (weights in fp32, config, tokenizer) plus `training/` with the optimizer's state and the
 step. The data position and the random numbers of a step follow from (seed, step), so N says all. It is written under a
-temporary name, fsynced, sealed with a sha256 manifest and renamed.
+temporary name, fsynced, sealed with a sha256 manifest and renamed. All ranks write it together; what they write does
+not depend on who holds what, so that any layout goes on from it.
+
+Saved in the background, a checkpoint is first a copy in host memory, of what a rank holds: its weights in fp32 and its
+states. A thread writes that while training goes on; the next save waits for it. It stands when it is renamed.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+import threading
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,20 +27,19 @@ import paddle
 from erniekit.base.console import warn
 from erniekit.base.errors import CheckpointError
 from erniekit.base.files import fsync_folder, write_json, writing
-from erniekit.checkpoint.hf_files import FORMATS, Entry, SafetensorsFile, format_tag, write_safetensors
+from erniekit.checkpoint.hf_files import format_tag
 from erniekit.checkpoint.manifest import MANIFEST_FILE, check_manifest, write_manifest
-from erniekit.checkpoint.model_io import host_array
+from erniekit.checkpoint.model_io import Writer, host_array
+from erniekit.checkpoint.named import Named, Numbers
+from erniekit.checkpoint.together import SharedStage
 from erniekit.models.decoder import ErnieForCausalLM
 from erniekit.parallel.mesh import Mesh
 from erniekit.training.optimizer import Optimizer
-from erniekit.training.ranks import first_alone
 
 _NAME = re.compile(r"checkpoint-(\d+)")
 _OPTIMIZER = "training/optimizer.safetensors"
 _MEMORY = "training/memory.safetensors"
 _STATE = "training/state.json"
-
-SaveModel = Callable[[ErnieForCausalLM, Path], None]
 
 
 class Memory(Protocol):
@@ -46,49 +52,96 @@ class Memory(Protocol):
         """Take over what `state` of an equal run returned."""
 
 
+class MakeWriter(Protocol):
+    """Gives what writes the weights of a model as they are now (`copied`), or as they will be then."""
+
+    def __call__(self, model: ErnieForCausalLM, *, copied: bool) -> Writer:
+        """See MakeWriter."""
+
+
+@dataclass
+class _Save:
+    """A checkpoint on its way to the disk."""
+
+    stage: SharedStage
+    best: int
+    thread: threading.Thread | None = None
+    failed: BaseException | None = None
+
+
 class Checkpoints:
     """The checkpoints of one output folder."""
 
     def __init__(
-        self, output_dir: Path, *, save_model: SaveModel, describe: dict[str, Any], keep: int | None = None,
-        mesh: Mesh = Mesh.single(),
+        self, output_dir: Path, *, writer: MakeWriter, describe: dict[str, Any], keep: int | None = None,
+        mesh: Mesh = Mesh.single(), background: bool = False,
     ) -> None:  # fmt: skip
-        """`save_model` writes a model folder; `describe` (config, data, versions) goes into each checkpoint; `keep` of
-        the newest ones are kept (None: all)."""
-        self._dir, self._save_model, self._describe, self._keep = output_dir, save_model, describe, keep
-        self._mesh = mesh
+        """`writer` is about the model folder; `describe` (config, data, versions) goes into each checkpoint; `keep` of
+        the newest ones are kept (None: all); with `background`, training goes on while one is written."""
+        self._dir, self._writer, self._describe, self._keep = output_dir, writer, describe, keep
+        self._mesh, self._background = mesh, background
+        self._open: _Save | None = None
 
     def save(
         self, model: ErnieForCausalLM, optimizer: Optimizer, *,
         step: int, progress: dict[str, Any], memory: Memory | None = None, best: int = 0,
     ) -> Path:  # fmt: skip
         """Write checkpoint-`step` with what the run has found out so far (`progress`, `memory`), then remove what
-        exceeds the limit, but never that of step `best`. All ranks call it. Raises CheckpointError if the disk
-        refuses."""
+        exceeds the limit, but never that of step `best`. All ranks call it. Raises CheckpointError if the disk refuses;
+        in the background, the next call or `wait` does."""
+        self.wait()
         final = self._dir / f"checkpoint-{step}"
+        save = _Save(SharedStage(self._mesh, lambda: _unpublished(final)), best)
+        write_model = self._writer(model, copied=self._background)
+        tensors = {_OPTIMIZER: _states(optimizer), _MEMORY: _kept(memory)}
+        if self._background:
+            tensors = {file: {key: _copied(n) for key, n in numbers.items()} for file, numbers in tensors.items()}
+        facts = {"step": step, "optimizer_steps": optimizer.num_steps, "progress": progress, **self._describe}
+        facts = json.loads(json.dumps(facts))  # as they are now
+        named = _named(model, self._mesh)
 
-        temporary = self._dir / f".{final.name}.tmp"
-        try:
-            first_alone(self._mesh, "a new checkpoint", lambda: _make_anew(temporary))
-            self._save_model(model, temporary)
-            facts = {"step": step, "optimizer_steps": optimizer.num_steps, "progress": progress, **self._describe}
-            first_alone(self._mesh, "a saved state", lambda: _write_state(temporary, optimizer, memory, facts=facts))
-            first_alone(self._mesh, "a saved checkpoint", lambda: self._publish(temporary, final, best=best))
-        finally:
-            if self._mesh.first:
-                shutil.rmtree(temporary, ignore_errors=True)
+        def write() -> None:
+            with save.stage as stage:
+                write_model(stage.path, stage.team)
+                digests: dict[str, str] = {}
+                for file, numbers in tensors.items():
+                    if numbers:
+                        digests |= named.write(stage, file, numbers)
+                if self._mesh.first:
+                    write_json(stage.path / _STATE, facts)
+                    write_manifest(stage.path, known=_digests(stage.path) | digests)
+
+        def write_quietly() -> None:
+            try:
+                write()
+            except BaseException as error:  # noqa: BLE001 - `wait` raises it where somebody hears it
+                save.failed = error
+
+        self._open = save
+        if self._background:
+            save.thread = threading.Thread(target=write_quietly, name=final.name)
+            save.thread.start()
+        else:
+            write()
+            self.wait()
         return final
 
-    def _publish(self, temporary: Path, final: Path, *, best: int) -> None:
-        with writing(final):
-            write_manifest(temporary, known=_digests(temporary))
-            shutil.rmtree(final, ignore_errors=True)  # a broken one of this name was passed over on resume
-            temporary.rename(final)
-            fsync_folder(self._dir)
-        self._prune(best)
+    def wait(self) -> None:
+        """Go on when no checkpoint is on its way any more. All ranks call it. Raises what went wrong in writing."""
+        save, self._open = self._open, None
+        if save is None:
+            return
+        if save.thread:
+            save.thread.join()
+        if save.failed:
+            raise save.failed
+        save.stage.settle()
+        if self._mesh.first:
+            self._prune(save.best)
 
     def newest_step(self) -> int:
-        """The step of the newest checkpoint by name; 0 if there is none."""
+        """The step of the newest checkpoint by name; 0 if there is none. All ranks call it."""
+        self.wait()
         return max((step for step, _ in numbered(self._dir)), default=0)
 
     def _prune(self, best: int) -> None:
@@ -102,19 +155,49 @@ class Checkpoints:
             shutil.rmtree(doomed)
 
 
-def _make_anew(folder: Path) -> None:
-    with writing(folder):
-        shutil.rmtree(folder, ignore_errors=True)
-        (folder / "training").mkdir(parents=True)
+@contextlib.contextmanager
+def _unpublished(final: Path) -> Iterator[Path]:
+    """A folder beside `final` that is renamed to it if the block succeeds, and removed if not."""
+    temporary = final.with_name(f".{final.name}.tmp")
+    with writing(final):
+        shutil.rmtree(temporary, ignore_errors=True)
+        try:
+            (temporary / "training").mkdir(parents=True)
+            yield temporary
+            shutil.rmtree(final, ignore_errors=True)  # a broken one of this name was passed over on resume
+            temporary.rename(final)
+            fsync_folder(final.parent)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _write_state(folder: Path, optimizer: Optimizer, memory: Memory | None, *, facts: dict[str, Any]) -> None:
-    """Everything of a checkpoint beside the model."""
-    with writing(folder):
-        _write_tensors(folder / _OPTIMIZER, optimizer.state())
-        if kept := memory.state() if memory else {}:
-            _write_tensors(folder / _MEMORY, kept)
-        write_json(folder / _STATE, facts)
+def _named(model: ErnieForCausalLM, mesh: Mesh) -> Named:
+    shapes = {name: p.shape for name, p in model.named_parameters()}
+    return Named(model.config, shapes, mesh.layout, mesh.rank)
+
+
+def _states(optimizer: Optimizer) -> dict[str, Numbers]:
+    """What this rank has of the optimizer's state."""
+    pieces = {f"{piece.name}.{piece.part}": piece for piece in optimizer.pieces()}
+    found = {}
+    for key, tensor in optimizer.state().items():
+        piece = pieces.get(key)
+        span = (piece.start, piece.stop) if piece else None
+        found[key] = replace(_numbers(tensor), span=span)
+    return found
+
+
+def _kept(memory: Memory | None) -> dict[str, Numbers]:
+    return {key: _numbers(tensor) for key, tensor in memory.state().items()} if memory else {}
+
+
+def _numbers(tensor: paddle.Tensor) -> Numbers:
+    return Numbers(lambda: host_array(tensor), _format(tensor), tuple(tensor.shape))
+
+
+def _copied(numbers: Numbers) -> Numbers:
+    array = np.array(numbers.fetch())
+    return replace(numbers, fetch=lambda: array)
 
 
 def numbered(output_dir: Path) -> list[tuple[int, Path]]:
@@ -160,38 +243,23 @@ def _state(folder: Path) -> dict[str, Any]:
     return json.loads((folder / _STATE).read_bytes())
 
 
-def load_optimizer(folder: Path, optimizer: Optimizer) -> None:
-    """Take over the optimizer state of a checkpoint."""
-    state = _read_tensors(folder / _OPTIMIZER)
+def load_optimizer(folder: Path, optimizer: Optimizer, model: ErnieForCausalLM, mesh: Mesh) -> None:
+    """Take over the optimizer state of a checkpoint, as far as this rank has it."""
+    spans = {name: optimizer.held(name) for name in optimizer.parameters}
+    state = _named(model, mesh).read(folder / _OPTIMIZER, spans)
     optimizer.load_state(state, num_steps=_state(folder)["optimizer_steps"], source=str(folder))
 
 
-def load_memory(folder: Path, memory: Memory) -> None:
+def load_memory(folder: Path, memory: Memory, model: ErnieForCausalLM, mesh: Mesh) -> None:
     """Take over what the run carried when `folder` was saved; nothing if it carried nothing."""
     if (folder / _MEMORY).is_file():
-        memory.load_state(_read_tensors(folder / _MEMORY))
-
-
-def _read_tensors(path: Path) -> dict[str, np.ndarray]:
-    file = SafetensorsFile(path)
-    return {name: file.read(name) for name in file.tensors}
+        memory.load_state(_named(model, mesh).read(folder / _MEMORY, {}))
 
 
 def _digests(folder: Path) -> dict[str, str]:
     """What the model's own manifest says already, so that weights are not read again."""
     files = json.loads((folder / MANIFEST_FILE).read_bytes())["files"]
     return {name: entry["sha256"] for name, entry in files.items()}
-
-
-def _write_tensors(path: Path, state: Mapping[str, paddle.Tensor]) -> None:
-    """Stream the state tensor by tensor: it is never held twice."""
-
-    def arrays(entries: list[Entry]) -> Iterator[np.ndarray]:
-        for entry in entries:
-            yield host_array(state[entry.name]).astype(FORMATS[entry.tag], copy=False)
-
-    entries = [Entry(name, _format(tensor), tuple(tensor.shape)) for name, tensor in state.items()]
-    write_safetensors(path, entries, arrays=arrays, metadata={})
 
 
 def _format(tensor: paddle.Tensor) -> str:

@@ -10,12 +10,13 @@ from typing import Literal, Protocol
 
 from erniekit.base.errors import CheckpointError
 from erniekit.checkpoint.adapter_folder import AdapterFolder, mark_of
-from erniekit.checkpoint.adapter_io import check_base, load_adapter, save_adapter
+from erniekit.checkpoint.adapter_io import adapter_writer, check_base, load_adapter, save_adapter
 from erniekit.checkpoint.folder import Folder
-from erniekit.checkpoint.model_io import fill_model, save_model
+from erniekit.checkpoint.model_io import Writer, fill_model, model_writer, save_model
 from erniekit.checkpoint.save import GB
 from erniekit.config.adapter import AdapterConfig
 from erniekit.config.architecture import ErnieConfig
+from erniekit.config.cut import Cut
 from erniekit.config.run import RunConfig
 from erniekit.models.decoder import ErnieForCausalLM
 from erniekit.parallel.mesh import Mesh
@@ -30,6 +31,9 @@ class Weights(Protocol):
 
     def save(self, model: ErnieForCausalLM, path: Path, *, final: bool) -> None:
         """Write what was trained: exactly, for a checkpoint, or (`final`) as the run's result. All ranks call it."""
+
+    def writer(self, model: ErnieForCausalLM, *, copied: bool) -> Writer:
+        """What writes it exactly: as it is now (`copied`), or as it is then."""
 
     def refill(self, model: ErnieForCausalLM, path: Path) -> None:
         """Put what a checkpoint holds in the place of what was trained."""
@@ -65,18 +69,21 @@ class FullWeights:
 
     def save(self, model: ErnieForCausalLM, path: Path, *, final: bool) -> None:
         """See Weights; a checkpoint is in fp32."""
-        if final:
-            most = self.cfg.export.max_shard_size * GB
-            save_model(
-                model, path, self.layout, dtype=self.base.config.dtype, base=self.base, max_shard_bytes=most,
-                team=self.mesh,
-            )  # fmt: skip
-        else:
-            save_model(model, path, self.layout, dtype="float32", base=self.base, team=self.mesh)
+        if not final:
+            self.writer(model, copied=False)(path, self.mesh)
+            return
+        save_model(
+            model, path, self.layout, dtype=self.base.config.dtype, base=self.base,
+            max_shard_bytes=self.cfg.export.max_shard_size * GB, team=self.mesh,
+        )  # fmt: skip
+
+    def writer(self, model: ErnieForCausalLM, *, copied: bool) -> Writer:
+        """See Weights."""
+        return model_writer(model, self.layout, dtype="float32", base=self.base, copied=copied)
 
     def refill(self, model: ErnieForCausalLM, path: Path) -> None:
         """See Weights."""
-        fill_model(model, Folder.open(path))
+        fill_model(model, Folder.open(path), cut=Cut.of(self.mesh.layout, self.mesh.rank))
 
 
 @dataclass(frozen=True)
@@ -122,14 +129,21 @@ class AdapterWeights:
 
     def save(self, model: ErnieForCausalLM, path: Path, *, final: bool) -> None:
         """See Weights; a checkpoint is in fp32 and in PEFT's form, which fuses nothing and so is exact."""
-        if not self.mesh.first:
-            return
-        dtype, form = (self.base.config.dtype, self._form) if final else ("float32", "peft")
-        save_adapter(model, path, config=self.adapter, form=form, base=self.base, dtype=dtype)
+        if final:
+            dtype, form = self.base.config.dtype, self._form
+            save_adapter(model, path, config=self.adapter, form=form, base=self.base, dtype=dtype, team=self.mesh)
+        else:
+            self.writer(model, copied=False)(path, self.mesh)
+
+    def writer(self, model: ErnieForCausalLM, *, copied: bool) -> Writer:
+        """See Weights."""
+        return adapter_writer(
+            model, config=self.adapter, form="peft", base=self.base, dtype="float32", copied=copied
+        )  # fmt: skip
 
     def refill(self, model: ErnieForCausalLM, path: Path) -> None:
         """See Weights."""
-        load_adapter(model, AdapterFolder.open(path))
+        load_adapter(model, AdapterFolder.open(path), cut=Cut.of(self.mesh.layout, self.mesh.rank))
 
 
 def weights_of(cfg: RunConfig, base: Folder, arch: ErnieConfig, mesh: Mesh = Mesh.single()) -> Weights:

@@ -270,9 +270,9 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(bench,
 
 
 def test_a_full_disk_leaves_the_last_checkpoint(bench, run, tmp_path, monkeypatch):
-    from erniekit.training import state
+    from erniekit.checkpoint import together
 
-    real, count = state.write_safetensors, []
+    real, count = together.create_safetensors, []
 
     def full(*args, **kwargs):
         count.append(1)
@@ -280,7 +280,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(bench, run, tmp_path, monkeypatc
             raise OSError(errno.ENOSPC, "No space left on device")
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(state, "write_safetensors", full)
+    monkeypatch.setattr(together, "create_safetensors", full)
     out = tmp_path / "out"
     _, err = run("train", bench.config(out), code=2)
     assert "disk is full" in err and "checkpoint-4" in err

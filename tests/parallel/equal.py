@@ -94,7 +94,8 @@ class Case:
         weights, stage = loss_weights(self.arch, self.cfg, mesh=mesh), self.cfg.model.stage
         if stage in ("PT", "SFT"):
             return LanguageModelObjective(weights)
-        reference = None if self.cfg.align.loss_type in REFERENCE_FREE else base_log_probs
+        without = stage == "RM" or self.cfg.align.loss_type in REFERENCE_FREE
+        reference = None if without else base_log_probs
         return preference_objective(stage, self.cfg.align, weights, reference=reference, mesh=mesh)
 
 
