@@ -55,7 +55,10 @@ ALL_COMMANDS = [
     if language == "bash" and page not in CHINESE  # which show the same blocks
     for line in lines_of(text)
 ]
-FOREIGN = ("vllm", "curl", "hf", "modelscope", "aistudio", "tensorboard", "nvidia-smi", "fastdeploy", "docker", "sbatch", "kubectl")
+FOREIGN = (
+    "vllm", "curl", "hf", "modelscope", "aistudio", "tensorboard", "nvidia-smi", "fastdeploy", "docker", "sbatch",
+    "kubectl",
+)  # fmt: skip
 
 
 def known_keys() -> set[str]:

@@ -157,7 +157,7 @@ def _text_value(value: int | tuple[int, int]) -> int:
 
 
 def optimizer_misfits(cfg: RunConfig, shards: int) -> Iterator[str]:
-    """Optimizers that need whole matrices, where ranks hold parts; `shards` hold parts of the states."""
+    """What needs whole matrices, where ranks hold parts; `shards` hold parts of the states."""
     names = []
     if degrees_of(cfg).tensor > 1:
         names.append("tensor_parallel_degree")
@@ -168,6 +168,11 @@ def optimizer_misfits(cfg: RunConfig, shards: int) -> Iterator[str]:
             f"{quote(cfg, 'optim')} orthogonalises whole matrices, of which devices hold parts with "
             f"{' and '.join(quote(cfg, name) for name in names)}; set optim=adamw, or "
             f"{' and '.join(_off(name) for name in names)}"
+        )
+    if shards > 1 and cfg.parallel.sharding == "stage3" and cfg.align.ref_model_update_steps > 0:
+        yield (
+            f"{quote(cfg, 'ref_model_update_steps')} keeps a copy of the weights, of which devices hold parts with "
+            f"{quote(cfg, 'sharding')}; set sharding=stage2, or ref_model_update_steps=-1"
         )
 
 

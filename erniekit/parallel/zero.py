@@ -26,12 +26,11 @@ from contextlib import AbstractContextManager
 
 import paddle
 
+from erniekit.config.parallel import FLAT_BYTES
 from erniekit.parallel.collectives import Handle
 from erniekit.parallel.flat import Block, Flat, Range, lay_flat
 from erniekit.parallel.layered import LayerShards
 from erniekit.parallel.mesh import Mesh
-
-FLAT_BYTES = 64 * 2**20  # of fp32: enough to use a network well, little beside a model
 
 
 class _Bucket:
@@ -39,7 +38,11 @@ class _Bucket:
 
     def __init__(self, flat: Flat) -> None:
         self.flat = flat
-        self.missing = set(flat.sizes)  # without a gradient in the round of reductions that is under way
+        self.forget()
+
+    def forget(self) -> None:
+        """Begin anew."""
+        self.missing = set(self.flat.sizes)  # without a gradient in the round of reductions that is under way
         self.present: set[str] = set()  # had a gradient in this step
         self.coming: Handle | None = None
         self.sum: paddle.Tensor | None = None  # fp32: the own range, added up; at stage 0, the whole flat
@@ -98,7 +101,7 @@ class GradientSync:
         for bucket in self._buckets:
             if bucket.coming is not None:
                 bucket.coming.wait()
-            bucket.__init__(bucket.flat)  # type: ignore[misc]
+            bucket.forget()
         for p in self._parameters.values():
             p.clear_gradient(False)  # frees the memory; True would fill it with zeros
         self._turn = self._rounds = self._due = 0
@@ -207,8 +210,8 @@ class GradientSync:
     def gradient(self, name: str) -> paddle.Tensor | None:
         """The gradient of the own range, in the shape of the parameter if that is all of it; None if there is none."""
         p, bucket = self._parameters[name], self._bucket_of.get(name)
-        if bucket is None:  # at stage 3 even what is not shared lives as an own range, which is flat
-            return p.grad if p.grad is None else p.grad.reshape(self.weight(name).shape)
+        if bucket is None:
+            return p.grad
         if bucket.sum is None:
             return None
         own = self.own(name)

@@ -140,6 +140,7 @@ def _save(run: Run, step: int) -> Path:
 
 
 def _take(run: Run, step: int) -> StepResult:
+    run.mesh.pulse.step(step + 1)
     data = run.mesh.axis("data")
     # Whatever draws numbers in a step draws them from (seed, step), and data ranks draw others for their rows.
     paddle.seed(run.rhythm.seed * 1_000_003 + step + data.index * _STREAM)

@@ -262,7 +262,7 @@ class _Session:
         with run.optimizer.whole_weights():
             job.weights.save(model, folder.path, final=True)
         if run.optimizer.averages():
-            with run.optimizer.averaged():
+            with run.optimizer.averaged(), run.optimizer.whole_weights():
                 job.weights.save(model, folder.path / "ema", final=True)
         memory = {
             "budget": needed.peak, "kernels": needed.kernels, "tensors": watch.tensors, "process": watch.process

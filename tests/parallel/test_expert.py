@@ -22,40 +22,42 @@ from erniekit.parallel.expert import use_expert_parallel
 from erniekit.parallel.mesh import Mesh
 from tests.parallel.equal import Case, assert_parallel_equals_single
 from tests.parallel.ranks import run_ranks
-from tests.parallel.samples import packed_row, steps_of, write_model
+from tests.parallel.samples import packed_row, pair_row, steps_of, write_model
 
 ROUTERS = {
     "stage": "SFT", "moe_aux_loss_lambda": 0.5, "moe_z_loss_lambda": 0.3, "moe_orthogonal_loss_lambda": 0.4,
     "moe_use_aux_free": True, "moe_use_aux_free_update_coef": 0.01,
 }  # fmt: skip
 
+LORA = {"stage": "SFT", "fine_tuning": "LoRA", "lora_rank": 4, "moe_aux_loss_lambda": 0.5, "recompute": True}
+DPO = {"stage": "DPO", "loss_type": "simpo", "moe_aux_loss_lambda": 0.5}
+OVER_DATA = [Layout(2, expert=2), Layout(4, expert=4), Layout(4, expert=2)]
 BESIDE_TENSOR_RANKS = [
     Layout(world, tensor=2, expert=2, experts_over=over, sequence_parallel=parts)
     for parts in (False, True)
     for world, over in ((2, "tensor"), (4, "tensor"), (4, "data"))
 ]
+EXTRA: dict[Layout, list[dict[str, Any]]] = {
+    Layout(2, expert=2): [LORA, {**LORA, "compute_type": "wint4"}, {**ROUTERS, "recompute": True}],
+    Layout(2, tensor=2, expert=2, experts_over="tensor"): [LORA, {**LORA, "compute_type": "wint4"}],
+    Layout(4, tensor=2, expert=2): [{**LORA, "compute_type": "wint8"}],
+}
 
 
 @pytest.fixture(scope="module")
 def sparse(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A dense layer and two of four experts, of which no token ever chooses the third."""
-    return write_model(tmp_path_factory.mktemp("models") / "sparse", sparse=True, idle=2)
+    """A dense layer and two of four experts, of which no token ever chooses the third, and one that looks ahead."""
+    folder = tmp_path_factory.mktemp("models") / "sparse"
+    return write_model(folder, sparse=True, idle=2, num_nextn_predict_layers=1)
 
 
-@pytest.mark.parametrize("layout", [Layout(2, expert=2), Layout(4, expert=4), Layout(4, expert=2)], ids=str)
-def test_experts_over_data_ranks(sparse: Path, layout: Layout) -> None:
-    """With four ranks, one of them gets no token at all."""
-    assert_parallel_equals_single(Case(sparse, steps_of(packed_row), ROUTERS), layout)
-
-
-@pytest.mark.parametrize("layout", BESIDE_TENSOR_RANKS, ids=str)
-def test_experts_beside_tensor_ranks(sparse: Path, layout: Layout) -> None:
-    assert_parallel_equals_single(Case(sparse, steps_of(packed_row, steps=2), ROUTERS, rate=0.02), layout)
-
-
-def test_recomputed_layers_exchange_again(sparse: Path) -> None:
-    keys = ROUTERS | {"recompute": True}
-    assert_parallel_equals_single(Case(sparse, steps_of(packed_row, steps=1), keys), Layout(2, expert=2))
+@pytest.mark.parametrize("layout", [*OVER_DATA, *BESIDE_TENSOR_RANKS], ids=str)
+def test_experts_on_ranks_equal_one_process(sparse: Path, layout: Layout) -> None:
+    """Where each rank has one expert, one of them gets no token at all."""
+    packed, pairs = steps_of(packed_row, steps=2), steps_of(pair_row, steps=1)
+    cases = [Case(sparse, packed, ROUTERS, rate=0.02), Case(sparse, pairs, DPO)]
+    cases += [Case(sparse, packed, keys, rate=0.02) for keys in EXTRA.get(layout, [])]
+    assert_parallel_equals_single(cases, layout)
 
 
 # ---------------------------------------------------------------------- one block by itself

@@ -83,6 +83,8 @@ def test_a_master_that_cannot_be_reached(
 
 def test_a_rank_that_never_comes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(store, "_PATIENCE", 1)
+    for name in ("PADDLE_TRAINER_ID", "PADDLE_TRAINERS_NUM"):  # Paddle is told by these, and later tests must not be
+        monkeypatch.setenv(name, "")
     with pytest.raises(MeshError, match=r"rank 0 has waited 1 seconds for ranks 1, 2 of 3\."):
         open_mesh(Layout(3), Place(0, 3, f"127.0.0.1:{store.free_port()}"))
 
@@ -113,7 +115,6 @@ def test_a_free_store_looks_on_if_somebody_took_the_port(monkeypatch: pytest.Mon
         taken, free = other.getsockname()[1], store.free_port()
         ports = iter([taken, taken, free])
         monkeypatch.setattr(store, "free_port", lambda: next(ports))
-        monkeypatch.setenv("PADDLE_TRAINER_ID", "0")
         _, address = store.open_free_store("127.0.0.1")
     assert address == f"127.0.0.1:{free}"
 
