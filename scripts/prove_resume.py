@@ -116,7 +116,7 @@ def prepare(folder: Path, *, stage: str, lora: bool, steps: int, seed: int) -> N
 class Life:
     """One start of the training command, with its output in a file."""
 
-    words = ("train", "run.yaml")
+    words: tuple[str, ...] = ("train", "run.yaml")
 
     def __init__(self, folder: Path, *, number: int) -> None:
         self._output = folder / f"output-{number}.txt"
