@@ -55,7 +55,7 @@ def _config(path: str, bases: str, own: str, hardware: str) -> str:
         facts["result"] = "the adapter" if facts["fine_tuning"] == "LoRA" else "the trained model"
         facts["length"] = f"{facts['max_steps']} steps" if int(facts["max_steps"]) > 0 else "one epoch in steps"
     head = [
-        f"# erniekit {verb} examples/configs/{path}", "#", f"# Hardware: {hardware}.",
+        f"# erniekit {verb} examples/configs/{path}", "#", f"# Hardware: {hardware}.", *_start(hardware, verb),
         f"# Expect:   {EXPECT[verb].format(**facts)}", f"# {NOTE}",
     ]  # fmt: skip
     groups = []
@@ -65,6 +65,15 @@ def _config(path: str, bases: str, own: str, hardware: str) -> str:
     if values:
         raise SystemExit(f"{path}: headings.yaml has no place for {', '.join(values)}")
     return "\n\n".join(["\n".join(head), *groups]) + "\n"
+
+
+def _start(hardware: str, verb: str) -> list[str]:
+    """How the ranks of a config for several devices come up; a machine has 8 of them."""
+    number = int(hardware.split()[0])
+    if number == 1 or verb not in ("train", "eval"):
+        return []
+    here = f"the command starts {number} ranks, one for each device; on a CPU add --nproc {number}"
+    return [f"# Start:    {here if number <= 8 else f'on {-(-number // 8)} machines, see docs/parallel.md'}."]
 
 
 def _read(text: str) -> dict[str, str]:

@@ -88,7 +88,7 @@ class Rank:
 
     def last_lines(self) -> str:
         """The end of what it wrote into its log."""
-        if self.log is None:
+        if self.log is None or not self.log.is_file():
             return ""
         with open(self.log, "rb") as file:
             file.seek(max(self.log_start, file.seek(0, os.SEEK_END) - 100_000))

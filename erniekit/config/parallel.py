@@ -19,6 +19,9 @@ _ONE = {"idle": (0, 1), "least": -1, "resume": "free"}
 _LAYOUT = {"effect": SPEED}  # so it may be another one when a run is resumed
 
 
+FLAT_BYTES = 64 * 2**20  # of fp32 gradients that are reduced as one: enough for a network, little beside a model
+
+
 @dataclass(frozen=True)
 class ParallelConfig:
     """Degrees, and the switches of each kind of parallelism."""

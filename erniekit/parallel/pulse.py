@@ -52,6 +52,7 @@ class Pulse:
     def __init__(self, folder: str | Path = "", *, rank: int = 0) -> None:
         self._map: mmap.mmap | None = None
         self._number, self._step, self._writes = 0, -1, 0
+        self._kind = self._where = b""
         if folder:
             Path(folder).mkdir(parents=True, exist_ok=True)
             descriptor = os.open(_path(folder, rank), os.O_RDWR | os.O_CREAT, 0o644)
@@ -78,8 +79,6 @@ class Pulse:
         """A step begins."""
         self._step = step
         self._write(inside=False)
-
-    _kind = _where = b""
 
     def _write(self, *, inside: bool) -> None:
         if self._map is not None:

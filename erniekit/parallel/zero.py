@@ -26,12 +26,11 @@ from contextlib import AbstractContextManager
 
 import paddle
 
+from erniekit.config.parallel import FLAT_BYTES
 from erniekit.parallel.collectives import Handle
 from erniekit.parallel.flat import Block, Flat, Range, lay_flat
 from erniekit.parallel.layered import LayerShards
 from erniekit.parallel.mesh import Mesh
-
-FLAT_BYTES = 64 * 2**20  # of fp32: enough to use a network well, little beside a model
 
 
 class _Bucket:

@@ -176,16 +176,21 @@ class Writer:
         if parts > 1:  # each tensor rank takes some of the tokens to the experts
             x, weights = (tape.add(value, makes=value.num_bytes // parts) for value in (x, weights))
         rows = tape.add(x, makes=self.arch.moe_k * x.num_bytes, beside=weights.num_bytes // self.number * _INDEX)
-        away = [tape.add] * 2 if layout.expert > 1 else []  # over to other ranks, and sorted there
-        for again in away:
-            rows = again(rows, makes=rows.num_bytes)
+        if layout.expert > 1:
+            rows = self._exchanged(rows)
+            rows = tape.add(rows, makes=rows.num_bytes)  # sorted by expert once more
         made = self._experts(name, rows)
-        for again in away:
-            made = again(made, makes=made.num_bytes)
+        if layout.expert > 1:
+            made = self._exchanged(tape.add(made, makes=made.num_bytes))
         y = tape.add(made, weights, makes=x.num_bytes, keeps=[made, weights])
         if parts > 1:
             return tape.add(y, makes=whole)
         return y if layout.experts_over == "tensor" else self._summed(y)
+
+    def _exchanged(self, rows: Value) -> Value:
+        """Rows that have gone to other ranks. On a CPU everybody's go everywhere (parallel/collectives.py)."""
+        everywhere = (self.cut.layout.expert + 1) * rows.num_bytes
+        return self.tape.add(rows, makes=rows.num_bytes, forward=everywhere, backward=everywhere)
 
     def _experts(self, name: str, rows: Value) -> Value:
         width, routed = expert_groups(self.arch)[0][1], rows.num_bytes // self.arch.hidden_size // self.number

@@ -48,8 +48,9 @@ from erniekit.parallel.recompute import apply_recompute
 from erniekit.parallel.tensor import use_tensor_parallel
 from erniekit.parallel.tokens import TokenRanks
 from erniekit.parallel.whole import Wholes
-from erniekit.parallel.zero import FLAT_BYTES, GradientSync
+from erniekit.parallel.zero import GradientSync
 from erniekit.precision.products import use_bf16_products
+from erniekit.training.budget import flat_bytes_of
 from erniekit.training.dropout import DropoutCourse
 from erniekit.training.health import RouterHealth
 from erniekit.training.objective import LossWeights
@@ -185,9 +186,7 @@ def _gradient_sync(model: ErnieForCausalLM, cfg: RunConfig, mesh: Mesh) -> Gradi
     trained = {name: p for name, p in parameters.items() if not p.stop_gradient}
     blocks = blocks_of(parameters, mesh.layout, model.config, tensor=mesh.coordinates.tensor)
     layers = LayerShards(model, mesh, blocks=blocks) if mesh.layout.stage == 3 else None
-    size = cfg.parallel.sharding_comm_buffer_size_MB
-    flat_bytes = size * 2**20 if size > 0 else FLAT_BYTES
-    return GradientSync(trained, mesh, blocks=blocks, flat_bytes=flat_bytes, layers=layers)
+    return GradientSync(trained, mesh, blocks=blocks, flat_bytes=flat_bytes_of(cfg), layers=layers)
 
 
 def step_hooks(model: ErnieForCausalLM, cfg: RunConfig) -> tuple[Callable[[int], None], ...]:

@@ -1,14 +1,17 @@
 """Memory of a training run on one device, or on one rank of many, by formula, before anything is allocated.
 
 Weights, gradients and optimizer states follow from the parameters' names and shapes; what a step holds beside them is
-found by walking through its operators on paper (activations.py, tape.py). Nothing is fitted, and nothing of a machine
-is read. On a CPU the operators are those of our kernels in fp32. On a GPU (never run) the same operators are taken in
-the width of the run's number format: Paddle's fused ones keep about as much.
+found by walking through its operators on paper (activations.py, tape.py). On many ranks, what parallel/zero.py shares
+counts by its share. Nothing is fitted, and nothing of a machine is read. On a CPU the operators are those of our
+kernels in fp32. On a GPU (never run) the same operators are taken in the width of the run's number format: Paddle's
+fused ones keep about as much.
 """
 
 from __future__ import annotations
 
 import math
+import re
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +23,9 @@ from erniekit.config.adapter import AdapterConfig
 from erniekit.config.architecture import ErnieConfig
 from erniekit.config.cut import WHOLE, Cut, size
 from erniekit.config.families import family
+from erniekit.config.layout import Layout
 from erniekit.config.packing import Packing, packing_of
+from erniekit.config.parallel import FLAT_BYTES
 from erniekit.config.run import RunConfig
 from erniekit.data.batch import ROW_MULTIPLE
 from erniekit.training.activations import Head, Load, Terms, Writer
@@ -29,6 +34,8 @@ from erniekit.training.selection import trained_names
 MB = 1e6
 CHUNK_TOKENS = 512  # of the head's kernels (ops/cross_entropy.py)
 _NEVER_TRAINED = ".e_score_correction_bias"
+_EXPERTS = ".mlp.experts."
+_LAYER = re.compile(r"model\.(layers|mtp_block)\.\d+\.")
 _ALWAYS_FP32 = (".gate.weight", _NEVER_TRAINED)
 
 
@@ -56,7 +63,6 @@ class Budget:
         }  # fmt: skip
         told = ", ".join(f"{name} {megabytes(size)}" for name, size in parts.items())
         return f"memory: budget {megabytes(self.peak)} MB ({told}), and {megabytes(self.kernels)} MB in kernels"
-
 
 
 def memory_text(*, budget: int, kernels: int, tensors: int, process: int) -> str:
@@ -148,7 +154,14 @@ def run_budget(
         Parameters.of(cfg, arch, head_bias=head_bias, cut=cut), formats=Formats.of(cfg, on_gpu=on_gpu),
         micro_batches=train.gradient_accumulation_steps, terms=_terms(cfg, arch),
         recompute=train.recompute_granularity if train.recompute else None, cut=cut,
+        flat_bytes=flat_bytes_of(cfg),
     )  # fmt: skip
+
+
+def flat_bytes_of(cfg: RunConfig) -> int:
+    """How many bytes of fp32 gradients are reduced over ranks as one."""
+    megabytes_wanted = cfg.parallel.sharding_comm_buffer_size_MB
+    return megabytes_wanted * 2**20 if megabytes_wanted > 0 else FLAT_BYTES
 
 
 def _terms(cfg: RunConfig, arch: ErnieConfig) -> Terms:
@@ -182,24 +195,65 @@ def _row_length(cfg: RunConfig, lengths: Sequence[int]) -> int:
     return min(-(-int(longest) // ROW_MULTIPLE) * ROW_MULTIPLE, most)
 
 
+@dataclass(frozen=True)
+class Shares:
+    """What of a rank's part of the model lies with other ranks, as parallel/zero.py shares it. Sizes in bytes by
+    parameter."""
+
+    layout: Layout
+    flat_bytes: int
+
+    def of(self, name: str) -> int:
+        """How many ranks share the states of a parameter."""
+        if not self.layout.stage:
+            return 1
+        return len(self.layout.groups("expert_shard" if _EXPERTS in name else "shard")[0])
+
+    def gradients(self, sizes: Mapping[str, int]) -> dict[str, int]:
+        """What is kept of gradients while others are made. A model that fits one flat keeps them to the end."""
+        early = self.layout.stage >= 2 and sum(sizes.values()) > self.flat_bytes
+        return {name: -(-own // self.of(name)) if early else own for name, own in sizes.items()}
+
+    def on_the_way(self, sizes: Mapping[str, int]) -> int:
+        """The gradients of a flat, and once more laid end to end, to be added up over ranks."""
+        if self.layout.data == 1:
+            return 0
+        return 2 * min(sum(sizes.values()), max(self.flat_bytes, *sizes.values()))
+
+    def weights(self, sizes: Mapping[str, int], shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, int]:
+        """What is always there, and what comes and goes with the layers: the matrices of one and of the next."""
+        if self.layout.stage < 3:
+            return sum(sizes.values()), 0
+        stays, layers = 0, Counter[str]()
+        for name, own in sizes.items():
+            layer = _LAYER.match(name)
+            comes = layer and len(shapes[name]) > 1 and not name.endswith(_ALWAYS_FP32)
+            if layer and comes:
+                layers[layer[0]] += own
+            stays += -(-own // self.of(name)) if comes else own
+        return stays, sum(sorted(layers.values())[-2:])
+
+
 def budget(
     arch: ErnieConfig, load: Load, parameters: Parameters, *, formats: Formats, terms: Terms, micro_batches: int = 1,
-    recompute: str | None = None, cut: Cut = WHOLE,
+    recompute: str | None = None, cut: Cut = WHOLE, flat_bytes: int = FLAT_BYTES,
 ) -> Budget:  # fmt: skip
     """The same from plain values."""
+    shares, packing = Shares(cut.layout, flat_bytes), formats.packing
     sizes = {name: parameters.num_bytes(name, formats) for name in parameters.shapes}
-    gradients = {name: sizes[name] for name in parameters.trained if not name.endswith(_NEVER_TRAINED)}
-    packing = formats.packing
+    whole = {name: sizes[name] for name in parameters.trained if not name.endswith(_NEVER_TRAINED)}
+    gradients, (weights, passing) = shares.gradients(whole), shares.weights(sizes, parameters.shapes)
     tape = Writer(
         arch, load, gradients, recompute=recompute, adapter=parameters.adapter, terms=terms, number=formats.weight,
         packed=lambda module: packing is not None and packing.kind_of(module) is not None, cut=cut,
     ).step()  # fmt: skip
-    trained = sum(math.prod(parameters.shapes[name]) for name in gradients)
-    states = trained * formats.states
-    working = max(tape.walk(again=micro_batches > 1).total, sum(gradients.values()))
+    states = sum(-(-math.prod(parameters.shapes[name]) // shares.of(name)) for name in whole) * formats.states
+    on_the_way, kept = shares.on_the_way(whole), sum(gradients.values())
+    working = tape.walk(again=micro_batches > 1).total + (on_the_way if kept < sum(whole.values()) else 0)
     chunk = min(CHUNK_TOKENS, load.labelled) * (arch.hidden_size + size(cut.part(arch.vocab_size))) * 4
     return Budget(
-        weights=sum(sizes.values()), gradients=sum(gradients.values()), states=states, activations=tape.kept(),
-        peak=sum(sizes.values()) + states + working, kernels=chunk, trained=trained,
+        weights=weights, gradients=kept, states=states, activations=tape.kept(),
+        peak=weights + passing + states + max(working, kept, on_the_way), kernels=chunk,
+        trained=sum(math.prod(parameters.shapes[name]) for name in whole),
         numbers=sum(math.prod(shape) for shape in parameters.shapes.values()),
     )  # fmt: skip

@@ -25,7 +25,8 @@ from erniekit.training.state import named_checkpoint, newest_complete, saved_ste
 
 CONFIG_FILE = "run.yaml"
 _LOCK = ".lock"
-_BESIDE = ("eval", "ranks")  # may be there before a run: earlier figures, and the logs of its ranks
+_RANK_LOGS = "ranks"
+_BESIDE = ("eval", _RANK_LOGS)  # may be there before a run: earlier figures, and the logs of its ranks
 _VERSIONS = ("paddlepaddle", "paddlepaddle-gpu", "numpy", "safetensors", "sentencepiece")
 
 
@@ -91,7 +92,6 @@ def claim(path: Path, cfg: RunConfig, *, record: dict[str, Any], total_steps: in
         if folder is None:
             os.close(lock)
             _set_aside(path)
-            path.mkdir(parents=True)
             lock = _take_lock(path)
             folder = RunFolder(path)
     except BaseException:
@@ -185,6 +185,9 @@ def _set_aside(path: Path) -> None:
     while (old := path.with_name(f"{path.name}.old-{number}")).exists():
         number += 1
     path.rename(old)
+    path.mkdir()
+    if (old / _RANK_LOGS).is_dir():
+        (old / _RANK_LOGS).rename(path / _RANK_LOGS)  # ranks of this run write there already
     notice(f"moved the earlier run to {old}")
 
 

@@ -241,10 +241,13 @@ def test_a_folder_that_is_no_run_is_not_touched(bench, run, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
     (out / "thesis.txt").write_text("mine")
+    (out / "ranks").mkdir()
+    (out / "ranks" / "rank-1.log").write_text("begun")
     _, err = run("train", bench.config(out), code=2)
-    assert "thesis.txt" in err
+    assert "thesis.txt" in err and "ranks" not in err
     run("train", bench.config(out, max_steps=1), "overwrite_output_dir=true")
     assert (tmp_path / "out.old-1" / "thesis.txt").read_text() == "mine"
+    assert (out / "ranks" / "rank-1.log").read_text() == "begun"  # where a rank of this run writes already
 
 
 def test_two_processes_cannot_share_a_folder(bench, run, tmp_path):

@@ -84,6 +84,11 @@ class Case:
         """What is built."""
         return architecture(self.weights, self.cfg)
 
+    @cached_property
+    def alone(self) -> Whole:
+        """What one process makes of it."""
+        return together(self, Layout(), [train(Mesh.single(), self)])
+
     def model(self, mesh: Mesh) -> ErnieForCausalLM:
         """The model that a rank trains."""
         adapter = adapter_of(self.weights, self.arch, self.cfg)
@@ -150,11 +155,6 @@ def train(mesh: Mesh, case: Case) -> Outcome:
     with optimizer.whole_weights():
         outcome.weights = {name: Held(p.numpy().ravel().copy()) for name, p in model.named_parameters()}
     return outcome
-
-
-def single(case: Case) -> Whole:
-    """In this process alone."""
-    return together(case, Layout(), [train(Mesh.single(), case)])
 
 
 def parallel(cases: Sequence[Case], layout: Layout) -> list[Whole]:
@@ -266,6 +266,6 @@ def assert_parallel_equals_single(cases: Case | Sequence[Case], layout: Layout) 
     """Raise AssertionError with everything that differs in the first case that does."""
     cases = [cases] if isinstance(cases, Case) else cases
     for case, found in zip(cases, parallel(cases, layout), strict=True):
-        far = distances(found, single(case))
+        far = distances(found, case.alone)
         wrong = [f"{what}: {times:.2g} times as far as allowed" for what, times in far.items() if not times <= 1]
         assert not wrong, f"{layout}, {case.keys}:\n" + "\n".join(wrong)

@@ -13,6 +13,7 @@ from tests.parallel.samples import packed_row, pair_row, steps_of, write_model
 
 TWO, FOUR = Layout(2, tensor=2), Layout(4, tensor=4)
 TWO_IN_PARTS, FOUR_IN_PARTS = (Layout(n, tensor=n, sequence_parallel=True) for n in (2, 4))
+EXPERTS_TOO = Layout(2, tensor=2, expert=2, experts_over="tensor", sequence_parallel=True)
 LORA = {"fine_tuning": "LoRA", "lora_rank": 4}
 DORA = {**LORA, "dora": True, "lora_target_modules": ["attention", "mlp"]}
 EXTRA: dict[Layout, list[dict[str, Any]]] = {
@@ -20,6 +21,7 @@ EXTRA: dict[Layout, list[dict[str, Any]]] = {
     FOUR: [{**DORA, "modules_to_save": ["embed_tokens", "norm"]}],
     TWO_IN_PARTS: [LORA, {"recompute": True}],
     FOUR_IN_PARTS: [],
+    EXPERTS_TOO: [{**LORA, "compute_type": "wint4/8", "moe_aux_loss_lambda": 0.01, "moe_orthogonal_loss_lambda": 0.01}],
 }
 
 
@@ -32,7 +34,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return dense, write_model(folder / "sparse", sparse=True, **ahead)
 
 
-@pytest.mark.parametrize("layout", EXTRA, ids=["2", "4", "2 in parts", "4 in parts"])
+@pytest.mark.parametrize("layout", EXTRA, ids=["2", "4", "2 in parts", "4 in parts", "2 with experts"])
 def test_ranks_with_parts_of_a_model_equal_one_process(models: tuple[Path, Path], layout: Layout) -> None:
     dense, sparse = models
     packed, pairs = steps_of(packed_row, rows=2), steps_of(pair_row, rows=2)
