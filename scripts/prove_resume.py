@@ -116,11 +116,13 @@ def prepare(folder: Path, *, stage: str, lora: bool, steps: int, seed: int) -> N
 class Life:
     """One start of the training command, with its output in a file."""
 
+    words: tuple[str, ...] = ("train", "run.yaml")
+
     def __init__(self, folder: Path, *, number: int) -> None:
         self._output = folder / f"output-{number}.txt"
         with self._output.open("w") as file:
             self.process = subprocess.Popen(
-                erniekit("train", "run.yaml"), cwd=folder, env=environment(), stdout=file, stderr=subprocess.STDOUT,
+                erniekit(*self.words), cwd=folder, env=environment(), stdout=file, stderr=subprocess.STDOUT,
                 start_new_session=True,
             )  # fmt: skip
 
