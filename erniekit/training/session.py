@@ -27,6 +27,7 @@ from erniekit.data.build import EvalData, Prompt, TrainData, build_eval_data, bu
 from erniekit.data.preview import html_samples, sample_views
 from erniekit.data.tokenizer import Tokenizer
 from erniekit.models.decoder import ErnieForCausalLM
+from erniekit.ops.cpu.library import tier
 from erniekit.parallel.mesh import Mesh, open_mesh
 from erniekit.training import assemble
 from erniekit.training.best import BestModel
@@ -241,6 +242,8 @@ class _Session:
             cut=Cut.of(mesh.layout, mesh.rank),
         )  # fmt: skip
         print(needed.text, flush=True)
+        if mesh.layout.world > 1 and not watch.on_gpu:
+            first_alone(mesh, "kernels", tier)  # compiled once, and not while others wait in a collective
         model = job.weights.build(folder.checkpoint)
         story = Story(folder.path, start_step=folder.start_step, writes=mesh.first)
         if not folder.start_step:
