@@ -83,13 +83,14 @@ def launch(verb: str, arguments: Arguments, words: Sequence[str]) -> int | None:
     logs = _log_folder(verb, arguments, job)
     with tempfile.TemporaryDirectory(prefix="erniekit-job-") as folder:
         machines = _find_others(job)
+        logs = logs or Path(tempfile.mkdtemp(prefix="erniekit-ranks-"))  # stays: a message may name a log in it
         ranks = [
             Rank(
                 job.rank(local), [sys.executable, "-m", "erniekit", verb, *_for_ranks(words)],
                 environment=runtime.environment_of_rank(
                     _variables(job, local, machines=machines), folder=Path(folder), num_sharing=job.nproc
                 ),
-                log=(logs or Path(folder)) / f"rank-{job.rank(local)}.log" if job.rank(local) else None,
+                log=logs / f"rank-{job.rank(local)}.log" if job.rank(local) else None,
             )
             for local in range(job.nproc)
         ]  # fmt: skip

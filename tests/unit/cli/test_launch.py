@@ -24,6 +24,7 @@ def alone(monkeypatch):
 def started(monkeypatch, tmp_path):
     """What `erniekit` would start: started("train", "--nproc", "2") returns the ranks."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     (tmp_path / "run.yaml").write_text(CONFIG)
     found = []
 
@@ -62,7 +63,8 @@ def test_the_place_of_every_rank(started):
 def test_rank_0_has_the_terminal_and_the_others_log_in_output_dir(started, tmp_path):
     logs = [rank.log for rank in started("train", "--nproc", "2", "output_dir=out")]
     assert logs == [None, Path("out/ranks/rank-1.log")]
-    assert started("train", "--nproc", "2")[1].log.name == "rank-1.log"
+    log = started("eval", "--nproc", "2")[1].log
+    assert log.name == "rank-1.log" and log.parent.is_dir()  # though the job is over
 
 
 def test_gpus(started, monkeypatch):

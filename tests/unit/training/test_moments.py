@@ -1,13 +1,16 @@
 """Muon and bf16 moments in the optimizer: which parameters, how close, how large, how they are saved."""
 
 import functools
+import itertools
 
 import numpy as np
+import paddle
 import pytest
 
 from erniekit.base.errors import CheckpointError
 from erniekit.checkpoint.model_io import model_writer
 from erniekit.config.load import load_config
+from erniekit.ops.adamw import Update, adamw, adamw_plain
 from erniekit.parallel.mesh import Mesh
 from erniekit.training.assemble import assemble_optimizer
 from erniekit.training.optimizer import matrices_inside
@@ -73,3 +76,24 @@ def test_the_state_of_another_optimizer_is_refused():
     state = {name: tensor.numpy() for name, tensor in optimizer.state().items()}
     with pytest.raises(CheckpointError, match=r"'model.layers.0.self_attn.q_proj.weight' has no momentum"):
         assemble_optimizer(model, load_config({"optim": "muon"})).load_state(state, num_steps=1, source="test")
+
+
+@pytest.mark.parametrize("move", [adamw, adamw_plain])
+def test_ranges_of_a_parameter_are_rounded_as_the_whole(move):
+    rng = np.random.default_rng(0)
+    weight, gradient = (rng.normal(size=1000).astype("float32") for _ in range(2))
+
+    def moved(cuts):
+        parts = []
+        for start, stop in itertools.pairwise(cuts):
+            p, grad = paddle.to_tensor(weight[start:stop]), paddle.to_tensor(gradient[start:stop])
+            moments = [paddle.zeros([stop - start], "bfloat16") for _ in range(2)]
+            for step in (1, 2, 3):
+                update = Update(0.01, 0.9, 0.999, 1e-8, step)
+                move(p, grad.clone(), first=moments[0], second=moments[1], master=None, update=update,
+                     weight_decay=0.1, start=start)  # fmt: skip
+            parts.append([x.astype("float32").numpy() for x in (p, *moments)])
+        return [np.concatenate(each) for each in zip(*parts, strict=True)]
+
+    for whole, joined in zip(moved([0, 1000]), moved([0, 137, 138, 1000]), strict=True):
+        assert np.array_equal(whole, joined)
