@@ -7,9 +7,9 @@ experts, with a malloc that gives freed memory back at once. Two figures stand b
 own account of tensors, and what the process held above its size before the model was built; the second one has to hold
 what kernels take, too. Without that malloc the process holds more, because freed memory is kept for the next step.
 
-For the released models on 80 GB cards the same formula is printed beside the published minimum of cards: bf16, fp32
-masters and moments, whole layers recomputed, one row at a time. A card's share is a plain division by the number of
-cards, as if everything could be cut evenly: how weights, states and activations are really cut is not modelled.
+For the released models on 80 GB cards the same formula is printed for one of as many cards as are published as the
+least, under a layout that can be run here (there is no pipeline yet): bf16, fp32 masters and moments, whole layers
+recomputed, one row at a time on every card that has rows of its own.
 """
 
 from __future__ import annotations
@@ -61,38 +61,46 @@ CASES: dict[str, dict[str, Any]] = {
 LOADS = ("wint8", "wint4/8", "nf4")
 
 CARD = 80e9
-PUBLISHED = (  # model, keys, row length, cards that ERNIEKit's documentation names as the least
-    ("ERNIE-4.5-300B-A47B", {"fine_tuning": "Full"}, 8192, 96),
-    ("ERNIE-4.5-300B-A47B", {"fine_tuning": "Full"}, 32768, 112),
-    ("ERNIE-4.5-300B-A47B", {"fine_tuning": "LoRA", "compute_type": "wint4/8"}, 8192, 4),
-    ("ERNIE-4.5-300B-A47B", {"fine_tuning": "LoRA", "compute_type": "wint4/8"}, 32768, 8),
-    ("ERNIE-4.5-300B-A47B", {"fine_tuning": "Full", "stage": "DPO"}, 8192, 112),
-    ("ERNIE-4.5-300B-A47B", {"fine_tuning": "LoRA", "stage": "DPO"}, 8192, 16),
-    ("ERNIE-4.5-21B-A3B", {"fine_tuning": "Full"}, 8192, 8),
-    ("ERNIE-4.5-21B-A3B", {"fine_tuning": "Full"}, 131072, 8),
-    ("ERNIE-4.5-21B-A3B", {"fine_tuning": "LoRA", "compute_type": "wint4/8"}, 8192, 1),
-    ("ERNIE-4.5-21B-A3B", {"fine_tuning": "Full", "stage": "DPO"}, 8192, 8),
-    ("ERNIE-4.5-21B-A3B", {"fine_tuning": "LoRA", "stage": "DPO"}, 8192, 1),
-    ("ERNIE-4.5-0.3B", {"fine_tuning": "Full"}, 8192, 1),
+SLICES = {"tensor": 8, "sequence_parallel": True}
+MANY = SLICES | {"expert": 4, "sharding": 12, "stage": 3}
+SEVEN = MANY | {"expert": 2, "sharding": 14}
+EIGHT = {"expert": 8, "sharding": 8, "stage": 1}
+HALVES = {"tensor": 4, "sequence_parallel": True, "expert": 2, "sharding": 2, "stage": 1}
+ONE: dict[str, Any] = {}
+PUBLISHED: tuple[tuple[str, dict[str, Any], int, int, dict[str, Any]], ...] = (  # and cards, and how they share
+    ("ERNIE-4.5-300B-A47B", {"fine_tuning": "Full"}, 8192, 96, MANY),
+    ("ERNIE-4.5-300B-A47B", {"fine_tuning": "Full"}, 32768, 112, SEVEN),
+    ("ERNIE-4.5-300B-A47B", {"fine_tuning": "LoRA", "compute_type": "wint4/8"}, 8192, 4, SLICES | {"tensor": 4}),
+    ("ERNIE-4.5-300B-A47B", {"fine_tuning": "LoRA", "compute_type": "wint4/8"}, 32768, 8, SLICES),
+    ("ERNIE-4.5-300B-A47B", {"fine_tuning": "Full", "stage": "DPO"}, 8192, 112, SEVEN),
+    ("ERNIE-4.5-300B-A47B", {"fine_tuning": "LoRA", "stage": "DPO"}, 8192, 16, SLICES | {"expert": 2}),
+    ("ERNIE-4.5-21B-A3B", {"fine_tuning": "Full"}, 8192, 8, EIGHT),
+    ("ERNIE-4.5-21B-A3B", {"fine_tuning": "Full"}, 131072, 8, HALVES),
+    ("ERNIE-4.5-21B-A3B", {"fine_tuning": "LoRA", "compute_type": "wint4/8"}, 8192, 1, ONE),
+    ("ERNIE-4.5-21B-A3B", {"fine_tuning": "Full", "stage": "DPO"}, 8192, 8, EIGHT),
+    ("ERNIE-4.5-21B-A3B", {"fine_tuning": "LoRA", "stage": "DPO"}, 8192, 1, ONE),
+    ("ERNIE-4.5-0.3B", {"fine_tuning": "Full"}, 8192, 1, ONE),
 )
 
 
 def published() -> list[dict[str, Any]]:
-    """The budget of every published setting and its share of a card, in GB."""
+    """The budget of a card in every published setting, in GB."""
+    from erniekit.config.cut import Cut
     from erniekit.config.families import family
+    from erniekit.config.layout import Layout
     from erniekit.config.load import load_config
     from erniekit.training.budget import run_budget
 
     rows = []
-    for name, keys, length, cards in PUBLISHED:
+    for name, keys, length, cards, shared in PUBLISHED:
         cfg = load_config({"compute_type": "bf16", "lora_rank": 32, "recompute": True, "max_seq_len": length} | keys)
-        needed = run_budget(cfg, family(name), on_gpu=True)
+        needed = run_budget(cfg, family(name), on_gpu=True, cut=Cut.of(Layout(cards, **shared), 0))
         counts = ("numbers", "trained")
         parts = {part: round(n / 1e9, 1) for part, n in dataclasses.asdict(needed).items() if part not in counts}
-        share = (needed.peak + needed.kernels) / cards
+        total = needed.peak + needed.kernels
         rows.append({
-            "model": name, **keys, "max_seq_len": length, "cards": cards, "gb": parts,
-            "gb_of_a_card": round(share / 1e9, 1), "fits": share < CARD,
+            "model": name, **keys, "max_seq_len": length, "cards": cards, "layout": shared, "gb_of_a_card": parts,
+            "gb": round(total / 1e9, 1), "fits": total < CARD,
         })  # fmt: skip
     return rows
 
