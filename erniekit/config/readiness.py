@@ -23,7 +23,7 @@ from erniekit.config.values import text_of
 _MODEL = ("model", "precision", "lora")
 _READS = {
     "train": (*_MODEL, "data", "train", "watch", "optimizer", "parallel", "align", "vision", "trainer"),
-    "eval": (*_MODEL, "data", "generate"),
+    "eval": (*_MODEL, "data", "parallel", "generate"),
     "preview": ("data",),
     "chat": (*_MODEL, "generate"),
     "export": (*_MODEL, "export"),
@@ -102,13 +102,13 @@ def require_ready(config: RunConfig, verb: str = "train", *, world: int = 1) -> 
     there, degrees of another number of ranks or for another model."""
     found = [*_refused(config, verb), *_unset(config, verb), *absent_files(config, verb)]
     if "parallel" in _READS[verb]:
-        found += _misfits(config, world)
+        found += _misfits(config, world, verb)
     _refuse(found)
 
 
-def _misfits(config: RunConfig, world: int) -> list[str]:
+def _misfits(config: RunConfig, world: int, verb: str) -> list[str]:
     try:
-        layout_of(config, world, architecture_here(config))
+        layout_of(config, world, architecture_here(config), verb=verb)
     except MeshError as error:
         return error.problems
     return []

@@ -89,8 +89,6 @@ def test_degrees_of_a_verb_that_runs_on_ranks(tmp_path):
     require_ready(config, "train", world=2)
     require_ready(config, "train", world=4)
     require_ready(config, "export")
-    evaluated = load_config({"tensor_parallel_degree": 2, "eval_dataset_path": files["train_dataset_path"], **files})
-    require_ready(evaluated, "eval", world=3)
     for world, words in ((1, "--nproc 2"), (3, "start 2 or 4")):
         (line,) = refused(require_ready, config, "train", world=world)
         assert words in line
