@@ -15,6 +15,7 @@ from erniekit.config.values import text_of
 
 if TYPE_CHECKING:
     from erniekit.config.architecture import ErnieConfig
+    from erniekit.config.layout import Layout
     from erniekit.config.run import RunConfig
 
 _STAGES = {"stage1": 1, "stage2": 2, "stage3": 3}
@@ -36,10 +37,10 @@ class Degrees:
         return self.tensor * math.lcm(self.sharding or 1, self.expert or 1)
 
 
-def degrees_of(cfg: RunConfig, *, sparse: bool = True) -> Degrees:
-    """What the keys of a run ask for; `sparse`: whether its model has experts to be shared."""
-    parallel = cfg.parallel
-    stage, tensor = _STAGES.get(parallel.sharding or "", 0), max(parallel.tensor_parallel_degree, 1)
+def degrees_of(cfg: RunConfig, *, sparse: bool = True, verb: str = "train") -> Degrees:
+    """What the keys of a run ask for; `sparse`: whether its model has experts to be shared. Only training shards."""
+    parallel, tensor = cfg.parallel, max(cfg.parallel.tensor_parallel_degree, 1)
+    stage = _STAGES.get(parallel.sharding or "", 0) if verb == "train" else 0
     sharding = None if parallel.sharding_parallel_degree == -1 else max(parallel.sharding_parallel_degree, 1)
     expert: int | None = max(parallel.expert_parallel_degree, 1)
     over_tensor = parallel.moe_group == "mp"
@@ -72,10 +73,10 @@ def contradictions(cfg: RunConfig) -> Iterator[tuple[tuple[str, ...], str]]:
 
 
 # ---------------------------------------------------------------------- what only the place of the run says
-def world_misfits(cfg: RunConfig, world: int) -> Iterator[str]:
+def world_misfits(cfg: RunConfig, world: int, *, verb: str = "train") -> Iterator[str]:
     """Whether so many ranks can be laid out as the degrees ask."""
-    asked = degrees_of(cfg)
-    if cfg.parallel.sharding_parallel_degree > 1 and not asked.stage:
+    asked = degrees_of(cfg, verb=verb)
+    if verb == "train" and cfg.parallel.sharding_parallel_degree > 1 and not asked.stage:
         yield (
             f"{quote(cfg, 'sharding_parallel_degree')} does not say what is sharded, and {quote(cfg, 'sharding')}; set "
             "sharding=stage1 (optimizer states), stage2 or stage3, or sharding_parallel_degree=1"
@@ -92,16 +93,16 @@ def world_misfits(cfg: RunConfig, world: int) -> Iterator[str]:
     ]  # fmt: skip
     keys, alone = " and ".join(quote(cfg, name) for name in names), ", ".join(f"{name}=1" for name in names)
     needs = asked.least_ranks
-    verb = "needs" if len(names) == 1 else "need"
+    need = "needs" if len(names) == 1 else "need"
     if world == 1:
         yield (
-            f"{keys} {verb} {needs} devices, and this is one process. Start {needs} of them: erniekit train "
+            f"{keys} {need} {needs} devices, and this is one process. Start {needs} of them: erniekit {verb} "
             f"{cfg.path or 'CFG'} --nproc {needs}; or set {alone}"
         )
     else:
         near = " or ".join(str(count) for count in (world // needs * needs, world // needs * needs + needs) if count)
         yield (
-            f"{keys} {verb} {needs} ranks or a multiple of that, and there are {world}; start {near} (--nproc on each "
+            f"{keys} {need} {needs} ranks or a multiple of that, and there are {world}; start {near} (--nproc on each "
             f"of NNODES machines), or set {alone}"
         )
 
@@ -125,8 +126,12 @@ def model_misfits(cfg: RunConfig, arch: ErnieConfig, data: int) -> Iterator[str]
         by = "moe_group" if cfg.parallel.moe_group == "data" else "use_expert_parallel"
         yield (
             f"{quote(cfg, 'expert_parallel_degree' if asked.expert else by)}: {over} devices cannot share evenly the "
-            f"model's {total} experts; set expert_parallel_degree to a divisor of {math.gcd(data, total) or total}"
+            f"model's {total} experts; values that go with {data} ranks: {_divisors(math.gcd(data, total))}"
         )
+
+
+def _divisors(number: int) -> str:
+    return ", ".join(str(each) for each in range(1, number + 1) if number % each == 0)
 
 
 def _larger_vocabulary(arch: ErnieConfig, ranks: int) -> str:
@@ -169,11 +174,41 @@ def optimizer_misfits(cfg: RunConfig, shards: int) -> Iterator[str]:
             f"{' and '.join(quote(cfg, name) for name in names)}; set optim=adamw, or "
             f"{' and '.join(_off(name) for name in names)}"
         )
-    if shards > 1 and cfg.parallel.sharding == "stage3" and cfg.align.ref_model_update_steps > 0:
+    if shards > 1 and cfg.parallel.sharding == "stage3":
+        yield from _copies(cfg)
+
+
+def _copies(cfg: RunConfig) -> Iterator[str]:
+    """References that put other weights in the place of the trained ones, which lie in parts at stage 3."""
+    if not cfg.align.compares(cfg.model.stage):
+        return
+    adapted, at_fault = cfg.model.fine_tuning == "LoRA", dict[str, str]()
+    if cfg.align.ref_model_update_steps > 0:
+        at_fault["ref_model_update_steps"] = "ref_model_update_steps=-1"
+    if adapted and cfg.lora.lora_path:
+        at_fault["lora_path"] = "lora_path=null"
+    if adapted and cfg.lora.modules_to_save:
+        at_fault["modules_to_save"] = "modules_to_save=null"
+    for name, way_out in at_fault.items():
         yield (
-            f"{quote(cfg, 'ref_model_update_steps')} keeps a copy of the weights, of which devices hold parts with "
-            f"{quote(cfg, 'sharding')}; set sharding=stage2, or ref_model_update_steps=-1"
+            f"{quote(cfg, name)} makes the reference from a copy of weights, of which devices hold parts with "
+            f"{quote(cfg, 'sharding')}; set sharding=stage2, or {way_out}"
         )
+
+
+# ---------------------------------------------------------------------- what is to be told
+def idle(cfg: RunConfig, layout: Layout) -> str:
+    """A sentence about keys that ask for something to be shared where nobody is there to share it; empty if all do."""
+    parallel = cfg.parallel
+    without = {
+        "sharding": parallel.sharding is not None and layout.sharding == 1,
+        "sequence_parallel": parallel.sequence_parallel and layout.tensor == 1,
+    }
+    named = [quote(cfg, name) for name, is_idle in without.items() if is_idle]
+    if not named:
+        return ""
+    ranks = "one rank" if layout.world == 1 else f"{layout.world} ranks laid out so"
+    return f"on {ranks} nothing is shared by {' and '.join(named)}"
 
 
 def _off(name: str) -> str:
