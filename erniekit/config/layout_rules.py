@@ -126,8 +126,12 @@ def model_misfits(cfg: RunConfig, arch: ErnieConfig, data: int) -> Iterator[str]
         by = "moe_group" if cfg.parallel.moe_group == "data" else "use_expert_parallel"
         yield (
             f"{quote(cfg, 'expert_parallel_degree' if asked.expert else by)}: {over} devices cannot share evenly the "
-            f"model's {total} experts; set expert_parallel_degree to a divisor of {math.gcd(data, total) or total}"
+            f"model's {total} experts; values that go with {data} ranks: {_divisors(math.gcd(data, total))}"
         )
+
+
+def _divisors(number: int) -> str:
+    return ", ".join(str(each) for each in range(1, number + 1) if number % each == 0)
 
 
 def _larger_vocabulary(arch: ErnieConfig, ranks: int) -> str:

@@ -266,11 +266,11 @@ class _Session:
             raise
         finally:
             run.reporter.close()
-        with run.optimizer.whole_weights():
-            job.weights.save(model, folder.path, final=True)
+        ranges = run.optimizer.ranges()
+        job.weights.save(model, folder.path, final=True, ranges=ranges)
         if run.optimizer.averages():
-            with run.optimizer.averaged(), run.optimizer.whole_weights():
-                job.weights.save(model, folder.path / "ema", final=True)
+            with run.optimizer.averaged():
+                job.weights.save(model, folder.path / "ema", final=True, ranges=ranges)
         memory = {
             "budget": needed.peak, "kernels": needed.kernels, "tensors": watch.tensors, "process": watch.process
         }  # fmt: skip
@@ -292,7 +292,7 @@ class _Session:
             display=Display.of(cfg, job.data),
         )  # fmt: skip
         course = self.stage.begin(job, model, folder)
-        save_exactly = functools.partial(job.weights.save, final=False)
+        save_exactly = functools.partial(job.weights.save, final=False, ranges=optimizer.ranges())
         losses = job.mesh.words.share("losses", [row["loss"] for row in reporter.history if "loss" in row])
         run = Run(
             mesh=job.mesh, model=model, optimizer=optimizer,
@@ -301,7 +301,7 @@ class _Session:
             upkeep=assemble.router_upkeep(model, cfg, mesh=job.mesh),
             checkpoints=Checkpoints(
                 folder.path, writer=job.weights.writer, describe=self.record, keep=cfg.train.save_total_limit or None,
-                mesh=job.mesh, background=bool(cfg.train.use_async_save),
+                mesh=job.mesh, background=bool(cfg.train.use_async_save), tell=reporter.saved,
             ),
             before_step=(*assemble.step_hooks(model, cfg), *course.before_step),
             keeper=StepKeeper(folder.path, cfg, save_model=save_exactly, losses=losses, mesh=job.mesh),

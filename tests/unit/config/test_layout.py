@@ -150,8 +150,8 @@ def test_experts_and_shards_that_group_ranks_otherwise() -> None:
         (5, {"tensor_parallel_degree": 5}, ["2 key and value heads", "96 words", "48 width of MLPs", "1, 2, 4, 8",
                                             "--pad-to-multiple 5"]),
         (16, {"tensor_parallel_degree": 16, "moe_group": "mp"}, ["8 experts"]),
-        (3, {"expert_parallel_degree": 3}, ["expert_parallel_degree: 3", "8 experts", "divisor"]),
-        (6, {"use_expert_parallel": True}, ["use_expert_parallel: true", "6 devices", "8 experts", "divisor of 2"]),
+        (3, {"expert_parallel_degree": 3}, ["expert_parallel_degree: 3", "8 experts", "3 ranks: 1"]),
+        (6, {"use_expert_parallel": True}, ["use_expert_parallel: true", "6 devices", "8 experts", "6 ranks: 1, 2"]),
         (6, {"moe_group": "data"}, ["moe_group: data", "6 devices"]),
     ],
 )  # fmt: skip
