@@ -8,12 +8,15 @@ from __future__ import annotations
 import glob
 import os
 
-from erniekit.base.errors import ConfigError, MeshError
+from erniekit.base.errors import ConfigError, ErnieKitError
 from erniekit.base.files import nearest_sibling
+from erniekit.config.architecture import ErnieConfig
 from erniekit.config.data import is_data_set
+from erniekit.config.families import family
 from erniekit.config.hubs import DEFAULT_HUB, download_command, is_repository
 from erniekit.config.keys import RESULTS
 from erniekit.config.layout import layout_of
+from erniekit.config.layout_rules import degrees_of, devices_text
 from erniekit.config.model import REINFORCEMENT_STAGES, VISION_STAGES
 from erniekit.config.parallel import DEVICE_DEGREES, UNBUILT_DEGREES
 from erniekit.config.run import KEYS, RunConfig
@@ -96,21 +99,38 @@ def _repositories(config: RunConfig) -> list[str]:
     ]
 
 
-def require_ready(config: RunConfig, verb: str = "train", *, world: int = 1) -> None:
+def require_ready(config: RunConfig, verb: str = "train", *, world: int = 1, cards: int = 0) -> None:
     """Raise ConfigError naming everything that keeps `verb` from starting on `world` ranks: not built, not set, not
-    there, degrees of another number of ranks."""
+    there, degrees of another number of ranks, a model that they do not divide. Only training follows the degrees."""
     found = [*_refused(config, verb), *_unset(config, verb), *absent_files(config, verb)]
-    if "parallel" in _READS[verb]:
-        found += _misfits(config, world)
+    if verb == "train":
+        found += _misfits(config, world, cards=cards)
     _refuse(found)
 
 
-def _misfits(config: RunConfig, world: int) -> list[str]:
+def layout_problems(config: RunConfig) -> list[str]:
+    """What no number of devices mends: degrees that contradict each other, or that the model cannot be cut by."""
+    return _misfits(config, degrees_of(config).least_ranks, cards=0)
+
+
+def _misfits(config: RunConfig, world: int, *, cards: int) -> list[str]:
     try:
-        layout_of(config, world)
-    except MeshError as error:
+        layout_of(config, world, known_architecture(config), cards=cards)
+    except ErnieKitError as error:  # of the layout, or of the model's config.json
         return error.problems
     return []
+
+
+def known_architecture(config: RunConfig) -> ErnieConfig | None:
+    """The architecture of a run's model as far as it is known without a download: that of its folder, or of the
+    published family that a hub's name stands for. Raises CheckpointError for a config.json that is not ERNIE's."""
+    name = config.model.model_name_or_path
+    if name and os.path.isfile(os.path.join(name, "config.json")):
+        return ErnieConfig.from_folder(name)
+    try:
+        return family(name) if name and is_repository(name) else None
+    except ConfigError:  # a repository of somebody else
+        return None
 
 
 def _refuse(lines: list[str]) -> None:
@@ -158,11 +178,13 @@ def _unbuilt_line(config: RunConfig, name: str) -> str:
 
 
 def _degrees(config: RunConfig) -> list[str]:
-    return [
+    found = [
         f"{_place(config, name)}: {config.value(name)} needs {config.value(name)} devices."
         for name in DEVICE_DEGREES
         if name not in UNBUILT_DEGREES and config.value(name) > 1
     ]
+    together = devices_text(config, DEVICE_DEGREES)
+    return [*found, f"devices in all: {together}."] if together else found
 
 
 def _place(config: RunConfig, name: str) -> str:

@@ -22,7 +22,7 @@ from erniekit.base.console import warn
 from erniekit.base.errors import MeshError
 from erniekit.parallel.pulse import Pulse
 
-_ASK_AGAIN = 0.02  # seconds
+_ASK_AGAIN, _ASK_SELDOM = 0.02, 0.5  # seconds, at first and when it takes long: many ranks ask, and rank 0 answers
 _PATIENCE = 120  # seconds for all ranks to come up
 _PATIENCE_WITH_NAMES = 20  # seconds for the name of rank 0's machine to be known
 _QUIET = 10  # seconds of waiting that nobody is told of
@@ -132,10 +132,10 @@ class Words:
 
     def _wait(self, counter: str, until: int) -> None:
         kind, _, name = counter.partition("/")
-        number = self._pulse.enter(kind, name)
+        number, began = self._pulse.enter(kind, name), time.monotonic()
         try:
             while self.store.add(counter, 0) < until:
-                time.sleep(_ASK_AGAIN)
+                time.sleep(min(max(_ASK_AGAIN, (time.monotonic() - began) / 100), _ASK_SELDOM))
         except (RuntimeError, ValueError) as error:
             raise MeshError(
                 f"rank {self.rank}: rank 0, at which all meet, is gone ({_reason(error)}); its log says why."
