@@ -6,11 +6,13 @@ the user already did. The measurements behind every value are in docs/performanc
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
 import threading
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -71,11 +73,11 @@ def prepare() -> None:
         _tell_malloc()
 
 
-def load_paddle() -> None:
-    """Load Paddle, and leave SIGTERM to whom it belonged: Paddle answers it with a page of C++ frames."""
+@contextlib.contextmanager
+def keeping_sigterm() -> Iterator[None]:
+    """Load Paddle in here: SIGTERM stays with whom it belonged. Paddle answers it with a page of C++ frames."""
     before = signal.getsignal(signal.SIGTERM)
-    import paddle  # noqa: F401 - every room that uses it finds it loaded
-
+    yield
     if threading.current_thread() is threading.main_thread():  # others may not
         signal.signal(signal.SIGTERM, before)
 

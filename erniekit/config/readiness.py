@@ -101,21 +101,21 @@ def _repositories(config: RunConfig) -> list[str]:
 
 def require_ready(config: RunConfig, verb: str = "train", *, world: int = 1, cards: int = 0) -> None:
     """Raise ConfigError naming everything that keeps `verb` from starting on `world` ranks: not built, not set, not
-    there, degrees of another number of ranks, a model that they do not divide. Only training follows the degrees."""
+    there, degrees of another number of ranks, a model that they do not divide."""
     found = [*_refused(config, verb), *_unset(config, verb), *absent_files(config, verb)]
-    if verb == "train":
-        found += _misfits(config, world, cards=cards)
+    if "parallel" in _READS[verb]:
+        found += _misfits(config, world, verb=verb, cards=cards)
     _refuse(found)
 
 
 def layout_problems(config: RunConfig) -> list[str]:
     """What no number of devices mends: degrees that contradict each other, or that the model cannot be cut by."""
-    return _misfits(config, degrees_of(config).least_ranks, cards=0)
+    return _misfits(config, degrees_of(config).least_ranks)
 
 
-def _misfits(config: RunConfig, world: int, *, cards: int) -> list[str]:
+def _misfits(config: RunConfig, world: int, *, verb: str = "train", cards: int = 0) -> list[str]:
     try:
-        layout_of(config, world, known_architecture(config), cards=cards)
+        layout_of(config, world, known_architecture(config), verb=verb, cards=cards)
     except ErnieKitError as error:  # of the layout, or of the model's config.json
         return error.problems
     return []

@@ -16,19 +16,21 @@ from tests.parallel.ranks import run_places
 
 def run_ranked(
     config: Path, world: int, overrides: Mapping[str, Any], *, prepare: Callable[[int], None] = lambda _: None,
-    seconds: float = 60,
+    recipe: Callable[..., Any] = train, seconds: float = 60,
 ) -> list[str]:  # fmt: skip
     """What the run ended with on each rank: nothing, or the name of an error and what it says. `prepare` is called with
     each rank's number, in its process."""
-    return run_places(_run, world, config, dict(overrides), prepare, seconds=seconds)
+    return run_places(_run, world, config, dict(overrides), prepare, recipe, seconds=seconds)
 
 
-def _run(place: Place, config: Path, overrides: dict[str, Any], prepare: Callable[[int], None]) -> str:
+def _run(
+    place: Place, config: Path, overrides: dict[str, Any], prepare: Callable[[int], None], recipe: Callable[..., Any]
+) -> str:
     variables = {"PADDLE_TRAINERS_NUM": place.world, "PADDLE_TRAINER_ID": place.rank, "PADDLE_MASTER": place.master}
     os.environ.update({name: str(value) for name, value in variables.items()})
     prepare(place.rank)
     try:
-        train(config, **overrides)
+        recipe(config, **overrides)
     except (ErnieKitError, KeyboardInterrupt) as error:
         return f"{type(error).__name__}: {error}"
     return ""

@@ -152,7 +152,7 @@ def test_a_model_that_the_degrees_do_not_divide_is_refused_before_any_rank(ready
     err = capsys.readouterr().err
     assert err.count("error:") == 1 and "3 devices cannot share evenly the model's" in err and "degrees that fit" in err
     assert command.main(["train", "run.yaml", "--nproc", "2", "tensor_parallel_degree=2"]) == 7
-    assert command.main(["eval", "run.yaml", "--nproc", "3", "tensor_parallel_degree=2"]) == 7  # which shares rows only
+    assert command.main(["eval", "run.yaml", "--nproc", "3", "tensor_parallel_degree=3"]) == 2
 
 
 @pytest.mark.parametrize("gpus", [1, 3])
