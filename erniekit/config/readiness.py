@@ -8,7 +8,7 @@ from __future__ import annotations
 import glob
 import os
 
-from erniekit.base.errors import ConfigError, ErnieKitError
+from erniekit.base.errors import CheckpointError, ConfigError, MeshError
 from erniekit.base.files import nearest_sibling
 from erniekit.config.architecture import ErnieConfig
 from erniekit.config.data import is_data_set
@@ -101,7 +101,7 @@ def _repositories(config: RunConfig) -> list[str]:
 
 def require_ready(config: RunConfig, verb: str = "train", *, world: int = 1, cards: int = 0) -> None:
     """Raise ConfigError naming everything that keeps `verb` from starting on `world` ranks: not built, not set, not
-    there, degrees of another number of ranks, a model that they do not divide."""
+    there, degrees of another number of ranks or for another model."""
     found = [*_refused(config, verb), *_unset(config, verb), *absent_files(config, verb)]
     if "parallel" in _READS[verb]:
         found += _misfits(config, world, verb=verb, cards=cards)
@@ -115,21 +115,19 @@ def layout_problems(config: RunConfig) -> list[str]:
 
 def _misfits(config: RunConfig, world: int, *, verb: str = "train", cards: int = 0) -> list[str]:
     try:
-        layout_of(config, world, known_architecture(config), verb=verb, cards=cards)
-    except ErnieKitError as error:  # of the layout, or of the model's config.json
+        layout_of(config, world, architecture_here(config), verb=verb, cards=cards)
+    except MeshError as error:
         return error.problems
     return []
 
 
-def known_architecture(config: RunConfig) -> ErnieConfig | None:
-    """The architecture of a run's model as far as it is known without a download: that of its folder, or of the
-    published family that a hub's name stands for. Raises CheckpointError for a config.json that is not ERNIE's."""
+def architecture_here(config: RunConfig) -> ErnieConfig | None:
+    """The architecture of a model that is on this machine, or of the published family that a hub's name stands for;
+    None of another one, or of one that cannot be read: who opens the folder says why."""
     name = config.model.model_name_or_path
-    if name and os.path.isfile(os.path.join(name, "config.json")):
-        return ErnieConfig.from_folder(name)
     try:
-        return family(name) if name and is_repository(name) else None
-    except ConfigError:  # a repository of somebody else
+        return family(name) if name and is_repository(name) else ErnieConfig.from_folder(name) if name else None
+    except (CheckpointError, ConfigError):
         return None
 
 

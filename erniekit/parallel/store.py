@@ -20,6 +20,7 @@ from paddle.base import core
 
 from erniekit.base.console import warn
 from erniekit.base.errors import MeshError
+from erniekit.base.ports import free_port, hold_port
 from erniekit.parallel.pulse import Pulse
 
 _ASK_AGAIN, _ASK_SELDOM = 0.02, 0.5  # seconds, at first and when it takes long: many ranks ask, and rank 0 answers
@@ -29,13 +30,6 @@ _QUIET = 10  # seconds of waiting that nobody is told of
 _TRIES = 5  # ports
 
 
-def free_port() -> int:
-    """A port of this machine that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return probe.getsockname()[1]
-
-
 def open_store(master: str, *, rank: int) -> Any:
     """A TCP store that lives in rank 0 at `master`, "host:port". Raises MeshError if it cannot be had."""
     host, _, port = master.rpartition(":")
@@ -43,7 +37,7 @@ def open_store(master: str, *, rank: int) -> Any:
         if rank:
             _await_listener(host, int(port), rank)
         else:
-            _require_free(int(port))
+            hold_port(int(port)).close()  # if somebody has it, Paddle aborts the process
         store = core.TCPStore(host, int(port), rank == 0, 1, _PATIENCE)  # 1: who else comes is not its business
     except (RuntimeError, ValueError, OSError, OverflowError) as error:
         verb = "cannot reach rank 0 at" if rank else "cannot listen on"
@@ -73,14 +67,6 @@ def _reason(error: Exception) -> str:
         return error.strerror or str(error)
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return next((line for line in lines if "rror" in line), lines[-1] if lines else type(error).__name__)
-
-
-def _require_free(port: int) -> None:
-    """Raise OSError if somebody listens at a port of this machine: Paddle aborts the process then."""
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        probe.bind(("", port))
-        probe.listen(1)
 
 
 def _send_at_once(port: int) -> None:
@@ -130,10 +116,12 @@ class Words:
         self._used[name] += 1
         return f"{name}#{self._used[name]}"
 
-    def _wait(self, counter: str, until: int) -> None:
+    def _wait(self, counter: str, until: int, *, add: int = 0) -> None:
+        """Add to a counter, and go on when it has come to `until`."""
         kind, _, name = counter.partition("/")
         number, began = self._pulse.enter(kind, name), time.monotonic()
         try:
+            self.store.add(counter, add)
             while self.store.add(counter, 0) < until:
                 time.sleep(min(max(_ASK_AGAIN, (time.monotonic() - began) / 100), _ASK_SELDOM))
         except (RuntimeError, ValueError) as error:
@@ -165,9 +153,7 @@ class Words:
         """Go on when all ranks have come here, however long that takes."""
         if self.world == 1:
             return
-        key = self._key(f"meet/{name}")
-        self.store.add(key, 1)
-        self._wait(key, self.world)
+        self._wait(self._key(f"meet/{name}"), self.world, add=1)
 
     def share(self, name: str, value: Any = None) -> Any:
         """What rank 0 says, anything that JSON can carry; the others' `value` does not count."""
@@ -188,8 +174,7 @@ class Words:
             return [value]
         key = self._key(f"collect/{name}")
         self.store.set(f"{key}/{self.rank}", json.dumps(value))
-        self.store.add(key, 1)
-        self._wait(key, self.world)
+        self._wait(key, self.world, add=1)
         return [json.loads(self.store.get(f"{key}/{rank}")) for rank in range(self.world)]
 
     def agree(self, what: str, digest: str, *, way_out: str) -> None:
