@@ -22,6 +22,7 @@ from erniekit.checkpoint.folder import Folder
 from erniekit.config.architecture import ErnieConfig
 from erniekit.config.cut import Cut
 from erniekit.config.layout import layout_of
+from erniekit.config.layout_rules import idle
 from erniekit.config.run import RunConfig
 from erniekit.data.build import EvalData, Prompt, TrainData, build_eval_data, build_train_data, leaks, write_ledger
 from erniekit.data.preview import html_samples, sample_views
@@ -145,7 +146,10 @@ def run_session(cfg: RunConfig, stage: Stage) -> TrainResult:
 
 def _open_mesh(cfg: RunConfig, arch: ErnieConfig) -> Mesh:
     place = runtime.rank_place()
-    mesh = open_mesh(layout_of(cfg, place.world, arch), place)
+    layout = layout_of(cfg, place.world, arch)
+    if text := idle(cfg, layout):
+        notice(text)
+    mesh = open_mesh(layout, place)
     require_same_config(mesh, cfg)
     return mesh
 
