@@ -58,7 +58,7 @@ CASES: dict[str, dict[str, Any]] = {
     "dpo": {"stage": "DPO"},
     "dpo_lora": {"stage": "DPO", **LORA},
 }
-PAIR = {"batch_size": 2, "recompute": True}  # on each of two ranks, of which the first one is told about
+PAIR = {"batch_size": 1, "gradient_accumulation_steps": 2, "recompute": True}  # on two ranks; told is of the first
 PAIRS: dict[str, dict[str, Any]] = {
     "2_ranks": PAIR,
     "2_ranks_stage1": {**PAIR, "sharding": "stage1"},

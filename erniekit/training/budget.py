@@ -271,7 +271,8 @@ def budget(
     ).step()  # fmt: skip
     states = sum(-(-math.prod(parameters.shapes[name]) // shares.ranks(name)) for name in whole) * formats.states
     on_the_way, kept = shares.on_the_way(whole), sum(gradients.values())
-    working = tape.walk(again=micro_batches > 1).total + shares.waiting(whole)
+    copied = on_the_way // 2 if micro_batches > 1 else 0  # else the first flat is laid out when activations have gone
+    working = tape.walk(again=micro_batches > 1).total + shares.waiting(whole) + copied
     chunk = min(CHUNK_TOKENS, load.labelled) * (arch.hidden_size + size(cut.part(arch.vocab_size))) * 4
     return Budget(
         weights=weights, gradients=kept, states=states, activations=tape.kept(),
