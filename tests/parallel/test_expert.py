@@ -48,7 +48,7 @@ EXTRA: dict[Layout, list[dict[str, Any]]] = {
 def sparse(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A dense layer and two of four experts, of which no token ever chooses the third, and one that looks ahead."""
     folder = tmp_path_factory.mktemp("models") / "sparse"
-    return write_model(folder, sparse=True, idle=2, num_nextn_predict_layers=1)
+    return write_model(folder, sparse=True, idle=[2], num_nextn_predict_layers=1)
 
 
 @pytest.mark.parametrize("layout", [*OVER_DATA, *BESIDE_TENSOR_RANKS], ids=str)
