@@ -113,10 +113,11 @@ def train_loop(run: Run, *, start_step: int) -> int:
             run.reporter.step(_row(done, run.schedule(done - 1), result) | health)
             better = False
             if run.evaluate and _due(done, run.rhythm.eval_every, total):
-                figures = run.evaluate()
-                if run.optimizer.averages():
-                    with run.optimizer.averaged():
-                        figures["ema_eval_loss"] = run.evaluate()["eval_loss"]
+                with run.mesh.pulse.phase("evaluating"):
+                    figures = run.evaluate()
+                    if run.optimizer.averages():
+                        with run.optimizer.averaged():
+                            figures["ema_eval_loss"] = run.evaluate()["eval_loss"]
                 run.reporter.evaluation({"step": done, **figures})
                 better = run.best.judge(done, figures) and run.best.keep
             last = done == total or run.best.waited_enough
@@ -136,13 +137,18 @@ def train_loop(run: Run, *, start_step: int) -> int:
 
 def _save(run: Run, step: int) -> None:
     best = run.best.step if run.best.keep else 0
-    run.checkpoints.save(
-        run.model, run.optimizer, step=step, progress=run.progress(), memory=run.memory, best=best
-    )  # fmt: skip
+    with run.mesh.pulse.phase("saving"):
+        run.checkpoints.save(
+            run.model, run.optimizer, step=step, progress=run.progress(), memory=run.memory, best=best
+        )  # fmt: skip
 
 
 def _take(run: Run, step: int) -> StepResult:
-    run.mesh.pulse.step(step + 1)
+    with run.mesh.pulse.step(step + 1):
+        return _step(run, step)
+
+
+def _step(run: Run, step: int) -> StepResult:
     data = run.mesh.axis("data")
     # Whatever draws numbers in a step draws them from (seed, step), and data ranks draw others for their rows.
     paddle.seed(run.rhythm.seed * 1_000_003 + step + data.index * _STREAM)
@@ -155,10 +161,11 @@ def _take(run: Run, step: int) -> StepResult:
 
     def keep(loss: float, reason: str) -> None:
         everybodys = run.data.micro_batches(step, batch_size=size)
-        run.keeper.keep(
-            run.model, step=step, reason=reason, loss=loss, batches=everybodys, rows=run.data.rows(step),
-            reference=run.reference,
-        )  # fmt: skip
+        with run.mesh.pulse.phase("keeping the step"):
+            run.keeper.keep(
+                run.model, step=step, reason=reason, loss=loss, batches=everybodys, rows=run.data.rows(step),
+                reference=run.reference,
+            )  # fmt: skip
 
     def before_update(loss: float) -> None:
         if reason := run.keeper.spike(loss):
