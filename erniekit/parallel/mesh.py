@@ -5,7 +5,8 @@ It is opened once and handed to whoever needs it. A mesh of one rank is an ordin
 
 from __future__ import annotations
 
-import time
+import types
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import paddle
@@ -16,8 +17,6 @@ from erniekit.config.layout import AXES, Coordinates, Layout
 from erniekit.parallel.collectives import Axis, Channel, GlooChannel, NCCLChannel, Traffic
 from erniekit.parallel.pulse import Pulse
 from erniekit.parallel.store import Words, open_free_store, open_store
-
-_FAREWELL = 0.2  # seconds that rank 0, where the store lives, stays after the last word
 
 
 @dataclass(frozen=True)
@@ -55,14 +54,13 @@ class Mesh:
         self.words.meet(name)
 
     def close(self) -> None:
-        """The last word: nobody leaves before all are here, rank 0 last."""
-        self.meet("close")
-        if self.first and self.layout.world > 1:
-            time.sleep(_FAREWELL)
+        """The last word: nobody leaves before all are here."""
+        self.words.close()
 
 
-def open_mesh(layout: Layout, place: Place) -> Mesh:
-    """Connect this process with the others, each of which calls this with the same layout. Raises MeshError."""
+def open_mesh(layout: Layout, place: Place, *, config: Mapping[str, str] = types.MappingProxyType({})) -> Mesh:
+    """Connect this process with the others, each of which calls this with the same layout and config: groups could not
+    be opened otherwise. Raises MeshError."""
     assert place.world == layout.world, (place, layout)
     if place.world == 1:
         return Mesh.single()
@@ -70,6 +68,10 @@ def open_mesh(layout: Layout, place: Place) -> Mesh:
     pulse, store = Pulse(place.pulse, rank=place.rank), open_store(place.master, rank=place.rank)
     words = Words(store, rank=place.rank, world=place.world, pulse=pulse)
     words.await_ranks()
+    words.agree(
+        "the config", config,
+        way_out="Start all ranks with the same file, overrides and packages; where machines have copies, copy again.",
+    )  # fmt: skip
     traffic = Traffic()
     channels: dict[tuple[int, ...], Channel | None] = {}  # axes may have groups in common
     axes = {}

@@ -38,6 +38,7 @@ from erniekit.training.evaluate import measure, short_names
 from erniekit.training.held_out import measure_preferences
 from erniekit.training.objective import LossWeights
 from erniekit.training.preference import PreferenceObjective, preference_objective
+from erniekit.training.ranks import facts_of, require_same_data, require_same_model
 from erniekit.training.reference import base_log_probs
 
 _READ = {
@@ -73,12 +74,14 @@ def evaluate(cfg: RunConfig) -> dict[str, float]:
             cfg.data, tokenizer, stage=cfg.model.stage, seed=cfg.train.seed, align=cfg.align, progress=progress
         )
     print(data.summary)
+    mesh = open_mesh(Layout(world=place.world), place, config=facts_of(cfg))
+    require_same_model(mesh, folder, tokenizer)
+    require_same_data(mesh, None, data)
     if adapter:
         notice(f"measured with the adapter {adapter}")
     elif cfg.model.fine_tuning == "LoRA":
         notice("neither output_dir nor lora_path names an adapter; the base is measured by itself")
     model = load_for_answers(folder.path, adapter=adapter, pack=packing_of(cfg))
-    mesh = open_mesh(Layout(world=place.world), place)
     metrics = _measured(cfg, model, data, mesh=mesh)
     judged = _answered(cfg, model, tokenizer, data, folder=folder.path) if mesh.first else []
     metrics |= _of_answers(judged, data.source_names)

@@ -39,7 +39,7 @@ from erniekit.training.loop import AskedToStop, Rhythm, Run, train_loop
 from erniekit.training.memory import MemoryWatch
 from erniekit.training.metrics import LOG_NAME, Display, Reporter, Volume, last_figures, read_log, write_figures
 from erniekit.training.preference import Reference
-from erniekit.training.ranks import first_alone, require_same_config, require_same_data
+from erniekit.training.ranks import facts_of, first_alone, require_same_data, require_same_model
 from erniekit.training.replay import StepKeeper
 from erniekit.training.report import REPORT_NAME, write_report
 from erniekit.training.router import sparse_layers
@@ -133,7 +133,9 @@ def run_session(cfg: RunConfig, stage: Stage) -> TrainResult:
     assemble.check_names(base, arch, cfg)
     tokenizer = Tokenizer.from_folder(base.path)
     tokenizer.check_vocab(arch.vocab_size)
-    mesh = _open_mesh(cfg, arch)
+    place = runtime.rank_place()
+    mesh = open_mesh(layout_of(cfg, place.world, arch), place, config=facts_of(cfg))
+    require_same_model(mesh, base, tokenizer)
     try:
         result = _run(cfg, stage, mesh, base=base, arch=arch, tokenizer=tokenizer)
     except (TrainingStopped, AskedToStop):  # in which all ranks agree; after other errors nobody is waited for
@@ -143,19 +145,12 @@ def run_session(cfg: RunConfig, stage: Stage) -> TrainResult:
     return result
 
 
-def _open_mesh(cfg: RunConfig, arch: ErnieConfig) -> Mesh:
-    place = runtime.rank_place()
-    mesh = open_mesh(layout_of(cfg, place.world, arch), place)
-    require_same_config(mesh, cfg)
-    return mesh
-
-
 def _run(
     cfg: RunConfig, stage: Stage, mesh: Mesh, *, base: Folder, arch: ErnieConfig, tokenizer: Tokenizer
 ) -> TrainResult:
     read = first_alone(mesh, "data", lambda: _read_data(cfg, tokenizer, mesh))
     data, eval_data, canary = read or _read_data(cfg, tokenizer, mesh)  # the others find it tokenised
-    require_same_data(mesh, data.fingerprint)
+    require_same_data(mesh, data, eval_data, canary)
     weights = weights_of(cfg, base, arch, mesh)
     job = Job(cfg, base, arch, tokenizer, weights, data, eval_data, canary, Rhythm.of(cfg, data), mesh)
     sources = job.eval_data.source_names if job.eval_data else ()
