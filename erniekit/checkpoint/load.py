@@ -18,14 +18,21 @@ from erniekit.checkpoint.folder import Folder
 from erniekit.checkpoint.merge import Merged
 from erniekit.checkpoint.model_io import build_model
 from erniekit.checkpoint.source import made
+from erniekit.config.cut import Cut
 from erniekit.config.packing import Packing
 from erniekit.models.decoder import ErnieForCausalLM
+from erniekit.parallel.expert import use_expert_parallel
+from erniekit.parallel.mesh import Mesh
+from erniekit.parallel.tensor import use_tensor_parallel
+from erniekit.parallel.whole import Wholes
 
 
 def load_for_answers(
-    path: str | Path, *, adapter: Path | None = None, pack: Packing | None = None, dtype: str | None = None
-) -> ErnieForCausalLM:
-    """The model in `path` in evaluation mode, with the adapter folder `adapter`; what `pack` names is quantised.
+    path: str | Path, *, adapter: Path | None = None, pack: Packing | None = None, dtype: str | None = None,
+    mesh: Mesh = Mesh.single(),
+) -> ErnieForCausalLM:  # fmt: skip
+    """The model in `path` in evaluation mode, with the adapter folder `adapter`; what `pack` names is quantised. Each
+    rank of the `mesh` gets its part, and all of them have to be asked the same.
 
     `dtype` is "float32" or "bfloat16"; None: fp32 on a CPU (which computes in nothing else), the folder's on a GPU.
     """
@@ -38,10 +45,13 @@ def load_for_answers(
     cfg = folder.config
     if opened and opened.config.is_reward:
         cfg = cfg.replace(is_reward=True, num_nextn_predict_layers=0)
-    model = build_model(folder, cfg, dtype=dtype, pack=pack)
+    cut, parts = Cut.of(mesh.layout, mesh.rank), Wholes(mesh, cfg)
+    model = build_model(folder, cfg, dtype=dtype, pack=pack, cut=cut, greatest=parts.greatest)
     if opened:
-        add_adapters(model, opened.config, seed=0, draw=False)
-        load_adapter(model, opened)
+        add_adapters(model, opened.config, seed=0, draw=False, parts=parts)
+        load_adapter(model, opened, cut=cut)
+    use_tensor_parallel(model, mesh)
+    use_expert_parallel(model, mesh)
     model.eval()
     return model
 

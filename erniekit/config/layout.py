@@ -108,15 +108,17 @@ class Layout:
         }[axis]
 
 
-def layout_of(cfg: RunConfig, world: int, arch: ErnieConfig | None = None) -> Layout:
+def layout_of(cfg: RunConfig, world: int, arch: ErnieConfig | None = None, *, verb: str = "train") -> Layout:
     """The layout that the keys of a run ask for on `world` ranks; what they leave open is derived here and written back
-    nowhere. Raises MeshError with everything that does not fit; of a model that is not known yet, nothing is said.
+    nowhere. Nothing is sharded but by `train`. Raises MeshError with everything that does not fit; of a model that is
+    not known yet, nothing is said.
     """
-    problems = list(world_misfits(cfg, world))
-    asked = degrees_of(cfg, sparse=arch is None or arch.is_moe)
+    problems = list(world_misfits(cfg, world, verb=verb))
+    asked = degrees_of(cfg, sparse=arch is None or arch.is_moe, verb=verb)
     data = max(world // asked.tensor, 1)
     sharding = asked.sharding or data
-    problems += optimizer_misfits(cfg, sharding)
+    if verb == "train":
+        problems += optimizer_misfits(cfg, sharding)
     if arch is not None:
         problems += model_misfits(cfg, arch, data)
     if problems:

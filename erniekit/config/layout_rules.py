@@ -36,10 +36,10 @@ class Degrees:
         return self.tensor * math.lcm(self.sharding or 1, self.expert or 1)
 
 
-def degrees_of(cfg: RunConfig, *, sparse: bool = True) -> Degrees:
-    """What the keys of a run ask for; `sparse`: whether its model has experts to be shared."""
-    parallel = cfg.parallel
-    stage, tensor = _STAGES.get(parallel.sharding or "", 0), max(parallel.tensor_parallel_degree, 1)
+def degrees_of(cfg: RunConfig, *, sparse: bool = True, verb: str = "train") -> Degrees:
+    """What the keys of a run ask for; `sparse`: whether its model has experts to be shared. Only training shards."""
+    parallel, tensor = cfg.parallel, max(cfg.parallel.tensor_parallel_degree, 1)
+    stage = _STAGES.get(parallel.sharding or "", 0) if verb == "train" else 0
     sharding = None if parallel.sharding_parallel_degree == -1 else max(parallel.sharding_parallel_degree, 1)
     expert: int | None = max(parallel.expert_parallel_degree, 1)
     over_tensor = parallel.moe_group == "mp"
@@ -72,10 +72,10 @@ def contradictions(cfg: RunConfig) -> Iterator[tuple[tuple[str, ...], str]]:
 
 
 # ---------------------------------------------------------------------- what only the place of the run says
-def world_misfits(cfg: RunConfig, world: int) -> Iterator[str]:
+def world_misfits(cfg: RunConfig, world: int, *, verb: str = "train") -> Iterator[str]:
     """Whether so many ranks can be laid out as the degrees ask."""
-    asked = degrees_of(cfg)
-    if cfg.parallel.sharding_parallel_degree > 1 and not asked.stage:
+    asked = degrees_of(cfg, verb=verb)
+    if verb == "train" and cfg.parallel.sharding_parallel_degree > 1 and not asked.stage:
         yield (
             f"{quote(cfg, 'sharding_parallel_degree')} does not say what is sharded, and {quote(cfg, 'sharding')}; set "
             "sharding=stage1 (optimizer states), stage2 or stage3, or sharding_parallel_degree=1"
@@ -92,16 +92,16 @@ def world_misfits(cfg: RunConfig, world: int) -> Iterator[str]:
     ]  # fmt: skip
     keys, alone = " and ".join(quote(cfg, name) for name in names), ", ".join(f"{name}=1" for name in names)
     needs = asked.least_ranks
-    verb = "needs" if len(names) == 1 else "need"
+    need = "needs" if len(names) == 1 else "need"
     if world == 1:
         yield (
-            f"{keys} {verb} {needs} devices, and this is one process. Start {needs} of them: erniekit train "
+            f"{keys} {need} {needs} devices, and this is one process. Start {needs} of them: erniekit {verb} "
             f"{cfg.path or 'CFG'} --nproc {needs}; or set {alone}"
         )
     else:
         near = " or ".join(str(count) for count in (world // needs * needs, world // needs * needs + needs) if count)
         yield (
-            f"{keys} {verb} {needs} ranks or a multiple of that, and there are {world}; start {near} (--nproc on each "
+            f"{keys} {need} {needs} ranks or a multiple of that, and there are {world}; start {near} (--nproc on each "
             f"of NNODES machines), or set {alone}"
         )
 
@@ -169,11 +169,20 @@ def optimizer_misfits(cfg: RunConfig, shards: int) -> Iterator[str]:
             f"{' and '.join(quote(cfg, name) for name in names)}; set optim=adamw, or "
             f"{' and '.join(_off(name) for name in names)}"
         )
-    if shards > 1 and cfg.parallel.sharding == "stage3" and cfg.align.ref_model_update_steps > 0:
-        yield (
-            f"{quote(cfg, 'ref_model_update_steps')} keeps a copy of the weights, of which devices hold parts with "
-            f"{quote(cfg, 'sharding')}; set sharding=stage2, or ref_model_update_steps=-1"
-        )
+    if shards > 1 and cfg.parallel.sharding == "stage3":
+        for name, off in _copies_of_weights(cfg):
+            yield (
+                f"{quote(cfg, name)} keeps a copy of what is trained, of which devices hold parts with "
+                f"{quote(cfg, 'sharding')}; set sharding=stage2, or {off}"
+            )
+
+
+def _copies_of_weights(cfg: RunConfig) -> Iterator[tuple[str, str]]:
+    """The keys that make the reference a copy of what is trained, each with how to do without."""
+    if cfg.align.ref_model_update_steps > 0:
+        yield "ref_model_update_steps", "ref_model_update_steps=-1"
+    if cfg.lora.lora_path and cfg.model.fine_tuning == "LoRA" and cfg.model.stage in ("DPO", "KTO"):
+        yield "lora_path", "merge that adapter into the model first (erniekit export)"
 
 
 def _off(name: str) -> str:

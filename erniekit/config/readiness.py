@@ -101,13 +101,13 @@ def require_ready(config: RunConfig, verb: str = "train", *, world: int = 1) -> 
     there, degrees of another number of ranks."""
     found = [*_refused(config, verb), *_unset(config, verb), *absent_files(config, verb)]
     if "parallel" in _READS[verb]:
-        found += _misfits(config, world)
+        found += _misfits(config, world, verb)
     _refuse(found)
 
 
-def _misfits(config: RunConfig, world: int) -> list[str]:
+def _misfits(config: RunConfig, world: int, verb: str) -> list[str]:
     try:
-        layout_of(config, world)
+        layout_of(config, world, verb=verb)
     except MeshError as error:
         return error.problems
     return []

@@ -7,14 +7,16 @@ import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from erniekit.base import runtime
 from erniekit.base.console import notice
-from erniekit.base.errors import CheckpointError, DataError, ErnieKitError
+from erniekit.base.errors import CheckpointError, DataError, ErnieKitError, MeshError
 from erniekit.checkpoint.adapter_forms import is_adapter
 from erniekit.checkpoint.chosen import adapter_of, base_of
 from erniekit.checkpoint.download import locate_model
 from erniekit.checkpoint.folder import Folder
 from erniekit.checkpoint.load import load_for_answers
 from erniekit.config.packing import packing_of
+from erniekit.config.parallel import DEVICE_DEGREES
 from erniekit.config.readiness import require_built, require_ready
 from erniekit.config.run import RunConfig
 from erniekit.data.rendering import choose_template, fitted
@@ -33,13 +35,24 @@ def chat(cfg: RunConfig, *, folder: str | Path | None = None, lines: Iterable[st
     """Talk to the model in `folder`, or to the one that the config names, until the input ends.
 
     `lines` replaces the keyboard. A config with a finished run is answered by the trained model; an adapter answers
-    beside its base.
+    beside its base. One process has the whole model, whatever the degrees of training are.
     """
     require_built(cfg, "chat")
-    for text in cfg.notices:
+    if (world := runtime.rank_place().world) > 1:
+        raise MeshError(
+            f"`chat` is one process, and this is one of {world} (PADDLE_TRAINERS_NUM). Start it by itself; `eval` "
+            "answers the prompts of an eval set on several ranks (eval_generate)."
+        )
+    for text in (*cfg.notices, *_unused(cfg)):
         notice(text)
     path, adapter = _model_of(cfg) if folder is None else _model_in(Path(folder), cfg)
     _Chat(cfg, path, adapter).run(_typed() if lines is None else iter(lines))
+
+
+def _unused(cfg: RunConfig) -> list[str]:
+    """One line that names the degrees of a file that is for several devices."""
+    degrees = ", ".join(f"{name}: {cfg.value(name)}" for name in DEVICE_DEGREES if cfg.value(name) > 1)
+    return [f"chat answers with the whole model in one process; {degrees} without effect"] if degrees else []
 
 
 class _Chat:

@@ -10,6 +10,8 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import paddle
+
 from erniekit.adapters.lora import adapter_config_of
 from erniekit.base import runtime
 from erniekit.base.console import notice
@@ -21,7 +23,7 @@ from erniekit.checkpoint.chosen import adapter_of
 from erniekit.checkpoint.download import locate_model
 from erniekit.checkpoint.folder import Folder
 from erniekit.checkpoint.load import load_for_answers
-from erniekit.config.layout import Layout
+from erniekit.config.layout import layout_of
 from erniekit.config.model import PREFERENCE_STAGES
 from erniekit.config.packing import packing_of
 from erniekit.config.readiness import require_ready
@@ -30,7 +32,9 @@ from erniekit.data.build import EvalData, build_eval_data
 from erniekit.data.rendering import choose_template
 from erniekit.data.tokenizer import Tokenizer
 from erniekit.models.decoder import ErnieForCausalLM
+from erniekit.ops.cpu.library import tier
 from erniekit.parallel.mesh import Mesh, open_mesh
+from erniekit.parallel.tokens import TokenRanks
 from erniekit.rollout.generate import generate_batch, prompt_text
 from erniekit.rollout.judge import Judged, figures, judge
 from erniekit.rollout.sampling import Sampling, eos_ids, read_generation_config
@@ -38,7 +42,7 @@ from erniekit.training.evaluate import measure, short_names
 from erniekit.training.held_out import measure_preferences
 from erniekit.training.objective import LossWeights
 from erniekit.training.preference import PreferenceObjective, preference_objective
-from erniekit.training.ranks import facts_of, require_same_data, require_same_model
+from erniekit.training.ranks import facts_of, first_alone, require_same_data, require_same_model
 from erniekit.training.reference import base_log_probs
 
 _READ = {
@@ -48,7 +52,8 @@ _READ = {
     "dataloader_num_workers", "cache_data", "data_cache_dir", "loss_type", "beta", "label_smoothing", "normalize_logps",
     "offset_alpha", "simpo_gamma", "dpop_lambda", "pref_loss_ratio", "sft_loss_ratio", "kto_desirable_weight",
     "kto_undesirable_weight", "reference_free", "max_prompt_len", "num_comparisons", "mask_out_eos_token",
-    "share_prompt", "lora_path", "group_size",
+    "share_prompt", "lora_path", "group_size", "tensor_parallel_degree", "sequence_parallel", "expert_parallel_degree",
+    "use_expert_parallel", "moe_group",
 }  # fmt: skip
 _NUM_SHOWN = 10  # answers that are printed; all of them are in answers.jsonl
 
@@ -57,7 +62,7 @@ def evaluate(cfg: RunConfig) -> dict[str, float]:
     """Measure `cfg.model.model_name_or_path`, with the adapter of lora_path or of a finished run, on
     `eval_dataset_path`; prints the figures and returns them.
 
-    Several ranks share the rows, each with the whole model, whatever the degrees of training are; rank 0 answers.
+    Several ranks share the model as the degrees say, and the rows of the eval set; together they give the same answers.
     """
     place = runtime.rank_place()
     require_ready(cfg, "eval", world=place.world)
@@ -69,21 +74,20 @@ def evaluate(cfg: RunConfig) -> dict[str, float]:
     _check_kind(cfg, folder, adapter)
     tokenizer = Tokenizer.from_folder(folder.path)
     tokenizer.check_vocab(folder.config.vocab_size)
-    with ByteProgress("reading data") as progress:
-        data = build_eval_data(
-            cfg.data, tokenizer, stage=cfg.model.stage, seed=cfg.train.seed, align=cfg.align, progress=progress
-        )
-    print(data.summary)
-    mesh = open_mesh(Layout(world=place.world), place, config=facts_of(cfg))
+    mesh = open_mesh(layout_of(cfg, place.world, folder.config, verb="eval"), place, config=facts_of(cfg))
     require_same_model(mesh, folder, tokenizer)
+    read = first_alone(mesh, "data", lambda: _read_data(cfg, tokenizer))
+    data = read or _read_data(cfg, tokenizer)  # the others find it tokenised
     require_same_data(mesh, None, data)
+    if not paddle.device.is_compiled_with_cuda():
+        first_alone(mesh, "kernels", tier)  # compiled once, and not while others wait in a collective
     if adapter:
         notice(f"measured with the adapter {adapter}")
     elif cfg.model.fine_tuning == "LoRA":
         notice("neither output_dir nor lora_path names an adapter; the base is measured by itself")
-    model = load_for_answers(folder.path, adapter=adapter, pack=packing_of(cfg))
+    model = load_for_answers(folder.path, adapter=adapter, pack=packing_of(cfg), mesh=mesh)
     metrics = _measured(cfg, model, data, mesh=mesh)
-    judged = _answered(cfg, model, tokenizer, data, folder=folder.path) if mesh.first else []
+    judged = _answered(cfg, model, tokenizer, data, folder=folder.path, mesh=mesh)
     metrics |= _of_answers(judged, data.source_names)
     _print_table(metrics)
     for item in judged[:_NUM_SHOWN]:
@@ -93,6 +97,15 @@ def evaluate(cfg: RunConfig) -> dict[str, float]:
         _write(Path(cfg.train.output_dir) / "eval", metrics, judged)
     mesh.close()
     return metrics
+
+
+def _read_data(cfg: RunConfig, tokenizer: Tokenizer) -> EvalData:
+    with ByteProgress("reading data") as progress:
+        data = build_eval_data(
+            cfg.data, tokenizer, stage=cfg.model.stage, seed=cfg.train.seed, align=cfg.align, progress=progress
+        )
+    print(data.summary, flush=True)
+    return data
 
 
 def _check_kind(cfg: RunConfig, folder: Folder, adapter: Path | None) -> None:
@@ -140,11 +153,11 @@ def _preferring(cfg: RunConfig, model: ErnieForCausalLM, mesh: Mesh) -> Preferen
             "a run measures its eval set beside its reference while it trains."
         )
     reference = base_log_probs if needs_reference else None
-    return preference_objective(stage, keys, LossWeights(), reference=reference, mesh=mesh)
+    return preference_objective(stage, keys, LossWeights(ranks=TokenRanks(mesh)), reference=reference, mesh=mesh)
 
 
 def _answered(
-    cfg: RunConfig, model: ErnieForCausalLM, tokenizer: Tokenizer, data: EvalData, *, folder: Path
+    cfg: RunConfig, model: ErnieForCausalLM, tokenizer: Tokenizer, data: EvalData, *, folder: Path, mesh: Mesh
 ) -> list[Judged]:
     """The answers to `eval_generate` prompts, each beside its reference."""
     prompts = data.prompts(cfg.generate.eval_generate)
@@ -160,7 +173,7 @@ def _answered(
     variables = {"enable_thinking": cfg.generate.enable_thinking}
     texts = generate_batch(
         model, tokenizer, prompts, max_new_tokens=cfg.generate.max_new_tokens, template=template, variables=variables,
-        sampling=sampling, further_stops=eos_ids(defaults), batch_size=rows,
+        sampling=sampling, further_stops=eos_ids(defaults), batch_size=rows, mesh=mesh,
     )  # fmt: skip
     return [
         judge(

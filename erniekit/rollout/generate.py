@@ -100,8 +100,10 @@ def generate_batch(
     model: ErnieForCausalLM, tokenizer: Tokenizer, prompts: Sequence[Prompt], *,
     max_new_tokens: int = 1024, template: str | None = None, variables: Mapping[str, Any] | None = None,
     sampling: Sampling | None = None, further_stops: Collection[int] = (), batch_size: int = BATCH_SIZE,
+    mesh: Mesh = Mesh.single(),
 ) -> list[str]:  # fmt: skip
-    """The answers to many prompts, `batch_size` in the making at a time; each is what it would be alone."""
+    """The answers to many prompts, `batch_size` in the making at a time; each is what it would be alone. All ranks of
+    the `mesh` make them at once."""
     template = choose_template(tokenizer) if template is None else template
     encoded = [
         encode_prompt(tokenizer, prompt.messages, template=template, tools=prompt.tools or None, variables=variables)
@@ -111,7 +113,7 @@ def generate_batch(
     with _answering(model):
         for index, token in stream_tokens(
             model, encoded, max_new_tokens=max_new_tokens, stop_ids=stop_ids(tokenizer, template, further_stops),
-            sampling=sampling or GREEDY, batch_size=batch_size,
+            sampling=sampling or GREEDY, batch_size=batch_size, mesh=mesh,
         ):  # fmt: skip
             answers[index].append(token)
     return [tokenizer.decode(answer) for answer in answers]

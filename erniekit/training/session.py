@@ -177,7 +177,9 @@ def _describe(job: Job, folder: RunFolder, record: dict[str, Any]) -> None:
         ledger = [*job.data.ledger, *(job.eval_data.ledger if job.eval_data else ())]
         write_ledger(folder.path / "samples.jsonl", ledger)
     if folder.checkpoint is None or cfg.train.resume_anyway or not (folder.path / LOCK_NAME).is_file():
-        write_lock(folder.path / LOCK_NAME, lock_of(cfg, fingerprint=job.data.fingerprint, model=job.base.path))
+        ranks = job.mesh.layout.world
+        lock = lock_of(cfg, fingerprint=job.data.fingerprint, model=job.base.path, ranks=ranks)
+        write_lock(folder.path / LOCK_NAME, lock)
 
 
 def _read_data(cfg: RunConfig, tokenizer: Tokenizer, mesh: Mesh) -> tuple[TrainData, EvalData | None, EvalData | None]:
@@ -240,10 +242,12 @@ class _Session:
         if mesh.layout.world > 1 and not watch.on_gpu:
             first_alone(mesh, "kernels", tier)  # compiled once, and not while others wait in a collective
         model = job.weights.build(folder.checkpoint)
+        mesh.meet("the model is read")
         story = Story(folder.path, start_step=folder.start_step, writes=mesh.first)
         if not folder.start_step:
             story.tell(answers_before=self.stage.answers(job, model), canary_before=job.canary_loss(model))
         run = self._run(model)
+        mesh.meet("ready for steps")
         if job.canary and not folder.start_step:
             run.reporter.canary({"step": 0, "canary_loss": story.get("canary_before")})
         try:
@@ -314,6 +318,7 @@ class _Session:
             notice(f"ending with the model of step {best.step}, {best.metric} {best.value:.6f}.")
             with run.optimizer.whole_weights():
                 self.job.weights.refill(run.model, self.folder.path / f"checkpoint-{best.step}")
+            run.mesh.meet("the best model is read")
 
     def _tell(
         self, story: Story, history: list[dict[str, Any]], *, memory: dict[str, int], expert_layers: Sequence[str]
@@ -328,7 +333,8 @@ class _Session:
     def _write_report(self, story: Story, history: list[dict[str, Any]], *, expert_layers: Sequence[str]) -> None:
         job, cfg, output_dir = self.job, self.job.cfg, self.folder.path
         try:
-            finish_lock(output_dir / LOCK_NAME, cfg, losses=[row["loss"] for row in history if "loss" in row])
+            losses = [row["loss"] for row in history if "loss" in row]
+            finish_lock(output_dir / LOCK_NAME, cfg, losses=losses, ranks=job.mesh.layout.world)
             if cfg.watch.metrics_output_path:
                 write_figures(Path(cfg.watch.metrics_output_path), history)
             shown = Shown(

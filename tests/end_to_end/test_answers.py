@@ -64,6 +64,16 @@ def test_chat_over_a_pipe_with_commands(talk, tmp_path):
     assert messages == [{"role": "user", "content": "天地"}, {"role": "assistant", "content": "地天"}]
 
 
+def test_chat_is_one_process_whatever_the_degrees(talk, run, trained, monkeypatch):
+    out, err = talk("red or sun?", keys=("tensor_parallel_degree=2", "expert_parallel_degree=2"))
+    assert out == ["red"]
+    assert "tensor_parallel_degree: 2, expert_parallel_degree: 2 without effect" in err
+    place = {"PADDLE_TRAINERS_NUM": "2", "PADDLE_TRAINER_ID": "1", "PADDLE_MASTER": "127.0.0.1:1"}
+    for name, value in place.items():
+        monkeypatch.setenv(name, value)
+    assert "`chat` is one process, and this is one of 2" in run("chat", trained, code=2)[1]
+
+
 def test_sampled_answers_follow_from_the_seed(talk):
     asked = ["red or sun?", "/reset", "red or sun?", "/retry"]
     keys = ("temperature=1.8", "top_p=1", "seed=11")

@@ -16,26 +16,29 @@ from tests.parallel.ranks import Started
 
 def run_ranked(
     config: Path, world: int, overrides: Mapping[str, Any], *, prepare: Callable[[int], Any] = lambda _: None,
-    seconds: float = 60,
+    recipe: Callable[..., Any] = train, seconds: float = 60,
 ) -> list[str]:  # fmt: skip
     """What the run ended with on each rank: nothing, or the name of an error and what it says. `prepare` is called with
     each rank's number, in its process; overrides that it returns are of this rank only."""
-    return start_ranked(config, world, overrides, prepare=prepare).results(seconds)
+    return start_ranked(config, world, overrides, prepare=prepare, recipe=recipe).results(seconds)
 
 
 def start_ranked(
-    config: Path, world: int, overrides: Mapping[str, Any], *, prepare: Callable[[int], Any] = lambda _: None
-) -> Started:
+    config: Path, world: int, overrides: Mapping[str, Any], *, prepare: Callable[[int], Any] = lambda _: None,
+    recipe: Callable[..., Any] = train,
+) -> Started:  # fmt: skip
     """The same, in the background."""
-    return Started(_run, world, config, dict(overrides), prepare)
+    return Started(_run, world, config, dict(overrides), prepare, recipe)
 
 
-def _run(place: Place, config: Path, overrides: dict[str, Any], prepare: Callable[[int], Any]) -> str:
+def _run(
+    place: Place, config: Path, overrides: dict[str, Any], prepare: Callable[[int], Any], recipe: Callable[..., Any]
+) -> str:
     variables = {"PADDLE_TRAINERS_NUM": place.world, "PADDLE_TRAINER_ID": place.rank, "PADDLE_MASTER": place.master}
     os.environ.update({name: str(value) for name, value in variables.items()})
     overrides |= prepare(place.rank) or {}
     try:
-        train(config, **overrides)
+        recipe(config, **overrides)
     except (ErnieKitError, KeyboardInterrupt) as error:
         return f"{type(error).__name__}: {error}"
     return ""

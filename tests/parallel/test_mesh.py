@@ -140,6 +140,6 @@ def test_ranks_note_collectives_and_meetings(tmp_path: Path, monkeypatch: pytest
     for beats in run_ranks(note, Layout(2), str(tmp_path)):
         for rank, beat in enumerate(beats):
             assert beat[:2] == (rank, 4) and beat[2] == "meet"
-            assert beat[3:] in (("pause#1", False, 3), ("pause#1", True, 3), ("read#1", True, 4), ("read#1", False, 4))
+            assert beat[3:] in (("pause#1", False, 4), ("pause#1", True, 4), ("read#1", True, 5), ("read#1", False, 5))
     ends = read_beats(tmp_path, range(2))
-    assert {(beat.kind, beat.where, beat.number) for beat in ends.values()} == {("meet", "close#1", 5)}
+    assert {(beat.kind, beat.where, beat.number) for beat in ends.values()} == {("meet", "close#1", 6)}

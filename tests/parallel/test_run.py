@@ -24,11 +24,9 @@ from tests.parallel.launched import log_of, run_ranked, start_ranked
 from tests.parallel.ranks import Started
 
 WORKS = ("tokenising", "saving", "evaluating")
+PAUSE = 40  # seconds; gloo gives up after 30
 COUNTS = ("step", "tokens", "trained_tokens", "eval_tokens", "eval_samples")
 FIGURES = ("loss", "grad_norm", "eval_loss", "eval_accuracy", "margin", "accuracy", "kl", "aux_loss", "eval_margin")
-
-
-PAUSE = 40  # seconds; gloo gives up after 30
 
 
 def pause(rank: int, work: str, done: Path) -> None:
@@ -136,11 +134,11 @@ def spoil(model: Path, folder: Path, *, name: str) -> Path:
 
 
 @pytest.mark.parametrize(("what", "told"), [
-    ("config", r"learning_rate is 0\.001 on rank 0, 0\.002 on rank 1; tensor_parallel_degree is 1 on rank 0, 2 on ran"),
+    ("config", r"learning_rate is 0\.001 on rank 0, 0\.002 on rank 1; tensor_parallel_degree is -1 on rank 0, 2 on"),
     ("content of the data", r"file 1, train\.jsonl, is \w{12} on rank 0, \w{12} on rank 1; the order of rows is"),
     ("tokenizer_config.json", r"the model differs between ranks: tokenizer is \w{12} on rank 0, \w{12} on rank 1\. "),
     ("model.safetensors", r"the model differs between ranks: weights is \w{12} on rank 0, \w{12} on rank 1\. "),
-])  # fmt: skip
+], ids=["config", "data", "tokenizer", "model"])  # fmt: skip
 def test_ranks_that_differ_are_refused(bench: Bench, tmp_path: Path, what: str, told: str) -> None:
     rows = (bench.folder / "train.jsonl").read_text().replace("red", "tree")
     other = tmp_path / "train.jsonl"  # what is at the same place on rank 1's machine

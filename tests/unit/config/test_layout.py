@@ -141,6 +141,8 @@ def test_experts_and_shards_that_group_ranks_otherwise() -> None:
         (2, {"sharding": "stage1", "optim": "muon"}, ["optim: muon", "sharding: stage1", "sharding=null"]),
         (2, {"stage": "DPO", "sharding": "stage3", "ref_model_update_steps": 5},
          ["ref_model_update_steps: 5", "sharding: stage3", "sharding=stage2", "ref_model_update_steps=-1"]),
+        (2, {"stage": "DPO", "sharding": "stage3", "fine_tuning": "LoRA", "lora_path": "adapter"},
+         ["lora_path: adapter", "sharding: stage3", "sharding=stage2", "merge that adapter"]),
         (16, {"tensor_parallel_degree": 16}, ["8 attention heads", "24 width of experts", "1, 2, 4, 8"]),
         (5, {"tensor_parallel_degree": 5}, ["2 key and value heads", "96 words", "48 width of MLPs", "1, 2, 4, 8",
                                             "--pad-to-multiple 5"]),

@@ -1,0 +1,74 @@
+"""`eval` on several ranks, each with its part of the model: the figures and the answers of one process."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from paddle import nn
+
+from erniekit.base.errors import ConfigError
+from erniekit.checkpoint.model_io import load_model
+from erniekit.config.load import load_config
+from erniekit.recipes import evaluate as evaluation
+from tests.end_to_end.conftest import Bench
+from tests.parallel.launched import run_ranked
+
+SAMPLED = {"temperature": 0.9, "top_p": 0.95, "top_k": 40, "repetition_penalty": 1.1}
+LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "tensor": (2, {"tensor_parallel_degree": 2, "sequence_parallel": True}),
+    "experts over tensor": (2, {"tensor_parallel_degree": 2, "moe_group": "mp", **SAMPLED}),
+    "experts": (2, {"expert_parallel_degree": 2, **SAMPLED, "packing": True}),
+    "tensor and experts": (4, {"tensor_parallel_degree": 2, "expert_parallel_degree": 2, **SAMPLED}),
+}
+FIGURES = ("eval_loss", "eval_perplexity", "eval_accuracy", "eval_tokens")
+
+
+def measured(config: Path, **overrides: Any) -> None:
+    evaluation.evaluate(load_config(config, overrides))
+
+
+def measured_in_parts(config: Path, **overrides: Any) -> None:
+    """The same on a rank, which must not have the whole model."""
+    load, whole = evaluation.load_for_answers, load_model
+
+    def load_part(folder: Path, **how: Any) -> Any:
+        model = load(folder, **how)
+        assert size_of(model) < size_of(whole(folder)), "a rank holds the whole model"
+        return model
+
+    evaluation.load_for_answers = load_part
+    measured(config, **overrides)
+
+
+def size_of(model: nn.Layer) -> int:
+    return sum(p.size for p in model.parameters())
+
+
+def found_in(out: Path) -> tuple[dict[str, float], list[dict[str, Any]]]:
+    """The figures and the answers that an evaluation has written."""
+    metrics = json.loads((out / "eval" / "metrics.json").read_text())
+    return metrics, [json.loads(line) for line in (out / "eval" / "answers.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("name", list(LAYOUTS))
+def test_figures_and_answers_are_those_of_one_process(bench: Bench, tmp_path: Path, name: str) -> None:
+    world, keys = LAYOUTS[name]
+    config = bench.config(tmp_path / "one", eval_generate=5, max_new_tokens=12, per_device_eval_batch_size=3)
+    alone = {key: value for key, value in keys.items() if not key.endswith(("_degree", "_parallel", "_group"))}
+    measured(config, **alone)
+    overrides = {**keys, "output_dir": tmp_path / "ranks"}
+    assert run_ranked(config, world, overrides, recipe=measured_in_parts) == [""] * world
+    (mine, answers), (its, expected) = found_in(tmp_path / "ranks"), found_in(tmp_path / "one")
+    assert answers == expected and any(answer["answer"] for answer in answers)
+    assert {name: mine[name] for name in FIGURES} == pytest.approx({name: its[name] for name in FIGURES}, rel=1e-5)
+
+
+def test_one_process_says_what_the_degrees_need(bench: Bench, tmp_path: Path) -> None:
+    """What only training shards asks for no ranks."""
+    config = bench.config(tmp_path / "one", eval_generate=0, sharding="stage2", sharding_parallel_degree=2)
+    measured(config)
+    with pytest.raises(ConfigError, match=r"one process. Start 2 of them: erniekit eval .* --nproc 2"):
+        measured(config, tensor_parallel_degree=2)
