@@ -113,14 +113,6 @@ def adapter_parameters(model: ErnieForCausalLM) -> dict[str, paddle.Tensor]:
     return {name: p for name, p in model.named_parameters() if id(p) in inside or name in added.base}
 
 
-def plain_factors(model: ErnieForCausalLM) -> dict[str, tuple[paddle.Tensor, paddle.Tensor]]:
-    """For each target A and B of what is added to the base, before scaling: with PiSSA, of twice the rank."""
-    config, modules = adapter_config_of(model), dict(model.named_sublayers())
-    assert config, "the model has no adapters"
-    with paddle.no_grad():
-        return {target: modules[slot(target)].factors() for target in config.targets}
-
-
 @contextmanager
 def adapters_off(model: ErnieForCausalLM) -> Iterator[None]:
     """Within, the model is its base bit for bit; afterwards, what it was before, bit for bit."""

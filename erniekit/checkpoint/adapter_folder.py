@@ -11,6 +11,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from erniekit.checkpoint.adapter_forms import (
     read_settings,
     sort_names,
 )
-from erniekit.checkpoint.ernie45 import EMBEDDING, HEAD, SCORE, Table, layout_table
+from erniekit.checkpoint.ernie45 import EMBEDDING, HEAD, HEAD_BIAS, SCORE, Table, layout_table
 from erniekit.checkpoint.ernie45 import Form as ModelForm
 from erniekit.checkpoint.folder import Folder
 from erniekit.checkpoint.hf_files import BFLOAT16, SafetensorsFile
@@ -119,7 +120,8 @@ class AdapterFolder:
         cfg = cfg.replace(is_reward=cfg.is_reward or SCORE in self.names.whole)
         mtp = cfg.num_nextn_predict_layers if mtp_layers is None else mtp_layers
         layout = "pt" if self.form == "peft" else "paddle"
-        table = layout_table(cfg, layout, ModelForm.usual(cfg, layout, mtp_layers=mtp))
+        form = replace(ModelForm.usual(cfg, layout, mtp_layers=mtp), head_bias=HEAD_BIAS in self.names.whole)
+        table = layout_table(cfg, layout, form)
         low_rank, problems = self._fitted(table)
         whole = {}
         problems += self._tied_problems(cfg)

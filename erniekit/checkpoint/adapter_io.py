@@ -18,8 +18,7 @@ from pathlib import Path
 import numpy as np
 import paddle
 
-from erniekit.adapters.lora import adapter_config_of, adapter_parameters, plain_factors
-from erniekit.adapters.targets import slot
+from erniekit.adapters.lora import adapter_config_of, adapter_parameters
 from erniekit.base.console import warn
 from erniekit.base.errors import CheckpointError, listed
 from erniekit.base.files import writing
@@ -31,7 +30,7 @@ from erniekit.checkpoint.ernie45 import HEAD_BIAS, Table, memory_table
 from erniekit.checkpoint.folder import Folder
 from erniekit.checkpoint.hf_files import SafetensorsFile
 from erniekit.checkpoint.keys import assign
-from erniekit.checkpoint.model_io import HostParameters, Writer
+from erniekit.checkpoint.model_io import HostParameters, Ranges, Writer
 from erniekit.checkpoint.named import Named, Numbers, parameter_table
 from erniekit.checkpoint.pieces import Part
 from erniekit.checkpoint.together import SharedStage, Team
@@ -47,44 +46,46 @@ __all__ = ["AdapterFolder", "adapter_writer", "check_base", "load_adapter", "sav
 def save_adapter(
     model: ErnieForCausalLM, path: str | Path, *,
     config: AdapterConfig, form: Form, base: Folder, dtype: str, team: Team | None = None,
+    ranges: Ranges | None = None,
 ) -> None:  # fmt: skip
     """Write the model's adapter (`config` says which) as a folder, with the tokenizer of `base`; see adapter_save.py.
 
     What began as PiSSA is written as the plain adapter of twice the rank that it is; `load_adapter` takes it apart.
-    All ranks of a `team` call this, each with its part of the adapter.
+    All ranks of a `team` call this, each with its part of the adapter, and of the parameters in `ranges` only these.
     """
-    adapter_writer(model, config=config, form=form, base=base, dtype=dtype)(Path(path), team)
+    adapter_writer(model, config=config, form=form, base=base, dtype=dtype, ranges=ranges)(Path(path), team)
 
 
 def adapter_writer(
-    model: ErnieForCausalLM, *, config: AdapterConfig, form: Form, base: Folder, dtype: str, copied: bool = False
-) -> Writer:
+    model: ErnieForCausalLM, *, config: AdapterConfig, form: Form, base: Folder, dtype: str,
+    ranges: Ranges | None = None, copied: bool = False,
+) -> Writer:  # fmt: skip
     """What saves the adapter as it is now (`copied`: into host memory), or as it is when it is called.
 
     Ranks first put their parts together in a file beside the result, as the model in memory has them. Rank 0 makes the
     folder from that: which form an adapter gets can depend on the numbers of all of it.
     """
     parameters = adapter_parameters(model)
-    for target, (a, b) in plain_factors(model).items():
-        parameters |= {f"{slot(target)}.lora_A": a, f"{slot(target)}.lora_B": b}
     shapes = {name: tuple(p.shape) for name, p in parameters.items()}
-    numbers: Mapping[str, np.ndarray] = HostParameters(parameters)
-    if copied:
-        numbers = {name: np.array(array) for name, array in numbers.items()}
+    held = HostParameters(parameters, ranges)
+    numbers: Mapping[str, np.ndarray] = held.copied(shapes) if copied else held
     table = _table(model)
 
     def write(path: Path, team: Team | None) -> None:
         def written(arrays: Mapping[str, np.ndarray]) -> None:
-            adapter = memory_adapter(plain_config(config), arrays, table)
+            adapter = memory_adapter(plain_config(config), _Plain(arrays), table)
             write_adapter(path, adapter, form=form, base=base, dtype=dtype)
 
         if team is None or team.layout.world == 1:
             written(numbers)
             return
         named = Named(model.config, shapes, team.layout, team.rank)
+        mine = {
+            name: Numbers(partial(numbers.__getitem__, name), "F32", span=held.spans.get(name)) for name in shapes
+        }  # fmt: skip
         stage = SharedStage(team, lambda: _scratch(path))
         with stage:
-            named.write(stage, _WHOLE, {name: Numbers(partial(numbers.__getitem__, name), "F32") for name in shapes})
+            named.write(stage, _WHOLE, mine)
             if team.rank == 0:
                 whole = SafetensorsFile(stage.path / _WHOLE)
                 written({name: whole.read(name) for name in whole.tensors})
@@ -142,6 +143,27 @@ def load_adapter(model: ErnieForCausalLM, folder: AdapterFolder, *, cut: Cut = W
         p.set_value(paddle.to_tensor(part.filled(name, atoms, np.dtype(np.float32))).astype(p.dtype))
 
 
+class _Plain(Mapping[str, np.ndarray]):
+    """An adapter's parameters as those of a plain one: what was learned and the start of PiSSA side by side, which is
+    twice the rank."""
+
+    def __init__(self, arrays: Mapping[str, np.ndarray]) -> None:
+        self._arrays = arrays
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        learned, start = self._arrays[name], name.replace(".lora_", ".initial_")
+        if start == name or start not in self._arrays:
+            return learned
+        a = name.endswith(".lora_A")
+        return np.concatenate([learned, self._arrays[start] if a else -self._arrays[start]], axis=-1 if a else -2)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._arrays)
+
+    def __len__(self) -> int:
+        return len(self._arrays)
+
+
 def _taken_apart(name: str, array: np.ndarray) -> list[tuple[str, np.ndarray]]:
     """What was learned and the start of PiSSA, of a factor of twice the rank."""
     if name.endswith(".lora_A"):
@@ -167,7 +189,9 @@ def _whole(adapter: Adapter, table: Table) -> dict[str, np.ndarray]:
 
 def check_base(folder: AdapterFolder, base: Folder) -> None:
     """Raise CheckpointError if the adapter does not fit the model in `base`; warn if it was made for other weights."""
-    folder.on(base.disk_config, mtp_layers=base.form.mtp_layers)
+    whole = folder.on(base.disk_config, mtp_layers=base.form.mtp_layers).whole
+    if HEAD_BIAS in whole and not base.has_head_bias:
+        raise CheckpointError(f"{folder.path}: '{HEAD_BIAS}' has no place in the model of {base.path}.")
     if folder.base_mark not in (None, mark_of(base)):
         made = f" ({folder.base_name})" if folder.base_name else ""
         warn(f"{folder.path}: was made for other weights than those of {base.path}{made}; its shapes fit them.")

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,9 @@ def write_adapter(path: str | Path, adapter: Adapter, *, form: Form, base: Folde
     "bfloat16"), beside the base's tokenizer."""
     mtp, cfg = base.form.mtp_layers, base.disk_config.replace(is_reward=adapter.config.is_reward)
     tables = {
-        layout: layout_table(cfg, layout, ModelForm.usual(cfg, layout, mtp_layers=mtp))
+        layout: layout_table(
+            cfg, layout, replace(ModelForm.usual(cfg, layout, mtp_layers=mtp), head_bias=base.has_head_bias)
+        )
         for layout in ("ram", "pt", "paddle")
     }
     name = str(base.path)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +17,10 @@ from numpy.lib.stride_tricks import as_strided
 from erniekit.base.console import notice
 from erniekit.checkpoint.ernie45 import CORRECTION_BIAS, HEAD_BIAS, Table, Tensor, memory_table
 from erniekit.checkpoint.folder import Folder, plan_load
+from erniekit.checkpoint.pieces import Span
 from erniekit.checkpoint.save import MAX_SHARD_BYTES, save_folder
 from erniekit.checkpoint.source import Held, Memory, Source, fill
-from erniekit.checkpoint.together import Team
+from erniekit.checkpoint.together import Team, assigned
 from erniekit.config.architecture import ErnieConfig
 from erniekit.config.cut import WHOLE, Cut
 from erniekit.config.packing import Packing
@@ -40,14 +41,23 @@ def host_array(tensor: paddle.Tensor) -> np.ndarray:
     return tensor.numpy()
 
 
-class HostParameters(Mapping[str, np.ndarray]):
-    """Parameters by name, each fetched when it is asked for."""
+Ranges = Mapping[str, tuple[paddle.Tensor, Span]]  # the numbers that a rank has of its block of a parameter, and which
 
-    def __init__(self, parameters: Mapping[str, paddle.Tensor]) -> None:
-        self._parameters = parameters
+
+class HostParameters(Mapping[str, np.ndarray]):
+    """Parameters by name, each fetched when it is asked for; of those in `ranges`, these numbers (`spans` of them)."""
+
+    def __init__(self, parameters: Mapping[str, paddle.Tensor], ranges: Ranges | None = None) -> None:
+        held = {name: part for name, part in (ranges or {}).items() if name in parameters}
+        self._parameters = {**parameters, **{name: tensor for name, (tensor, _) in held.items()}}
+        self.spans = {name: span for name, (_, span) in held.items()}
 
     def __getitem__(self, name: str) -> np.ndarray:
         return host_array(self._parameters[name])
+
+    def copied(self, names: Container[str]) -> dict[str, np.ndarray]:
+        """The numbers of these names as they are now; for the others an empty array stands."""
+        return {name: np.array(self[name]) if name in names else np.empty(0) for name in self}
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._parameters)
@@ -178,30 +188,38 @@ Writer = Callable[[Path, Team | None], None]  # writes a folder, together with a
 def save_model(
     model: ErnieForCausalLM, path: str | Path, layout: str = "pt", *,
     dtype: str | None = None, base: Folder | None = None, max_shard_bytes: int = MAX_SHARD_BYTES,
-    team: Team | None = None,
+    team: Team | None = None, ranges: Ranges | None = None,
 ) -> None:  # fmt: skip
     """Save a model as a folder in "pt" or "paddle"; `dtype` None: as config.json says.
 
     `base`, the folder that it came from, gives tokenizer files and multi-token prediction weights that were not loaded.
-    All ranks of a `team` call this, each with its part of the model.
+    All ranks of a `team` call this, each with its part of the model, and of the parameters in `ranges` only these.
     """
-    model_writer(model, layout, dtype=dtype, base=base, max_shard_bytes=max_shard_bytes)(Path(path), team)
+    write = model_writer(model, layout, dtype=dtype, base=base, max_shard_bytes=max_shard_bytes, ranges=ranges)
+    write(Path(path), team)
 
 
 def model_writer(
     model: ErnieForCausalLM, layout: str, *,
-    dtype: str | None = None, base: Folder | None = None, max_shard_bytes: int = MAX_SHARD_BYTES, copied: bool = False,
+    dtype: str | None = None, base: Folder | None = None, max_shard_bytes: int = MAX_SHARD_BYTES,
+    ranges: Ranges | None = None, copied_for: Team | None = None,
 ) -> Writer:  # fmt: skip
-    """What saves the model as it is now (`copied`: into host memory), or as it is when it is called."""
-    dtype = dtype or model.config.dtype
-    numbers: Mapping[str, np.ndarray] = HostParameters(dict(model.named_parameters()))
-    if copied:
-        numbers = {name: np.array(array) for name, array in numbers.items()}
+    """What saves the model as it is when it is called; or as it is now: what this rank of `copied_for` will write is
+    copied into host memory, and all its ranks call this."""
+    cfg, dtype = model.config, dtype or model.config.dtype
+    numbers = HostParameters(dict(model.named_parameters()), ranges)
+    arrays: Mapping[str, np.ndarray] = numbers
+    if copied_for is not None:
+        has_bias = HEAD_BIAS in numbers
+        _, mine = assigned(
+            copied_for, lambda cut: memory_table(cfg, head_bias=has_bias, cut=cut), spans=numbers.spans
+        )  # fmt: skip
+        arrays = numbers.copied(mine)
 
     def write(path: Path, team: Team | None) -> None:
         save_folder(
-            path, numbers, cfg=model.config, layout=layout, dtype=dtype, base=base, max_shard_bytes=max_shard_bytes,
-            team=team,
+            path, arrays, cfg=cfg, layout=layout, dtype=dtype, base=base, max_shard_bytes=max_shard_bytes, team=team,
+            spans=numbers.spans,
         )  # fmt: skip
 
     return write

@@ -7,8 +7,9 @@ and reads the numbers that it has.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ from erniekit.checkpoint.ernie45 import HEAD_BIAS, Atom, Place, Table, Tensor, m
 from erniekit.checkpoint.hf_files import Entry, SafetensorsFile
 from erniekit.checkpoint.keys import View, expert, whole
 from erniekit.checkpoint.pieces import Part, Span
-from erniekit.checkpoint.together import File, SharedStage, share_of, write_files
+from erniekit.checkpoint.together import File, SharedStage, Team, assigned, share_of, write_files
 from erniekit.config.architecture import ErnieConfig
 from erniekit.config.cut import WHOLE, Cut
 from erniekit.config.layout import Layout
@@ -104,6 +105,20 @@ class Numbers:
     shape: tuple[int, ...] = ()  # of what belongs to no parameter
     span: Span | None = None
 
+    def copied(self) -> Numbers:
+        """The numbers as they are now."""
+        array = np.array(self.fetch())
+        return replace(self, fetch=lambda: array)
+
+
+_Formats = dict[str, tuple[str, tuple[int, ...]]]  # of tensors that any rank has numbers of, the same on all ranks
+
+
+def _spans(formats: _Formats, numbers: Mapping[str, Numbers]) -> dict[str, Span]:
+    """What a rank has of tensors that it has not all of."""
+    spans = dict.fromkeys(formats.keys() - numbers.keys(), (0, 0))
+    return spans | {key: n.span for key, n in numbers.items() if n.span is not None}
+
 
 class _Fetched(Mapping[str, np.ndarray]):
     def __init__(self, numbers: Mapping[str, Numbers]) -> None:
@@ -134,25 +149,28 @@ class Named:
 
     def write(self, stage: SharedStage, file: str, numbers: Mapping[str, Numbers]) -> dict[str, str]:
         """Write `file` below `stage` together with all other ranks, each with what it has; returns its sha256."""
-        said = stage.notes.collect("named", {key: [n.tag, n.shape] for key, n in numbers.items()})
-        tags: dict[str, tuple[str, tuple[int, ...]]] = {
-            key: (tag, tuple(shape)) for each in said for key, (tag, shape) in each.items()
-        }
-        others = {key: shape for key, (_, shape) in tags.items()}
-
-        def table_of(cut: Cut) -> Table:
-            parameters = self.table(cut)
-            table = state_table(parameters, tags)
-            for key in tags.keys() - table.tensors.keys():
-                _add(table, key, others[key], [(key, whole, ())])
-            return table
-
-        spans = dict.fromkeys(tags.keys() - numbers.keys(), (0, 0))
-        spans |= {key: n.span for key, n in numbers.items() if n.span is not None}
-        share = share_of(stage, self.layout, table_of, _Fetched(numbers), spans=spans)
+        formats = self._formats(stage.team, numbers)
+        table_of = functools.partial(self._table_of, formats)
+        share = share_of(stage.team, table_of, _Fetched(numbers), spans=_spans(formats, numbers))
         everything = table_of(WHOLE)
-        entries = [Entry(key, tag, everything.tensors[key].shape) for key, (tag, _) in tags.items()]
+        entries = [Entry(key, tag, everything.tensors[key].shape) for key, (tag, _) in formats.items()]
         return write_files(stage, {file: File(entries, everything)}, share)
+
+    def copied(self, team: Team, numbers: Mapping[str, Numbers]) -> dict[str, Numbers]:
+        """The numbers as they are now, as far as `write` will ask this rank for them. All ranks of the team call it."""
+        formats = self._formats(team, numbers)
+        _, mine = assigned(team, functools.partial(self._table_of, formats), spans=_spans(formats, numbers))
+        return {key: n.copied() if key in mine else n for key, n in numbers.items()}
+
+    def _formats(self, team: Team, numbers: Mapping[str, Numbers]) -> _Formats:
+        said = team.words.collect("named", {key: [n.tag, n.shape] for key, n in numbers.items()})
+        return {key: (tag, tuple(shape)) for each in said for key, (tag, shape) in each.items()}
+
+    def _table_of(self, formats: _Formats, cut: Cut) -> Table:
+        table = state_table(self.table(cut), formats)
+        for key in formats.keys() - table.tensors.keys():
+            _add(table, key, formats[key][1], [(key, whole, ())])
+        return table
 
     def read(self, path: Path, spans: Mapping[str, Span]) -> dict[str, np.ndarray]:
         """What this rank has of the tensors in `path`, of a parameter its span; tensors that belong to no parameter of

@@ -202,7 +202,7 @@ def save_folder(
         stage = SharedStage(team, lambda: staged(path))
         with stage:
             share = share_of(
-                stage, team.layout, lambda cut: memory_table(cfg, head_bias=head_bias, cut=cut), parameters, spans=spans
+                stage.team, lambda cut: memory_table(cfg, head_bias=head_bias, cut=cut), parameters, spans=spans
             )  # fmt: skip
             if carried and base:
                 share = replace(share, also=base, others=frozenset(carried[team.rank :: team.layout.world]))

@@ -37,6 +37,7 @@ from erniekit.config.layout import Layout
 
 T = TypeVar("T")
 _ASK_AGAIN = 0.01  # seconds
+_SILENT = "silent"  # the note of a rank that cannot write what it has to say
 _PATIENCE = 10  # seconds until what rank 0 made must be seen by the others; networks are slow to tell
 
 
@@ -110,12 +111,23 @@ class File:
 
 # ---------------------------------------------------------------------- who writes what
 def share_of(
-    stage: SharedStage, layout: Layout, table_of: Callable[[Cut], Table], numbers: Mapping[str, np.ndarray], *,
+    team: Team, table_of: Callable[[Cut], Table], numbers: Mapping[str, np.ndarray], *,
     spans: Mapping[str, Span] | None = None,
 ) -> Share:  # fmt: skip
-    """This rank's share of tensors that `table_of` lays out for a cut, and of which it may have `spans` only."""
-    spans, rank = spans or {}, stage.notes.rank
-    said = stage.notes.collect("spans", {name: list(span) for name, span in spans.items()})
+    """This rank's share of tensors that `table_of` lays out for a cut, and of which it may have `spans` only. All ranks
+    of the team call it."""
+    spans = spans or {}
+    own, mine = assigned(team, table_of, spans=spans)
+    # A stacked tensor is asked for once per expert, its two kinds in turn: the last few are kept.
+    return Share(Part(own, spans), functools.lru_cache(maxsize=4)(numbers.__getitem__), mine)
+
+
+def assigned(
+    team: Team, table_of: Callable[[Cut], Table], *, spans: Mapping[str, Span]
+) -> tuple[Table, frozenset[str]]:  # fmt: skip
+    """This rank's table, and the tensors of which it writes what it has. All ranks of the team call it."""
+    layout, rank = team.layout, team.rank
+    said = team.words.collect("spans", {name: list(span) for name, span in spans.items()})
     tables: dict[tuple[int, int], Table] = {}  # ranks that differ on other axes have the same blocks
     everyones = []
     for other, at in enumerate(map(layout.coordinates, range(layout.world))):
@@ -135,8 +147,7 @@ def share_of(
         for (start, stop), holders in by_span.items():
             if stop > start and holders[number % len(holders)] == rank:
                 mine.add(name)
-    # A stacked tensor is asked for once per expert, its two kinds in turn: the last few are kept.
-    return Share(Part(own, spans), functools.lru_cache(maxsize=4)(numbers.__getitem__), frozenset(mine))
+    return own, frozenset(mine)
 
 
 def _block(table: Table, name: str) -> object:
@@ -179,11 +190,23 @@ class Notes:
         """What every rank says, in rank order, when all have said it."""
         self._used[name] += 1
         files = [f"{name}-{self._used[name]}.{rank}" for rank in range(self.world)]
-        with writing(self.folder):
+        try:
             atomic_write(self.folder / files[self.rank], json.dumps(value).encode())
-        while not set(files) <= set(os.listdir(self.folder)):
+        except CheckpointError:  # a disk that has no room for words has it for an empty file
+            with contextlib.suppress(OSError):
+                (self.folder / f"{_SILENT}.{self.rank}").touch()
+            raise
+        while not set(files) <= (seen := self._seen()):
+            if silent := sorted(int(file.partition(".")[2]) for file in seen if file.startswith(_SILENT)):
+                raise CheckpointError(f"{self.folder.parent}: rank {silent[0]} cannot write there.")
             time.sleep(_ASK_AGAIN)
         return [json.loads((self.folder / file).read_bytes()) for file in files]
+
+    def _seen(self) -> set[str]:
+        try:
+            return set(os.listdir(self.folder))
+        except FileNotFoundError:
+            raise CheckpointError(f"{self.folder.parent}: rank 0 has given it up.") from None
 
     def share(self, name: str, value: Any = None) -> Any:
         """What rank 0 says."""
@@ -192,7 +215,8 @@ class Notes:
     def leave(self) -> None:
         """The last word. Rank 0 removes the folder when all have said it."""
         if self.rank:
-            (self.folder / f"left.{self.rank}").touch()
+            with writing(self.folder):
+                (self.folder / f"left.{self.rank}").touch()
             return
         while len(list(self.folder.glob("left.*"))) < self.world - 1:
             time.sleep(_ASK_AGAIN)
@@ -248,8 +272,12 @@ class SharedStage:
         if error is not None and not isinstance(error, ErnieKitError):
             self._held.__exit__(kind, error, trace)
             return False
-        self._problems = [p for said in self.notes.collect("end", error.problems if error else []) for p in said]
-        self.notes.leave()
+        mine = list(error.problems) if error else []
+        try:
+            self._problems = [problem for said in self.notes.collect("end", mine) for problem in said]
+            self.notes.leave()
+        except CheckpointError as silent:  # one rank, that cannot say so
+            self._problems = [*mine, *silent.problems]
         try:
             if self._problems:
                 failed = CheckpointError(list(dict.fromkeys(self._problems)))
@@ -262,8 +290,14 @@ class SharedStage:
 
     def settle(self) -> None:
         """After the block: raise on all ranks what went wrong in it or in putting the folder in its place."""
-        if problems := self._words.share("placed", self._problems):
-            raise CheckpointError(problems)
+        problems = [problem for said in self._words.collect("placed", self._problems) for problem in said]
+        if problems:
+            raise CheckpointError(list(dict.fromkeys(problems)))
+
+    @property
+    def failed(self) -> bool:
+        """After the block: whether `settle` is going to raise, as far as this rank knows."""
+        return bool(self._problems)
 
 
 def write_files(stage: SharedStage, files: Mapping[str, File], share: Share) -> dict[str, str]:

@@ -77,6 +77,8 @@ def _take(option: Option, values: list[str] | None, rest: list[str], found: Argu
             values.append(rest.pop(0))
     if not values:
         return f"--{option.name} wants {option.metavar}"
+    if option.name in found.values and not option.many:
+        return f"--{option.name} is given twice"
     found.values.setdefault(option.name, []).extend(values)
     return ""
 

@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from erniekit.base.errors import MeshError
+from erniekit.base.ports import hold_port
 
 _COMING = 300.0  # seconds for all machines to start
 _NOTICE = 10.0  # after which the user is told what is waited for
@@ -105,11 +106,15 @@ class Machines:
     """The other machines of a job, as machine `number` sees them: all of them for machine 0, machine 0 for the others.
 
     `hosts` are the names of all; `master` is where rank 0 will listen. `asked` is the signal by which the user of
-    another machine asked to stop, `verdict` the failure that the job ends for.
+    another machine asked to stop, `verdict` the failure that the job ends for. `held` keeps the port of `master` for
+    rank 0, which takes seconds to come up.
     """
 
-    def __init__(self, number: int, wires: Mapping[int, Wire], *, hosts: list[str], master: str) -> None:
-        self.number, self.hosts, self.master, self.asked = number, hosts, master, 0
+    def __init__(
+        self, number: int, wires: Mapping[int, Wire], *, hosts: list[str], master: str,
+        held: socket.socket | None = None,
+    ) -> None:  # fmt: skip
+        self.number, self.hosts, self.master, self.asked, self._held = number, hosts, master, 0, held
         self.verdict: Bad | None = None
         self._wires, self._bad, self._beaten = wires, list[Bad](), 0.0
 
@@ -118,7 +123,8 @@ class Machines:
         """A job of one machine; `port` is where rank 0 is to listen, 0: anywhere. Raises MeshError if it is taken."""
         if port:
             _listener(port, backlog=1).close()
-        return cls(0, {}, hosts=[_HOME], master=f"{_HOME}:{port or free_port()}")
+        held = hold_port(port)
+        return cls(0, {}, hosts=[_HOME], master=_address(_HOME, held), held=held)
 
     def poll(self) -> Bad | None:
         """Hear the others. Returns what the job has to end for."""
@@ -157,6 +163,8 @@ class Machines:
         self._tell({"say": "done"})
         for wire in self._wires.values():
             wire.close()
+        if self._held:
+            self._held.close()
 
     def _hear(self) -> None:
         for number, wire in self._wires.items():
@@ -202,10 +210,15 @@ def gather(address: str, port: int, *, nodes: int, nproc: int) -> Machines:
                 for each in wires.values():
                     each.send({"refused": problem})
                 raise MeshError(problem)
-    master = f"{address}:{free_port()}"
+    held = hold_port()
+    master = _address(address, held)
     for wire in wires.values():
         wire.send({"master": master, "hosts": hosts})
-    return Machines(0, wires, hosts=hosts, master=master)
+    return Machines(0, wires, hosts=hosts, master=master, held=held)
+
+
+def _address(host: str, held: socket.socket) -> str:
+    return f"{host}:{held.getsockname()[1]}"
 
 
 def _callers(listener: socket.socket, wires: dict[int, Wire], nodes: int) -> Any:
@@ -274,10 +287,3 @@ def join(address: str, port: int, *, node: int, nodes: int, nproc: int) -> Machi
         why = answer["refused"] if answer else "it closed the connection, or not all machines came in time."
         raise MeshError(f"machine 0 at {address}:{port}: {why}")
     return Machines(node, {0: wire}, hosts=answer["hosts"], master=answer["master"])
-
-
-def free_port() -> int:
-    """A port of this machine that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return probe.getsockname()[1]

@@ -27,6 +27,8 @@ from erniekit.cli.watchdog import Watchdog
 
 _TICK = 0.05  # seconds between two looks
 _SETTLE = 0.4  # for others to fail as well, so that the first one can be found
+_AGREE = 2.0  # for rank 0 to find the same fault of the user as a quicker rank
+_USERS_FAULT = 2  # exit code
 _LAST_WAIT = 30.0  # where the user asked to stop and some ranks have: what the others have to finish saving
 _NUM_LINES = 20  # of a log, where a rank left no last words
 _MEMORY_EVENTS = Path("/sys/fs/cgroup/memory.events")
@@ -124,7 +126,7 @@ class Failure:
 
     def text(self, *, world: int) -> str:
         """The message: what the rank said, then which one it was and where its log lies."""
-        if self.code == 2 and self.words and self.rank.log is None:
+        if self.code == _USERS_FAULT and self.words and self.rank.log is None:
             return self.words.rstrip()
         said = self.words or self.rank.last_lines()
         log = f" Its log: {self.rank.log}." if self.rank.log else ""
@@ -221,11 +223,17 @@ class _Job:
         by_signal = (-signal.SIGINT, -signal.SIGTERM) if self._signal else ()
         return rank.code not in (None, 0, INTERRUPTED, *by_signal)
 
+    def _only_users_fault(self) -> bool:
+        return {rank.code for rank in self.ranks if self._has_failed(rank)} == {_USERS_FAULT}
+
     def _failure(self) -> Bad | None:
         """The first failure among the ranks of this machine."""
         if not any(self._has_failed(rank) for rank in self.ranks):
             return None
+        deadline = time.monotonic() + _AGREE
         time.sleep(_SETTLE)
+        while self._only_users_fault() and self.ranks[0].code is None and time.monotonic() < deadline:
+            time.sleep(_TICK)
         for_memory = _kills_for_memory() > self.killed_before
         failed = [rank for rank in self.ranks if self._has_failed(rank)]
         failures = [Failure(rank, self.folder, killed_for_memory=for_memory) for rank in failed]

@@ -85,3 +85,7 @@ class AlignConfig:
     def needs_reference(self) -> bool:
         """Whether the loss over pairs looks at a reference."""
         return self.loss_type not in REFERENCE_FREE
+
+    def compares(self, stage: str) -> bool:
+        """Whether a run of `stage` has a reference."""
+        return not self.reference_free and (stage == "KTO" or (stage == "DPO" and self.needs_reference))

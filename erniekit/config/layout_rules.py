@@ -15,6 +15,7 @@ from erniekit.config.values import text_of
 
 if TYPE_CHECKING:
     from erniekit.config.architecture import ErnieConfig
+    from erniekit.config.layout import Layout
     from erniekit.config.run import RunConfig
 
 _STAGES = {"stage1": 1, "stage2": 2, "stage3": 3}
@@ -125,8 +126,12 @@ def model_misfits(cfg: RunConfig, arch: ErnieConfig, data: int) -> Iterator[str]
         by = "moe_group" if cfg.parallel.moe_group == "data" else "use_expert_parallel"
         yield (
             f"{quote(cfg, 'expert_parallel_degree' if asked.expert else by)}: {over} devices cannot share evenly the "
-            f"model's {total} experts; set expert_parallel_degree to a divisor of {math.gcd(data, total) or total}"
+            f"model's {total} experts; values that go with {data} ranks: {_divisors(math.gcd(data, total))}"
         )
+
+
+def _divisors(number: int) -> str:
+    return ", ".join(str(each) for each in range(1, number + 1) if number % each == 0)
 
 
 def _larger_vocabulary(arch: ErnieConfig, ranks: int) -> str:
@@ -170,19 +175,40 @@ def optimizer_misfits(cfg: RunConfig, shards: int) -> Iterator[str]:
             f"{' and '.join(_off(name) for name in names)}"
         )
     if shards > 1 and cfg.parallel.sharding == "stage3":
-        for name, off in _copies_of_weights(cfg):
-            yield (
-                f"{quote(cfg, name)} keeps a copy of what is trained, of which devices hold parts with "
-                f"{quote(cfg, 'sharding')}; set sharding=stage2, or {off}"
-            )
+        yield from _copies(cfg)
 
 
-def _copies_of_weights(cfg: RunConfig) -> Iterator[tuple[str, str]]:
-    """The keys that make the reference a copy of what is trained, each with how to do without."""
+def _copies(cfg: RunConfig) -> Iterator[str]:
+    """References that put other weights in the place of the trained ones, which lie in parts at stage 3."""
+    if not cfg.align.compares(cfg.model.stage):
+        return
+    adapted, at_fault = cfg.model.fine_tuning == "LoRA", dict[str, str]()
     if cfg.align.ref_model_update_steps > 0:
-        yield "ref_model_update_steps", "ref_model_update_steps=-1"
-    if cfg.lora.lora_path and cfg.model.fine_tuning == "LoRA" and cfg.model.stage in ("DPO", "KTO"):
-        yield "lora_path", "merge that adapter into the model first (erniekit export)"
+        at_fault["ref_model_update_steps"] = "ref_model_update_steps=-1"
+    if adapted and cfg.lora.lora_path:
+        at_fault["lora_path"] = "lora_path=null"
+    if adapted and cfg.lora.modules_to_save:
+        at_fault["modules_to_save"] = "modules_to_save=null"
+    for name, way_out in at_fault.items():
+        yield (
+            f"{quote(cfg, name)} makes the reference from a copy of weights, of which devices hold parts with "
+            f"{quote(cfg, 'sharding')}; set sharding=stage2, or {way_out}"
+        )
+
+
+# ---------------------------------------------------------------------- what is to be told
+def idle(cfg: RunConfig, layout: Layout) -> str:
+    """A sentence about keys that ask for something to be shared where nobody is there to share it; empty if all do."""
+    parallel = cfg.parallel
+    without = {
+        "sharding": parallel.sharding is not None and layout.sharding == 1,
+        "sequence_parallel": parallel.sequence_parallel and layout.tensor == 1,
+    }
+    named = [quote(cfg, name) for name, is_idle in without.items() if is_idle]
+    if not named:
+        return ""
+    ranks = "one rank" if layout.world == 1 else f"{layout.world} ranks laid out so"
+    return f"on {ranks} nothing is shared by {' and '.join(named)}"
 
 
 def _off(name: str) -> str:

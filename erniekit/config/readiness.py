@@ -8,8 +8,9 @@ from __future__ import annotations
 import glob
 import os
 
-from erniekit.base.errors import ConfigError, MeshError
+from erniekit.base.errors import CheckpointError, ConfigError, MeshError
 from erniekit.base.files import nearest_sibling
+from erniekit.config.architecture import ErnieConfig
 from erniekit.config.data import is_data_set
 from erniekit.config.hubs import DEFAULT_HUB, download_command, is_repository
 from erniekit.config.keys import RESULTS
@@ -98,7 +99,7 @@ def _repositories(config: RunConfig) -> list[str]:
 
 def require_ready(config: RunConfig, verb: str = "train", *, world: int = 1) -> None:
     """Raise ConfigError naming everything that keeps `verb` from starting on `world` ranks: not built, not set, not
-    there, degrees of another number of ranks."""
+    there, degrees of another number of ranks or for another model."""
     found = [*_refused(config, verb), *_unset(config, verb), *absent_files(config, verb)]
     if "parallel" in _READS[verb]:
         found += _misfits(config, world, verb)
@@ -107,10 +108,20 @@ def require_ready(config: RunConfig, verb: str = "train", *, world: int = 1) -> 
 
 def _misfits(config: RunConfig, world: int, verb: str) -> list[str]:
     try:
-        layout_of(config, world, verb=verb)
+        layout_of(config, world, architecture_here(config), verb=verb)
     except MeshError as error:
         return error.problems
     return []
+
+
+def architecture_here(config: RunConfig) -> ErnieConfig | None:
+    """The architecture of a model that is on this machine; None of one that is not, or that cannot be read: who opens
+    the folder says why."""
+    folder = config.model.model_name_or_path
+    try:
+        return ErnieConfig.from_folder(folder) if folder else None
+    except CheckpointError:
+        return None
 
 
 def _refuse(lines: list[str]) -> None:

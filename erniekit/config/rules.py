@@ -219,6 +219,9 @@ def _without_effect(config: RunConfig) -> Iterator[str]:
         if not key.asks_for_nothing(config.value(name)):
             because = f"{key.only[0]}: {text_of(config.value(key.only[0]))}"
             conditional.setdefault(because, []).append(name)
+    if config.parallel.sequence_parallel and config.parallel.tensor_parallel_degree <= 1:
+        degree = config.parallel.tensor_parallel_degree
+        conditional.setdefault(f"tensor_parallel_degree: {degree}", []).append("sequence_parallel")
     parts = [", ".join(names)] if names else []
     parts += [f"{', '.join(group)} (with {because})" for because, group in conditional.items()]
     if parts:

@@ -105,6 +105,11 @@ class LayerShards:
         held = unit.flats[i].own(name, self._shard[name])
         return unit.own[i][held.place : held.place + held.stop - held.start]
 
+    def ranges(self) -> dict[str, tuple[paddle.Tensor, tuple[int, int]]]:
+        """The own range of every weight that is cut, and which numbers of the weight it is."""
+        held = {name: unit.flats[i].own(name, self._shard[name]) for name, (unit, i) in self._own.items()}
+        return {name: (self.own(name), (part.start, part.stop)) for name, part in held.items()}
+
     def close(self) -> None:
         """Free what is still whole after a step."""
         if not self._pinned:

@@ -22,6 +22,7 @@ from paddle.base import core
 
 from erniekit.base.console import warn
 from erniekit.base.errors import MeshError, listed
+from erniekit.base.ports import free_port, hold_port
 from erniekit.parallel.pulse import Pulse
 
 _ASK_AGAIN = 0.02  # seconds
@@ -33,13 +34,6 @@ _ABSENT = "absent"
 _FAREWELL = 0.2  # seconds that rank 0, where the store lives, stays after the last word
 
 
-def free_port() -> int:
-    """A port of this machine that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return probe.getsockname()[1]
-
-
 def open_store(master: str, *, rank: int) -> Any:
     """A TCP store that lives in rank 0 at `master`, "host:port". Raises MeshError if it cannot be had."""
     host, _, port = master.rpartition(":")
@@ -47,7 +41,7 @@ def open_store(master: str, *, rank: int) -> Any:
         if rank:
             _await_listener(host, int(port), rank)
         else:
-            _require_free(int(port))
+            hold_port(int(port)).close()  # if somebody has it, Paddle aborts the process
         store = core.TCPStore(host, int(port), rank == 0, 1, _PATIENCE)  # 1: who else comes is not its business
     except (RuntimeError, ValueError, OSError, OverflowError) as error:
         verb = "cannot reach rank 0 at" if rank else "cannot listen on"
@@ -77,14 +71,6 @@ def _reason(error: Exception) -> str:
         return error.strerror or str(error)
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return next((line for line in lines if "rror" in line), lines[-1] if lines else type(error).__name__)
-
-
-def _require_free(port: int) -> None:
-    """Raise OSError if somebody listens at a port of this machine: Paddle aborts the process then."""
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        probe.bind(("", port))
-        probe.listen(1)
 
 
 def _send_at_once(port: int) -> None:

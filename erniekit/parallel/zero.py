@@ -244,6 +244,10 @@ class GradientSync:
         """Within, all weights are whole, and what is put in their place is kept."""
         return self._layers.whole() if self._layers else contextlib.nullcontext()
 
+    def ranges(self) -> dict[str, tuple[paddle.Tensor, tuple[int, int]]]:
+        """Of weights that live as own ranges, trained or not: the range, and which numbers of the weight it is."""
+        return self._layers.ranges() if self._layers else {}
+
     def weight(self, name: str) -> paddle.Tensor:
         """The parameter's own range, which is updated in place."""
         p = self._parameters[name]

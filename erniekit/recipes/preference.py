@@ -61,7 +61,7 @@ class PreferenceStage:
         """The objective with its reference, which is computed now if it is a table."""
         keys = job.cfg.align
         copy = PolicyCopy(model, every=keys.ref_model_update_steps)
-        reference = _reference(job, model, folder, copy) if _needs_reference(job.cfg) else None
+        reference = _reference(job, model, folder, copy) if keys.compares(self._stage) else None
         weights = loss_weights(job.arch, job.cfg, mesh=job.mesh)
         objective = preference_objective(self._stage, keys, weights, reference=reference, mesh=job.mesh)
 
@@ -87,11 +87,6 @@ def _extent(job: Job) -> dict[str, int]:
 def train_on_preferences(cfg: RunConfig) -> TrainResult:
     """Train as the run says; see `run_session`."""
     return run_session(cfg, PreferenceStage(cfg))
-
-
-def _needs_reference(cfg: RunConfig) -> bool:
-    stage, keys = cfg.model.stage, cfg.align
-    return not keys.reference_free and (stage == "KTO" or (stage == "DPO" and keys.needs_reference))
 
 
 def _reference(job: Job, model: ErnieForCausalLM, folder: RunFolder, copy: PolicyCopy) -> Reference:

@@ -14,10 +14,9 @@ import re
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from erniekit.adapters.targets import adapter_config, slot
-from erniekit.base.errors import ErnieKitError
+from erniekit.base.errors import ConfigError
 from erniekit.checkpoint.ernie45 import memory_table
 from erniekit.config.adapter import AdapterConfig
 from erniekit.config.architecture import ErnieConfig
@@ -26,6 +25,7 @@ from erniekit.config.families import family
 from erniekit.config.layout import Layout
 from erniekit.config.packing import Packing, packing_of
 from erniekit.config.parallel import FLAT_BYTES
+from erniekit.config.readiness import architecture_here
 from erniekit.config.run import RunConfig
 from erniekit.data.batch import ROW_MULTIPLE
 from erniekit.training.activations import Head, Load, Terms, Writer
@@ -180,10 +180,9 @@ def disk_of(cfg: RunConfig, arch: ErnieConfig, needed: Budget) -> tuple[int, int
 
 def architecture_of(cfg: RunConfig) -> ErnieConfig | None:
     """The architecture of the config's model: from its folder, else from its name; None if neither tells."""
-    name = cfg.model.model_name_or_path or ""
     try:
-        return ErnieConfig.from_folder(Path(name)) if (Path(name) / "config.json").is_file() else family(name)
-    except ErnieKitError:
+        return architecture_here(cfg) or family(cfg.model.model_name_or_path or "")
+    except ConfigError:
         return None
 
 

@@ -10,7 +10,6 @@ import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import paddle
@@ -25,7 +24,7 @@ from erniekit.training.best import BestModel
 from erniekit.training.metrics import Reporter
 from erniekit.training.optimizer import Optimizer
 from erniekit.training.preference import Reference
-from erniekit.training.ranks import anybody
+from erniekit.training.ranks import anybodys
 from erniekit.training.replay import StepKeeper
 from erniekit.training.router import RouterUpkeep
 from erniekit.training.schedule import Schedule
@@ -118,9 +117,13 @@ def train_loop(run: Run, *, start_step: int) -> int:
                 run.reporter.evaluation({"step": done, **figures})
                 better = run.best.judge(done, figures) and run.best.keep
             last = done == total or run.best.waited_enough
-            stopping = anybody(run.mesh, does=asked_to_stop()) and not last
+            saving = run.checkpoints
+            asked, writing, failed = anybodys(run.mesh, [asked_to_stop(), saving.writing, saving.failed])
+            if failed or not writing:
+                saving.wait()
+            stopping = asked and not last
             if better or stopping or _due(done, run.rhythm.save_every, done if last else total):
-                run.reporter.saved(_save(run, done))
+                _save(run, done)
             if stopping:
                 run.checkpoints.wait()
                 raise AskedToStop
@@ -137,12 +140,11 @@ def _evaluate(run: Run, evaluate: Callable[[], dict[str, float]]) -> dict[str, f
     return run.mesh.words.share("figures", figures)
 
 
-def _save(run: Run, step: int) -> Path:
+def _save(run: Run, step: int) -> None:
     best = run.best.step if run.best.keep else 0
-    with run.optimizer.whole_weights():
-        return run.checkpoints.save(
-            run.model, run.optimizer, step=step, progress=run.progress(), memory=run.memory, best=best
-        )
+    run.checkpoints.save(
+        run.model, run.optimizer, step=step, progress=run.progress(), memory=run.memory, best=best
+    )  # fmt: skip
 
 
 def _take(run: Run, step: int) -> StepResult:
@@ -159,11 +161,10 @@ def _take(run: Run, step: int) -> StepResult:
 
     def keep(loss: float, reason: str) -> None:
         everybodys = run.data.micro_batches(step, batch_size=size)
-        with run.optimizer.whole_weights():
-            run.keeper.keep(
-                run.model, step=step, reason=reason, loss=loss, batches=everybodys, rows=run.data.rows(step),
-                reference=run.reference,
-            )  # fmt: skip
+        run.keeper.keep(
+            run.model, step=step, reason=reason, loss=loss, batches=everybodys, rows=run.data.rows(step),
+            reference=run.reference,
+        )  # fmt: skip
 
     def before_update(loss: float) -> None:
         if reason := run.keeper.spike(loss):

@@ -180,6 +180,11 @@ class Optimizer:
         sharding stage 3 they are not, otherwise. All ranks enter together."""
         return self.sync.whole_weights()
 
+    def ranges(self) -> dict[str, tuple[paddle.Tensor, tuple[int, int]]]:
+        """What this rank has of the weights that live as own ranges (sharding stage 3): the numbers, not copied, and
+        which of the weight they are. Whoever saves a model needs no others."""
+        return self.sync.ranges()
+
     def state(self) -> dict[str, paddle.Tensor]:
         """`<parameter>.moment1` and `.moment2` (or `.momentum`), `.master`, `.ema`, not copied, and `.norm` of adaptive
         clipping; `num_steps` belongs to it. Where states are shared, of the own ranges."""

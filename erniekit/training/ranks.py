@@ -6,7 +6,7 @@ Whatever may take long on one rank, or fail there, ends in words on the store: t
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -47,8 +47,16 @@ def first_alone(mesh: Mesh, name: str, work: Callable[[], T]) -> T | None:
 
 def anybody(mesh: Mesh, *, does: bool) -> bool:
     """Whether one of the ranks does, which all ask at once: they go the same way from here."""
+    return anybodys(mesh, [does])[0]
+
+
+def anybodys(mesh: Mesh, facts: Sequence[bool]) -> list[bool]:
+    """Of each of several facts, whether it is so on one of the ranks, which all ask at once."""
     world = mesh.axis("world")
-    return does if world.size == 1 else bool(world.all_reduce(paddle.to_tensor([int(does)], "int64"), op="max").item())
+    if world.size == 1:
+        return list(facts)
+    said = world.all_reduce(paddle.to_tensor([int(fact) for fact in facts], "int64"), op="max")
+    return [bool(fact) for fact in said.tolist()]
 
 
 def facts_of(cfg: RunConfig) -> dict[str, str]:

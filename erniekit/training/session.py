@@ -22,6 +22,7 @@ from erniekit.checkpoint.folder import Folder
 from erniekit.config.architecture import ErnieConfig
 from erniekit.config.cut import Cut
 from erniekit.config.layout import layout_of
+from erniekit.config.layout_rules import idle
 from erniekit.config.run import RunConfig
 from erniekit.data.build import EvalData, Prompt, TrainData, build_eval_data, build_train_data, leaks, write_ledger
 from erniekit.data.preview import html_samples, sample_views
@@ -133,8 +134,7 @@ def run_session(cfg: RunConfig, stage: Stage) -> TrainResult:
     assemble.check_names(base, arch, cfg)
     tokenizer = Tokenizer.from_folder(base.path)
     tokenizer.check_vocab(arch.vocab_size)
-    place = runtime.rank_place()
-    mesh = open_mesh(layout_of(cfg, place.world, arch), place, config=facts_of(cfg))
+    mesh = _open_mesh(cfg, arch)
     require_same_model(mesh, base, tokenizer)
     try:
         result = _run(cfg, stage, mesh, base=base, arch=arch, tokenizer=tokenizer)
@@ -143,6 +143,14 @@ def run_session(cfg: RunConfig, stage: Stage) -> TrainResult:
         raise
     mesh.close()
     return result
+
+
+def _open_mesh(cfg: RunConfig, arch: ErnieConfig) -> Mesh:
+    place = runtime.rank_place()
+    layout = layout_of(cfg, place.world, arch)
+    if text := idle(cfg, layout):
+        notice(text)
+    return open_mesh(layout, place, config=facts_of(cfg))
 
 
 def _run(
@@ -261,11 +269,11 @@ class _Session:
             raise
         finally:
             run.reporter.close()
-        with run.optimizer.whole_weights():
-            job.weights.save(model, folder.path, final=True)
+        ranges = run.optimizer.ranges()
+        job.weights.save(model, folder.path, final=True, ranges=ranges)
         if run.optimizer.averages():
-            with run.optimizer.averaged(), run.optimizer.whole_weights():
-                job.weights.save(model, folder.path / "ema", final=True)
+            with run.optimizer.averaged():
+                job.weights.save(model, folder.path / "ema", final=True, ranges=ranges)
         memory = {
             "budget": needed.peak, "kernels": needed.kernels, "tensors": watch.tensors, "process": watch.process
         }  # fmt: skip
@@ -287,7 +295,7 @@ class _Session:
             display=Display.of(cfg, job.data),
         )  # fmt: skip
         course = self.stage.begin(job, model, folder)
-        save_exactly = functools.partial(job.weights.save, final=False)
+        save_exactly = functools.partial(job.weights.save, final=False, ranges=optimizer.ranges())
         losses = job.mesh.words.share("losses", [row["loss"] for row in reporter.history if "loss" in row])
         run = Run(
             mesh=job.mesh, model=model, optimizer=optimizer,
@@ -296,7 +304,7 @@ class _Session:
             upkeep=assemble.router_upkeep(model, cfg, mesh=job.mesh),
             checkpoints=Checkpoints(
                 folder.path, writer=job.weights.writer, describe=self.record, keep=cfg.train.save_total_limit or None,
-                mesh=job.mesh, background=bool(cfg.train.use_async_save),
+                mesh=job.mesh, background=bool(cfg.train.use_async_save), tell=reporter.saved,
             ),
             before_step=(*assemble.step_hooks(model, cfg), *course.before_step),
             keeper=StepKeeper(folder.path, cfg, save_model=save_exactly, losses=losses, mesh=job.mesh),

@@ -5,7 +5,7 @@ step. The data position and the random numbers of a step follow from (seed, step
 temporary name, fsynced, sealed with a sha256 manifest and renamed. All ranks write it together; what they write does
 not depend on who holds what, so that any layout goes on from it.
 
-Saved in the background, a checkpoint is first a copy in host memory, of what a rank holds: its weights in fp32 and its
+Saved in the background, a checkpoint is first a copy in host memory, of what a rank will write of weights (in fp32) and
 states. A thread writes that while training goes on; the next save waits for it. It stands when it is renamed.
 """
 
@@ -16,7 +16,7 @@ import json
 import re
 import shutil
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -29,7 +29,7 @@ from erniekit.base.errors import CheckpointError
 from erniekit.base.files import fsync_folder, write_json, writing
 from erniekit.checkpoint.hf_files import format_tag
 from erniekit.checkpoint.manifest import MANIFEST_FILE, check_manifest, write_manifest
-from erniekit.checkpoint.model_io import Writer, host_array
+from erniekit.checkpoint.model_io import Ranges, Writer, host_array
 from erniekit.checkpoint.named import Named, Numbers
 from erniekit.checkpoint.together import SharedStage
 from erniekit.models.decoder import ErnieForCausalLM
@@ -55,18 +55,19 @@ class Memory(Protocol):
 class MakeWriter(Protocol):
     """Gives what writes the weights of a model as they are now (`copied`), or as they will be then."""
 
-    def __call__(self, model: ErnieForCausalLM, *, copied: bool) -> Writer:
-        """See MakeWriter."""
+    def __call__(self, model: ErnieForCausalLM, *, ranges: Ranges, copied: bool) -> Writer:
+        """See MakeWriter; `ranges` is the optimizer's."""
 
 
 @dataclass
 class _Save:
     """A checkpoint on its way to the disk."""
 
+    folder: Path
     stage: SharedStage
     best: int
     thread: threading.Thread | None = None
-    failed: BaseException | None = None
+    error: BaseException | None = None
 
 
 class Checkpoints:
@@ -74,12 +75,13 @@ class Checkpoints:
 
     def __init__(
         self, output_dir: Path, *, writer: MakeWriter, describe: dict[str, Any], keep: int | None = None,
-        mesh: Mesh = Mesh.single(), background: bool = False,
+        mesh: Mesh = Mesh.single(), background: bool = False, tell: Callable[[Path], None] = lambda _: None,
     ) -> None:  # fmt: skip
         """`writer` is about the model folder; `describe` (config, data, versions) goes into each checkpoint; `keep` of
-        the newest ones are kept (None: all); with `background`, training goes on while one is written."""
+        the newest ones are kept (None: all); with `background`, training goes on while one is written. `tell` is called
+        with each that stands."""
         self._dir, self._writer, self._describe, self._keep = output_dir, writer, describe, keep
-        self._mesh, self._background = mesh, background
+        self._mesh, self._background, self._tell = mesh, background, tell
         self._open: _Save | None = None
 
     def save(
@@ -91,14 +93,14 @@ class Checkpoints:
         in the background, the next call or `wait` does."""
         self.wait()
         final = self._dir / f"checkpoint-{step}"
-        save = _Save(SharedStage(self._mesh, lambda: _unpublished(final)), best)
-        write_model = self._writer(model, copied=self._background)
+        save = _Save(final, SharedStage(self._mesh, lambda: _unpublished(final)), best)
+        write_model = self._writer(model, ranges=optimizer.ranges(), copied=self._background)
+        named = _named(model, self._mesh)
         tensors = {_OPTIMIZER: _states(optimizer), _MEMORY: _kept(memory)}
         if self._background:
-            tensors = {file: {key: _copied(n) for key, n in numbers.items()} for file, numbers in tensors.items()}
+            tensors = {file: named.copied(self._mesh, numbers) for file, numbers in tensors.items()}
         facts = {"step": step, "optimizer_steps": optimizer.num_steps, "progress": progress, **self._describe}
         facts = json.loads(json.dumps(facts))  # as they are now
-        named = _named(model, self._mesh)
 
         def write() -> None:
             with save.stage as stage:
@@ -115,16 +117,27 @@ class Checkpoints:
             try:
                 write()
             except BaseException as error:  # noqa: BLE001 - `wait` raises it where somebody hears it
-                save.failed = error
+                save.error = error
 
         self._open = save
         if self._background:
-            save.thread = threading.Thread(target=write_quietly, name=final.name)
+            # A daemon: who dies for another reason does not wait for the disk first, and others wait for its death.
+            save.thread = threading.Thread(target=write_quietly, name=final.name, daemon=True)
             save.thread.start()
         else:
             write()
             self.wait()
         return final
+
+    @property
+    def writing(self) -> bool:
+        """Whether this rank is writing in the background."""
+        return self._open is not None and self._open.thread is not None and self._open.thread.is_alive()
+
+    @property
+    def failed(self) -> bool:
+        """Whether `wait` is going to raise, as far as this rank knows."""
+        return self._open is not None and not self.writing and (self._open.error is not None or self._open.stage.failed)
 
     def wait(self) -> None:
         """Go on when no checkpoint is on its way any more. All ranks call it. Raises what went wrong in writing."""
@@ -133,9 +146,10 @@ class Checkpoints:
             return
         if save.thread:
             save.thread.join()
-        if save.failed:
-            raise save.failed
+        if save.error:
+            raise save.error
         save.stage.settle()
+        self._tell(save.folder)
         if self._mesh.first:
             self._prune(save.best)
 
@@ -193,11 +207,6 @@ def _kept(memory: Memory | None) -> dict[str, Numbers]:
 
 def _numbers(tensor: paddle.Tensor) -> Numbers:
     return Numbers(lambda: host_array(tensor), _format(tensor), tuple(tensor.shape))
-
-
-def _copied(numbers: Numbers) -> Numbers:
-    array = np.array(numbers.fetch())
-    return replace(numbers, fetch=lambda: array)
 
 
 def numbered(output_dir: Path) -> list[tuple[int, Path]]:

@@ -12,7 +12,7 @@ from erniekit.base.errors import CheckpointError
 from erniekit.checkpoint.adapter_folder import AdapterFolder, mark_of
 from erniekit.checkpoint.adapter_io import adapter_writer, check_base, load_adapter, save_adapter
 from erniekit.checkpoint.folder import Folder
-from erniekit.checkpoint.model_io import Writer, fill_model, model_writer, save_model
+from erniekit.checkpoint.model_io import Ranges, Writer, fill_model, model_writer, save_model
 from erniekit.checkpoint.save import GB
 from erniekit.config.adapter import AdapterConfig
 from erniekit.config.architecture import ErnieConfig
@@ -29,11 +29,12 @@ class Weights(Protocol):
     def build(self, checkpoint: Path | None) -> ErnieForCausalLM:
         """The model that will be trained, as the base has it (None) or as a checkpoint does."""
 
-    def save(self, model: ErnieForCausalLM, path: Path, *, final: bool) -> None:
-        """Write what was trained: exactly, for a checkpoint, or (`final`) as the run's result. All ranks call it."""
+    def save(self, model: ErnieForCausalLM, path: Path, *, final: bool, ranges: Ranges) -> None:
+        """Write what was trained: exactly, for a checkpoint, or (`final`) as the run's result. All ranks call it. Of
+        weights in `ranges` (training/optimizer.py) the rank has only these numbers."""
 
-    def writer(self, model: ErnieForCausalLM, *, copied: bool) -> Writer:
-        """What writes it exactly: as it is now (`copied`), or as it is then."""
+    def writer(self, model: ErnieForCausalLM, *, ranges: Ranges, copied: bool) -> Writer:
+        """What writes it exactly: as it is now (`copied`, for which all ranks call it), or as it is then."""
 
     def refill(self, model: ErnieForCausalLM, path: Path) -> None:
         """Put what a checkpoint holds in the place of what was trained."""
@@ -67,19 +68,22 @@ class FullWeights:
         weights = Folder.open(checkpoint) if checkpoint else self.base
         return assemble_model(weights, self.arch, self.cfg, mesh=self.mesh)
 
-    def save(self, model: ErnieForCausalLM, path: Path, *, final: bool) -> None:
+    def save(self, model: ErnieForCausalLM, path: Path, *, final: bool, ranges: Ranges) -> None:
         """See Weights; a checkpoint is in fp32."""
         if not final:
-            self.writer(model, copied=False)(path, self.mesh)
+            self.writer(model, ranges=ranges, copied=False)(path, self.mesh)
             return
         save_model(
             model, path, self.layout, dtype=self.base.config.dtype, base=self.base,
-            max_shard_bytes=self.cfg.export.max_shard_size * GB, team=self.mesh,
+            max_shard_bytes=self.cfg.export.max_shard_size * GB, team=self.mesh, ranges=ranges,
         )  # fmt: skip
 
-    def writer(self, model: ErnieForCausalLM, *, copied: bool) -> Writer:
+    def writer(self, model: ErnieForCausalLM, *, ranges: Ranges, copied: bool) -> Writer:
         """See Weights."""
-        return model_writer(model, self.layout, dtype="float32", base=self.base, copied=copied)
+        return model_writer(
+            model, self.layout, dtype="float32", base=self.base, ranges=ranges,
+            copied_for=self.mesh if copied else None,
+        )  # fmt: skip
 
     def refill(self, model: ErnieForCausalLM, path: Path) -> None:
         """See Weights."""
@@ -127,18 +131,20 @@ class AdapterWeights:
                 "the old ones back, or set resume_anyway=true to go on beside these."
             )
 
-    def save(self, model: ErnieForCausalLM, path: Path, *, final: bool) -> None:
+    def save(self, model: ErnieForCausalLM, path: Path, *, final: bool, ranges: Ranges) -> None:
         """See Weights; a checkpoint is in fp32 and in PEFT's form, which fuses nothing and so is exact."""
-        if final:
-            dtype, form = self.base.config.dtype, self._form
-            save_adapter(model, path, config=self.adapter, form=form, base=self.base, dtype=dtype, team=self.mesh)
-        else:
-            self.writer(model, copied=False)(path, self.mesh)
+        if not final:
+            self.writer(model, ranges=ranges, copied=False)(path, self.mesh)
+            return
+        save_adapter(
+            model, path, config=self.adapter, form=self._form, base=self.base, dtype=self.base.config.dtype,
+            team=self.mesh, ranges=ranges,
+        )  # fmt: skip
 
-    def writer(self, model: ErnieForCausalLM, *, copied: bool) -> Writer:
+    def writer(self, model: ErnieForCausalLM, *, ranges: Ranges, copied: bool) -> Writer:
         """See Weights."""
         return adapter_writer(
-            model, config=self.adapter, form="peft", base=self.base, dtype="float32", copied=copied
+            model, config=self.adapter, form="peft", base=self.base, dtype="float32", ranges=ranges, copied=copied
         )  # fmt: skip
 
     def refill(self, model: ErnieForCausalLM, path: Path) -> None:

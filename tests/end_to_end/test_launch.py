@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from erniekit.base import runtime
-from erniekit.cli.machines import free_port
+from erniekit.base.ports import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 STAND_INS = {

@@ -26,7 +26,6 @@ import paddle
 
 from erniekit.checkpoint.ernie45 import memory_table
 from erniekit.checkpoint.folder import Folder
-from erniekit.config.align import REFERENCE_FREE
 from erniekit.config.architecture import ErnieConfig
 from erniekit.config.cut import WHOLE, Cut
 from erniekit.config.layout import Layout
@@ -46,8 +45,8 @@ from erniekit.training.assemble import (
     router_upkeep,
 )
 from erniekit.training.objective import LanguageModelObjective
-from erniekit.training.preference import preference_objective
-from erniekit.training.reference import base_log_probs
+from erniekit.training.preference import Reference, preference_objective
+from erniekit.training.reference import Follower, PolicyCopy, base_log_probs
 from erniekit.training.step import Objective, train_step
 from tests.parallel.ranks import run_ranks
 
@@ -94,13 +93,13 @@ class Case:
         adapter = adapter_of(self.weights, self.arch, self.cfg)
         return assemble_model(self.weights, self.arch, self.cfg, mesh=mesh, adapter=adapter)
 
-    def objective(self, mesh: Mesh) -> Objective:
-        """What the stage minimises."""
+    def objective(self, mesh: Mesh, copy: PolicyCopy | None = None) -> Objective:
+        """What the stage minimises; once there is something in `copy`, beside that."""
         weights, stage = loss_weights(self.arch, self.cfg, mesh=mesh), self.cfg.model.stage
         if stage in ("PT", "SFT"):
             return LanguageModelObjective(weights)
-        without = stage == "RM" or self.cfg.align.loss_type in REFERENCE_FREE
-        reference = None if without else base_log_probs
+        start: Reference = Follower(base_log_probs, copy) if copy else base_log_probs
+        reference = start if self.cfg.align.compares(stage) else None
         return preference_objective(stage, self.cfg.align, weights, reference=reference, mesh=mesh)
 
 
@@ -111,6 +110,7 @@ class Outcome:
     figures: list[dict[str, float]] = field(default_factory=list)  # of every step, the loss among them
     gradients: list[Numbers] = field(default_factory=list)  # of every step
     weights: Numbers = field(default_factory=dict)  # after the last step
+    averages: Numbers = field(default_factory=dict)  # of the weights, if any are kept
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,9 @@ def sgd(p: paddle.Tensor, gradient: paddle.Tensor, *, update: Update, **_others:
 
 def train(mesh: Mesh, case: Case) -> Outcome:
     """On this rank."""
-    model, objective = case.model(mesh), case.objective(mesh)
+    model = case.model(mesh)
+    copy = PolicyCopy(model, every=case.cfg.align.ref_model_update_steps)
+    objective = case.objective(mesh, copy)
     model.train()
     optimizer, upkeep = assemble_optimizer(model, case.cfg, mesh=mesh), router_upkeep(model, case.cfg, mesh=mesh)
     outcome = Outcome()
@@ -146,15 +148,23 @@ def train(mesh: Mesh, case: Case) -> Outcome:
         outcome.gradients.append(pieces)
 
     with nullcontext() if case.adamw else mock.patch.object(optimizers, "adamw", sgd):
-        for step in case.steps:
+        for number, step in enumerate(case.steps):
+            copy.before_step(number)
             made = train_step(
                 model, optimizer, batches=batches_of(step, mesh), objective=objective, upkeep=upkeep, mesh=mesh,
                 learning_rate=case.rate, row_length=1024, before_update=keep,
             )  # fmt: skip
             outcome.figures.append({"loss": made.loss, "gradient norm": made.grad_norm, **made.parts})
     with optimizer.whole_weights():
-        outcome.weights = {name: Held(p.numpy().ravel().copy()) for name, p in model.named_parameters()}
+        outcome.weights = _held(model)
+    if optimizer.averages():
+        with optimizer.averaged(), optimizer.whole_weights():
+            outcome.averages = _held(model)
     return outcome
+
+
+def _held(model: ErnieForCausalLM) -> Numbers:
+    return {name: Held(p.numpy().ravel().copy()) for name, p in model.named_parameters()}
 
 
 def parallel(cases: Sequence[Case], layout: Layout) -> list[Whole]:
@@ -175,6 +185,7 @@ class Whole:
     figures: list[dict[str, float]]
     gradients: list[dict[str, np.ndarray]]
     weights: dict[str, np.ndarray]
+    averages: dict[str, np.ndarray]
 
 
 def together(case: Case, layout: Layout, parts: Sequence[Outcome]) -> Whole:
@@ -183,7 +194,8 @@ def together(case: Case, layout: Layout, parts: Sequence[Outcome]) -> Whole:
         assert part.figures == parts[0].figures, f"rank {rank} tells {part.figures}, rank 0 {parts[0].figures}"
     places = [Places(case, Cut.of(layout, rank)) for rank in range(layout.world)]
     gradients = [joined([part.gradients[i] for part in parts], places) for i in range(len(case.steps))]
-    return Whole(parts[0].figures, gradients, joined([part.weights for part in parts], places))
+    weights = joined([part.weights for part in parts], places)
+    return Whole(parts[0].figures, gradients, weights, joined([part.averages for part in parts], places))
 
 
 class Places:
@@ -256,9 +268,10 @@ def distances(found: Whole, expected: Whole) -> dict[str, float]:
     for step, (mine, its) in enumerate(zip(found.gradients, expected.gradients, strict=True), start=1):
         assert mine.keys() == its.keys(), f"gradients of step {step}: {sorted(mine.keys() ^ its.keys())}"
         far |= {f"gradient of step {step}, {name}": furthest(mine[name], its[name]) / GRADIENT for name in its}
-    assert found.weights.keys() == expected.weights.keys()
-    its = expected.weights
-    far |= {f"weights, {name}": furthest(found.weights[name], its[name]) / WEIGHT for name in its}
+    for what in ("weights", "averages"):
+        mine, its = getattr(found, what), getattr(expected, what)
+        assert mine.keys() == its.keys(), f"{what}: {sorted(mine.keys() ^ its.keys())}"
+        far |= {f"{what}, {name}": furthest(mine[name], its[name]) / WEIGHT for name in its}
     return dict(sorted(far.items(), key=lambda item: -item[1]))
 
 

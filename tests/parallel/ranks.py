@@ -13,10 +13,10 @@ from multiprocessing.connection import Connection
 from multiprocessing.connection import wait as ready
 from typing import Any
 
+from erniekit.base.ports import free_port
 from erniekit.base.runtime import Place
 from erniekit.config.layout import Layout
 from erniekit.parallel.mesh import Mesh, open_mesh
-from erniekit.parallel.store import free_port
 
 
 def run_ranks(function: Callable[..., Any], layout: Layout, *arguments: Any, seconds: float = 60) -> list[Any]:

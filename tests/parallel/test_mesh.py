@@ -12,6 +12,7 @@ import paddle
 import pytest
 
 from erniekit.base.errors import MeshError
+from erniekit.base.ports import free_port
 from erniekit.base.runtime import Place
 from erniekit.config.layout import Layout
 from erniekit.parallel import mesh as mesh_module
@@ -77,7 +78,7 @@ def test_a_master_that_cannot_be_reached(
 ) -> None:
     for name, seconds in (("_PATIENCE", 0.3), ("_PATIENCE_WITH_NAMES", 0.3), ("_QUIET", 0.1)):
         monkeypatch.setattr(store, name, seconds)
-    master = f"{host}:{store.free_port()}"
+    master = f"{host}:{free_port()}"
     with pytest.raises(MeshError, match=f"rank 1 cannot reach rank 0 at {master}"):
         store.open_store(master, rank=1)
     assert f"rank 1 still waits for rank 0 at {master}" in capsys.readouterr().err
@@ -88,7 +89,7 @@ def test_a_rank_that_never_comes(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("PADDLE_TRAINER_ID", "PADDLE_TRAINERS_NUM"):  # Paddle is told by these, and later tests must not be
         monkeypatch.setenv(name, "")
     with pytest.raises(MeshError, match=r"rank 0 has waited 1 seconds for ranks 1, 2 of 3\."):
-        open_mesh(Layout(3), Place(0, 3, f"127.0.0.1:{store.free_port()}"))
+        open_mesh(Layout(3), Place(0, 3, f"127.0.0.1:{free_port()}"))
 
 
 def lose_the_first(mesh: Mesh) -> str:
@@ -114,7 +115,7 @@ def test_a_free_store_looks_on_if_somebody_took_the_port(monkeypatch: pytest.Mon
     with socket.socket() as other:
         other.bind(("", 0))
         other.listen(1)
-        taken, free = other.getsockname()[1], store.free_port()
+        taken, free = other.getsockname()[1], free_port()
         ports = iter([taken, taken, free])
         monkeypatch.setattr(store, "free_port", lambda: next(ports))
         _, address = store.open_free_store("127.0.0.1")

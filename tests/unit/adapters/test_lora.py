@@ -7,7 +7,7 @@ import paddle
 import pytest
 
 from erniekit.adapters.layers import DoraAdapter
-from erniekit.adapters.lora import adapter_parameters, adapters_off, add_adapters, plain_factors
+from erniekit.adapters.lora import adapter_parameters, adapters_off, add_adapters
 from erniekit.adapters.targets import adapter_names, resolve_saved, resolve_targets, slot
 from erniekit.base.errors import ConfigError
 from erniekit.config.adapter import AdapterConfig
@@ -42,8 +42,9 @@ def hidden(model):
 def merged(model, config):
     """The base with the adapters in its weights."""
     whole = make_model()
-    parameters = dict(whole.named_parameters())
-    for target, (a, b) in plain_factors(model).items():
+    parameters, modules = dict(whole.named_parameters()), dict(model.named_sublayers())
+    for target in config.targets:
+        a, b = modules[slot(target)].factors()
         p = parameters[target if target in parameters else f"{target}.weight"]
         p.set_value(p + config.scaling * paddle.matmul(a, b))
     return whole

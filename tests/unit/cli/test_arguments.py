@@ -42,6 +42,7 @@ def test_layouts():
         ("check", ["--fils", "a.yaml"], ["unknown option '--fils'. Did you mean 'files'?"]),
         ("check", ["--files=yes", "a.yaml"], ["--files takes no value"]),
         ("convert", ["a", "--to"], ["--to wants LAYOUT", "OUT is missing", "--to LAYOUT is missing"]),
+        ("train", ["a.yaml", "--nproc", "2", "--nproc=3"], ["--nproc is given twice"]),
         ("init", ["--family", "a", "--out", "x", "y"], ["'y' is one word too many"]),
         ("init", ["x", "--family", "--out", "y"], ["--family wants NAME", "--family NAME is missing", "'x' is one"]),
     ],

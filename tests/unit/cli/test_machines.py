@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 
 from erniekit.base.errors import MeshError
+from erniekit.base.ports import free_port
 from erniekit.cli import machines
-from erniekit.cli.machines import free_port, gather, join
+from erniekit.cli.machines import gather, join
 
 ROOT = Path(__file__).resolve().parents[3]
 HOME = "127.0.0.1"

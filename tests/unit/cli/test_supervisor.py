@@ -81,8 +81,8 @@ def test_a_rank_without_last_words_shows_the_end_of_its_log(tmp_path):
 
 
 def test_what_the_user_can_mend_is_said_once(tmp_path):
-    programs = [f"say({rank}, 'error: no such key\\n'); sys.exit(2)" for rank in range(3)]
-    assert run(tmp_path, *programs) == (2, "", "error: no such key\n")
+    late, *others = (f"say({rank}, 'error: no such key\\n'); mark(); sys.exit(2)" for rank in range(3))
+    assert run(tmp_path, f"follow(.8); {late}", *others) == (2, "", "error: no such key\n")
 
 
 def test_the_rank_that_differs_is_named(tmp_path):

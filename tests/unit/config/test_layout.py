@@ -7,6 +7,7 @@ import pytest
 from erniekit.base.errors import ConfigError, MeshError
 from erniekit.config.architecture import ErnieConfig
 from erniekit.config.layout import AXES, Coordinates, Layout, layout_of
+from erniekit.config.layout_rules import idle
 from erniekit.config.load import load_config
 
 DENSE = ErnieConfig(
@@ -141,14 +142,16 @@ def test_experts_and_shards_that_group_ranks_otherwise() -> None:
         (2, {"sharding": "stage1", "optim": "muon"}, ["optim: muon", "sharding: stage1", "sharding=null"]),
         (2, {"stage": "DPO", "sharding": "stage3", "ref_model_update_steps": 5},
          ["ref_model_update_steps: 5", "sharding: stage3", "sharding=stage2", "ref_model_update_steps=-1"]),
-        (2, {"stage": "DPO", "sharding": "stage3", "fine_tuning": "LoRA", "lora_path": "adapter"},
-         ["lora_path: adapter", "sharding: stage3", "sharding=stage2", "merge that adapter"]),
+        (2, {"stage": "KTO", "sharding": "stage3", "fine_tuning": "LoRA", "lora_path": "adapter"},
+         ["lora_path: adapter", "sharding: stage3", "sharding=stage2", "lora_path=null"]),
+        (2, {"stage": "DPO", "sharding": "stage3", "fine_tuning": "LoRA", "modules_to_save": ["lm_head"]},
+         ["modules_to_save: ", "sharding: stage3", "sharding=stage2", "modules_to_save=null"]),
         (16, {"tensor_parallel_degree": 16}, ["8 attention heads", "24 width of experts", "1, 2, 4, 8"]),
         (5, {"tensor_parallel_degree": 5}, ["2 key and value heads", "96 words", "48 width of MLPs", "1, 2, 4, 8",
                                             "--pad-to-multiple 5"]),
         (16, {"tensor_parallel_degree": 16, "moe_group": "mp"}, ["8 experts"]),
-        (3, {"expert_parallel_degree": 3}, ["expert_parallel_degree: 3", "8 experts", "divisor"]),
-        (6, {"use_expert_parallel": True}, ["use_expert_parallel: true", "6 devices", "8 experts", "divisor of 2"]),
+        (3, {"expert_parallel_degree": 3}, ["expert_parallel_degree: 3", "8 experts", "3 ranks: 1"]),
+        (6, {"use_expert_parallel": True}, ["use_expert_parallel: true", "6 devices", "8 experts", "6 ranks: 1, 2"]),
         (6, {"moe_group": "data"}, ["moe_group: data", "6 devices"]),
     ],
 )  # fmt: skip
@@ -156,6 +159,29 @@ def test_what_does_not_fit(world: int, keys: dict, words: list[str]) -> None:
     (line,) = problems(world, **keys)
     for word in words:
         assert word in line
+
+
+@pytest.mark.parametrize("keys", [
+    {"stage": "DPO", "sharding": "stage2", "ref_model_update_steps": 5},
+    {"stage": "DPO", "sharding": "stage3", "loss_type": "simpo", "ref_model_update_steps": 5},
+    {"stage": "RM", "sharding": "stage3", "fine_tuning": "LoRA", "lora_path": "adapter"},
+    {"stage": "SFT", "sharding": "stage3", "fine_tuning": "LoRA", "lora_path": "adapter", "modules_to_save": ["norm"]},
+    {"stage": "DPO", "sharding": "stage3", "fine_tuning": "Full", "lora_path": "adapter"},
+], ids=str)  # fmt: skip
+def test_copies_that_nobody_makes_do_not_matter(keys: dict) -> None:
+    assert of(2, **keys).sharding == 2
+
+
+def test_what_is_shared_by_one_rank_alone_is_told_and_no_error() -> None:
+    cfg = load_config({"sharding": "stage1", "sequence_parallel": True})
+    assert layout_of(cfg, 1).stage == 0
+    assert idle(cfg, layout_of(cfg, 1)) == (
+        "on one rank nothing is shared by sharding: stage1 (argument) and sequence_parallel: true (argument)"
+    )
+    of_two = idle(cfg, layout_of(cfg, 2))
+    assert of_two == "on 2 ranks laid out so nothing is shared by sequence_parallel: true (argument)"
+    other = load_config({"sharding": "stage2", "sequence_parallel": True, "tensor_parallel_degree": 2})
+    assert idle(other, layout_of(other, 4)) == idle(load_config({}), Layout()) == ""
 
 
 def test_experts_of_a_model_without_any() -> None:

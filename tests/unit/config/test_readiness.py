@@ -1,8 +1,11 @@
 """What `check` lists and what a verb refuses."""
 
+import json
+
 import pytest
 
 from erniekit.base.errors import ConfigError
+from erniekit.config.families import family
 from erniekit.config.load import load_config
 from erniekit.config.parallel import UNBUILT_DEGREES
 from erniekit.config.readiness import (
@@ -89,6 +92,16 @@ def test_degrees_of_a_verb_that_runs_on_ranks(tmp_path):
     for world, words in ((1, "--nproc 2"), (3, "start 2 or 4")):
         (line,) = refused(require_ready, config, "train", world=world)
         assert words in line
+
+
+def test_degrees_that_do_not_fit_a_model_that_is_here(tmp_path):
+    files = dict.fromkeys(("model_name_or_path", "train_dataset_path", "output_dir"), tmp_path)
+    config = load_config({"tensor_parallel_degree": 3, "mix_strategy": "concat", **files})
+    (tmp_path / "config.json").write_text(json.dumps(family("micro-moe").to_dict("pt")))
+    (line,) = refused(require_ready, config, world=3)
+    assert "tensor_parallel_degree: 3" in line and "attention heads" in line
+    (tmp_path / "config.json").write_text("{")
+    require_ready(config, world=3)  # what is wrong with the folder is said by who opens it
 
 
 def test_details_of_what_is_not_built_are_not_listed_apart():

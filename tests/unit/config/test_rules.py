@@ -68,6 +68,12 @@ def test_keys_without_effect_share_one_notice():
     )
 
 
+def test_a_sequence_is_shared_by_tensor_ranks_alone():
+    (text,) = notices(sequence_parallel=True)
+    assert text == "without effect here: sequence_parallel (with tensor_parallel_degree: -1)"
+    assert notices(sequence_parallel=True, tensor_parallel_degree=2) == ()
+
+
 def test_idle_keys_without_effect_are_not_named():
     assert notices(reference_free=False, do_train=True, train_dataset_prob="1.0", rslora=False) == ()
 
