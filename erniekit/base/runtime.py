@@ -6,9 +6,13 @@ the user already did. The measurements behind every value are in docs/performanc
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import sys
+import threading
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +21,8 @@ from erniekit.base.errors import MeshError
 PULSE = "ERNIEKIT_PULSE"  # the folder in which ranks note what they are doing
 _PLAIN_OPS, _NUMPY_OPS = "ERNIEKIT_PLAIN_OPS", "ERNIEKIT_NUMPY_OPS"
 _JOB = "ERNIEKIT_JOB_FOLDER"
+_LOGS = "ERNIEKIT_DIST_LOG"  # ERNIEKit's name for it
+_TORCHS = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 JOB_VARIABLES = ("NNODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 # Environment name -> (the parameter's number in glibc's malloc.h, value): large blocks come from the heap and freed
@@ -43,12 +49,18 @@ def _wanted() -> dict[str, str]:
     wanted = {
         # For Paddle's own loops, which gain nothing from more; matrix products and our kernels take MKL's number.
         "OMP_NUM_THREADS": "1",
-        "MKL_NUM_THREADS": str(num_cores()),
+        "MKL_NUM_THREADS": str(max(num_cores() // _ranks_here(), 1)),
         "KMP_BLOCKTIME": "1",  # ms for which an idle thread waits busily: long enough between two kernels of a step
     }
     if _is_amd():
         wanted["MKL_DEBUG_CPU_TYPE"] = "5"  # the bundled MKL picks its slowest kernels on AMD otherwise
     return wanted
+
+
+def _ranks_here() -> int:
+    """How many processes of this run share the machine."""
+    said = os.environ.get("PADDLE_LOCAL_SIZE", "")
+    return max(int(said), 1) if said.isdecimal() else 1
 
 
 def prepare() -> None:
@@ -59,6 +71,15 @@ def prepare() -> None:
     warnings.filterwarnings("ignore", message="No ccache found")
     if sys.platform.startswith("linux"):
         _tell_malloc()
+
+
+@contextlib.contextmanager
+def keeping_sigterm() -> Iterator[None]:
+    """Load Paddle in here: SIGTERM stays with whom it belonged. Paddle answers it with a page of C++ frames."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    if threading.current_thread() is threading.main_thread():  # others may not
+        signal.signal(signal.SIGTERM, before)
 
 
 def _tell_malloc() -> None:
@@ -99,9 +120,11 @@ class Place:
 
 def rank_place() -> Place:
     """The place that a launcher gave this process, by the variables of `paddle.distributed.launch`; alone without them.
+    Those of torchrun are taken, too.
 
     Raises MeshError if they do not say all of it, or what cannot be.
     """
+    _translate_torchs()
     names = ("PADDLE_TRAINERS_NUM", "PADDLE_TRAINER_ID", "PADDLE_MASTER")
     told = {name: os.environ.get(name, "") for name in names}
     if told["PADDLE_TRAINERS_NUM"] in ("", "1"):
@@ -118,6 +141,26 @@ def rank_place() -> Place:
         )
     host = os.environ.get("PADDLE_CURRENT_ENDPOINT", "").rpartition(":")[0] or os.environ.get("POD_IP", "")
     return Place(int(rank), int(world), master, host or Place.host, os.environ.get(PULSE, ""))
+
+
+def _translate_torchs() -> None:
+    """Say in Paddle's variables what torchrun's say, unless a launcher has set those, or NNODES asks for ours."""
+    said = {name: os.environ.get(name, "") for name in _TORCHS}
+    if not said["RANK"] or said["WORLD_SIZE"] in ("", "1"):
+        return
+    if any(os.environ.get(name) for name in ("PADDLE_TRAINERS_NUM", "NNODES")):
+        return
+    port = said["MASTER_PORT"]
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and port.isdecimal():
+        port = str(int(port) + 1)  # at that one torchrun itself listens
+    os.environ.update(
+        PADDLE_TRAINERS_NUM=said["WORLD_SIZE"], PADDLE_TRAINER_ID=said["RANK"],
+        PADDLE_MASTER=f"{said['MASTER_ADDR']}:{port}", PADDLE_LOCAL_SIZE=said["LOCAL_WORLD_SIZE"],
+    )  # fmt: skip
+    if said["LOCAL_RANK"]:
+        os.environ.setdefault("FLAGS_selected_gpus", said["LOCAL_RANK"])
+    for name in ("MASTER_ADDR", "MASTER_PORT"):  # Paddle would open a store of its own there
+        os.environ.pop(name, None)
 
 
 def tell_paddle_rank(rank: int, world: int) -> None:
@@ -172,9 +215,14 @@ def visible_gpus() -> list[str] | None:
     return None if asked is None else [word for word in asked.split(",") if word.strip() not in ("", "-1")]
 
 
-def environment_of_rank(further: dict[str, str], *, folder: Path, num_sharing: int) -> dict[str, str]:
-    """The whole environment of a rank: this process's own, with the cores divided among the `num_sharing` ranks of this
-    machine. Paddle would take MASTER_ADDR for its own store, so what was said of the job stays here."""
+def log_folder() -> Path | None:
+    """Where the user wants the logs of ranks; None if nothing is said."""
+    said = os.environ.get(_LOGS)
+    return Path(said) if said else None
+
+
+def environment_of_rank(further: dict[str, str], *, folder: Path) -> dict[str, str]:
+    """The whole environment of a rank: this process's own and `further`. Paddle would take MASTER_ADDR for its own
+    store, so what was said of the job stays here."""
     mine = {name: value for name, value in os.environ.items() if name not in JOB_VARIABLES}
-    threads = {"MKL_NUM_THREADS": str(max(num_cores() // num_sharing, 1))}
-    return threads | mine | further | {_JOB: str(folder), PULSE: str(folder)}
+    return mine | further | {_JOB: str(folder), PULSE: str(folder)}

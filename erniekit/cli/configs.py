@@ -15,6 +15,8 @@ def check(arguments: Arguments) -> None:
     config = load_config(arguments.places[0], arguments.overrides)
     if "files" in arguments.flags and (absent := readiness.absent_files(config)):
         raise ConfigError(absent)
+    if problems := readiness.layout_problems(config):
+        raise ConfigError(problems)
     for text in config.notices:
         print(f"note: {text}")
     _print_list("not built yet in this version; `train` refuses it:", readiness.not_built(config))

@@ -2,7 +2,7 @@
 
 Each rank is `python -m erniekit VERB ...` again, with the variables that `paddle.distributed.launch` sets, so that
 either may start a job. One rank needs no starting: the process itself is it. On several machines every one runs the
-same command with NNODES, NODE_RANK, MASTER_ADDR and MASTER_PORT. Loads no Paddle.
+same command with NNODES, MASTER_ADDR, MASTER_PORT and NODE_RANK. Loads no Paddle.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 from erniekit.base import runtime
 from erniekit.base.errors import ConfigError, MeshError
 from erniekit.cli.arguments import Arguments
-from erniekit.cli.machines import Machines, gather, join
+from erniekit.cli.machines import Machines, find
 from erniekit.cli.supervisor import Rank, supervise
 from erniekit.cli.verbs import RANKS
 from erniekit.cli.watchdog import PATIENCE, Watchdog, answer_watchdog
@@ -30,7 +30,8 @@ class Job:
     def __init__(self, variables: dict[str, str], *, nproc: int | None, gpus: Sequence[str]) -> None:
         self.gpus = gpus
         self.nproc = nproc if nproc is not None else max(len(gpus), 1)
-        self.nodes, self.node = _number(variables, "NNODES", 1), _number(variables, "NODE_RANK", 0)
+        self.nodes = _number(variables, "NNODES", 1)
+        self.node = _number(variables, "NODE_RANK", 0) if "NODE_RANK" in variables or self.nodes == 1 else None
         self.port = _number(variables, "MASTER_PORT", 0)
         self.address = variables.get("MASTER_ADDR", "")
         problems = []
@@ -41,12 +42,10 @@ class Job:
                 f"--nproc {self.nproc}: this machine shows {len(gpus)} GPUs, and every rank needs its own. Start "
                 "fewer; CUDA_VISIBLE_DEVICES= (empty) computes on the CPU."
             )
-        if not 0 <= self.node < self.nodes:
+        if self.node is not None and not 0 <= self.node < self.nodes:
             problems.append(f"NODE_RANK={self.node}: with NNODES={self.nodes} it is one of 0 to {self.nodes - 1}.")
         if self.nodes > 1 and not self.address:
             problems.append("MASTER_ADDR is missing: the name of the machine with NODE_RANK=0, as the others reach it.")
-        if self.nodes > 1 and "NODE_RANK" not in variables:
-            problems.append(f"NODE_RANK is missing: the number of this machine, from 0 to {self.nodes - 1}.")
         if problems:
             raise MeshError(problems)
 
@@ -56,7 +55,8 @@ class Job:
         return self.nproc * self.nodes
 
     def rank(self, local: int) -> int:
-        """The number among all of the one that is `local` here."""
+        """The number among all of the one that is `local` here; of a machine that knows its number."""
+        assert self.node is not None
         return self.node * self.nproc + local
 
 
@@ -74,22 +74,25 @@ def launch(verb: str, arguments: Arguments, words: Sequence[str]) -> int | None:
         if folder_of_job:
             answer_watchdog(folder_of_job, place.rank)
         if given := [option.name for option in RANKS if arguments.text(option.name)]:
-            raise ConfigError(f"--{given[0]}: this process is one rank of several already; that is for its launcher.")
+            raise ConfigError(
+                f"--{given[0]}: this process is one rank of several already, {place.rank} of {place.world} by its "
+                "environment (PADDLE_TRAINERS_NUM or WORLD_SIZE); the launcher that set it says how many there are."
+            )
         return None
     job = Job(runtime.job_variables(), nproc=arguments.number("nproc"), gpus=_gpus())
+    if job.world == 1 and not job.gpus:
+        return None
+    logs = _log_folder(verb, arguments, job)
     if job.world == 1:
         return None
     patience = arguments.number("patience")
-    logs = _log_folder(verb, arguments, job)
     with tempfile.TemporaryDirectory(prefix="erniekit-job-") as folder:
         machines = _find_others(job)
         logs = logs or Path(tempfile.mkdtemp(prefix="erniekit-ranks-"))  # stays: a message may name a log in it
         ranks = [
             Rank(
                 job.rank(local), [sys.executable, "-m", "erniekit", verb, *_for_ranks(words)],
-                environment=runtime.environment_of_rank(
-                    _variables(job, local, machines=machines), folder=Path(folder), num_sharing=job.nproc
-                ),
+                environment=runtime.environment_of_rank(_variables(job, local, machines=machines), folder=Path(folder)),
                 log=logs / f"rank-{job.rank(local)}.log" if job.rank(local) else None,
             )
             for local in range(job.nproc)
@@ -122,17 +125,20 @@ def _gpus() -> list[str]:
 
 
 def _log_folder(verb: str, arguments: Arguments, job: Job) -> Path | None:
-    """Where the ranks write their logs: in output_dir, None if the config has none. Raises ConfigError for a config
-    that every rank would refuse."""
+    """Where the ranks write their logs: where the user says, or in output_dir; None if the config has none. Raises
+    ConfigError for a config that every rank would refuse."""
     if verb == "reproduce":
         from erniekit.training.lock import place_of_repetition, read_lock
 
-        return place_of_repetition(read_lock(Path(arguments.places[0])), arguments.text("out")) / LOGS
+        lock = read_lock(Path(arguments.places[0]))
+        return runtime.log_folder() or place_of_repetition(lock, arguments.text("out")) / LOGS
     from erniekit.config.load import load_config
     from erniekit.config.readiness import require_ready
 
     config = load_config(arguments.places[0], arguments.overrides)
-    require_ready(config, verb, world=job.world)
+    require_ready(config, verb, world=job.world, cards=len(job.gpus))
+    if folder := runtime.log_folder():
+        return folder
     return Path(config.train.output_dir) / LOGS if config.train.output_dir else None
 
 
@@ -140,10 +146,9 @@ def _find_others(job: Job) -> Machines:
     """The machines of the job, when all are there. Raises MeshError."""
     if job.nodes == 1:
         return Machines.alone(job.port)
-    port = job.port or _PORT
-    if job.node == 0:
-        return gather(job.address, port, nodes=job.nodes, nproc=job.nproc)
-    return join(job.address, port, node=job.node, nodes=job.nodes, nproc=job.nproc)
+    machines = find(job.address, job.port or _PORT, node=job.node, nodes=job.nodes, nproc=job.nproc)
+    job.node = machines.number
+    return machines
 
 
 def _variables(job: Job, local: int, *, machines: Machines) -> dict[str, str]:

@@ -2,8 +2,9 @@
 
 The supervisor of machine 0 listens at MASTER_ADDR:MASTER_PORT, the others call it: a star. A line of JSON is a message.
 Before ranks start, everybody says who he is, and is told where rank 0 will listen. Later a beat a second shows that
-a machine is alive; a failure goes to machine 0, which waits a moment for others, picks the first one, and tells all.
-Without this a rank that waits for others (who tokenise, save, evaluate) would wait for ever for a machine that is gone.
+a machine is alive, and carries what it sees of its ranks; machine 0 may ask about one. A failure goes to machine 0,
+which waits a moment for others, picks the first one, and tells all. Without this a rank that waits for others (who
+tokenise, save, evaluate) would wait for ever for a machine that is gone.
 """
 
 from __future__ import annotations
@@ -12,13 +13,15 @@ import json
 import socket
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from erniekit.base.errors import MeshError
 from erniekit.base.ports import hold_port
 
 _COMING = 300.0  # seconds for all machines to start
+_NAMES = 30.0  # seconds for the name of machine 0 to be known
+_ANY = -1  # a machine that wants to be told its number
 _NOTICE = 10.0  # after which the user is told what is waited for
 _BEAT, _SILENCE = 1.0, 6.0  # seconds from beat to beat, and without one until a machine counts as lost
 _SETTLE = 1.0  # for machine 0 to hear of failures elsewhere that came first
@@ -29,21 +32,23 @@ _LONGEST = 1 << 20  # bytes of a message
 
 
 class Bad:
-    """A failure somewhere: `order` sorts failures, with the first, and so the cause, smallest."""
+    """A failure somewhere, of a rank or (-1) of none: `order` sorts failures, with the first, and so the cause,
+    smallest."""
 
-    def __init__(self, text: str, code: int, *, order: tuple[int, float], machine: int) -> None:
-        self.text, self.code, self.order, self.machine = text, code, order, machine
+    def __init__(self, text: str, code: int, *, order: tuple[int, float], machine: int, rank: int = -1) -> None:
+        self.text, self.code, self.order, self.machine, self.rank = text, code, order, machine, rank
 
     def message(self) -> dict[str, Any]:
         """As it is sent: clocks of machines differ, so the time is an age."""
         weight, at = self.order
-        return {"text": self.text, "code": self.code, "weight": weight, "age": time.time() - at, "from": self.machine}
+        where = {"from": self.machine, "rank": self.rank}
+        return {"text": self.text, "code": self.code, "weight": weight, "age": time.time() - at, **where}
 
     @classmethod
     def of(cls, message: Mapping[str, Any]) -> Bad:
         """The failure that a message tells of."""
         order = (message["weight"], time.time() - message["age"])
-        return cls(message["text"], message["code"], order=order, machine=message["from"])
+        return cls(message["text"], message["code"], order=order, machine=message["from"], rank=message["rank"])
 
 
 class Wire:
@@ -106,8 +111,10 @@ class Machines:
     """The other machines of a job, as machine `number` sees them: all of them for machine 0, machine 0 for the others.
 
     `hosts` are the names of all; `master` is where rank 0 will listen. `asked` is the signal by which the user of
-    another machine asked to stop, `verdict` the failure that the job ends for. `held` keeps the port of `master` for
-    rank 0, which takes seconds to come up.
+    another machine asked to stop, `verdict` the failure that the job ends for; machine 0 puts before its text what
+    `explain` says of the rank that failed. `held` keeps the port of `master` for rank 0, which takes seconds to come
+    up. `news` is what the other machines said last of their ranks, and when; `questions` are the ranks that machine 0
+    asks about, `answers` what it was told.
     """
 
     def __init__(
@@ -116,6 +123,10 @@ class Machines:
     ) -> None:  # fmt: skip
         self.number, self.hosts, self.master, self.asked, self._held = number, hosts, master, 0, held
         self.verdict: Bad | None = None
+        self.explain: Callable[[int], str] = lambda _: ""
+        self.news: dict[int, tuple[list[dict[str, Any]], float]] = {}
+        self.questions: list[int] = []
+        self.answers: dict[int, str] = {}
         self._wires, self._bad, self._beaten = wires, list[Bad](), 0.0
 
     @classmethod
@@ -126,11 +137,28 @@ class Machines:
         held = hold_port(port)
         return cls(0, {}, hosts=[_HOME], master=_address(_HOME, held), held=held)
 
+    def beat(self, news: Sequence[Mapping[str, Any]] = ()) -> None:
+        """A sign of life, with what is seen of the ranks here."""
+        self._beaten = time.monotonic()
+        self._tell({"say": "beat", "news": [] if self.number == 0 else list(news)})
+
+    def ask(self, machine: int, rank: int) -> str:
+        """What another machine says of where a rank of its own stands; "" if it does not say."""
+        self._wires[machine].send({"say": "where", "rank": rank})
+        deadline = time.monotonic() + _VERDICT
+        while rank not in self.answers and time.monotonic() < deadline:
+            self._hear()
+            time.sleep(_TICK)
+        return self.answers.get(rank, "")
+
+    def answer(self, rank: int, text: str) -> None:
+        """Tell machine 0 where a rank stands."""
+        self._tell({"say": "there", "rank": rank, "text": text})
+
     def poll(self) -> Bad | None:
         """Hear the others. Returns what the job has to end for."""
         if time.monotonic() - self._beaten > _BEAT:
-            self._beaten = time.monotonic()
-            self._tell({"say": "beat"})
+            self.beat()
         self._hear()
         for number, wire in self._wires.items():
             if not wire.is_done and (problem := _lost(wire)):
@@ -155,6 +183,7 @@ class Machines:
             time.sleep(_TICK)
         self.verdict = self.verdict or min(self._bad, key=lambda bad: bad.order)
         if self.number == 0:
+            self.verdict.text = self.explain(self.verdict.rank) + self.verdict.text
             self._tell({"say": "verdict", **self.verdict.message()})
         return self.verdict
 
@@ -170,9 +199,15 @@ class Machines:
         for number, wire in self._wires.items():
             for message in wire.receive():
                 said = message.get("say")
-                if said == "asked" and not self.asked:
+                if said == "beat" and message["news"]:
+                    self.news[number] = (message["news"], time.time())
+                elif said == "asked" and not self.asked:
                     self.asked = message["signal"]
                     self.pass_on(self.asked, besides=number)
+                elif said == "where":
+                    self.questions.append(message["rank"])
+                elif said == "there":
+                    self.answers[message["rank"]] = message["text"]
                 elif said == "bad":
                     self._bad.append(Bad.of(message))
                 elif said == "verdict":
@@ -194,12 +229,41 @@ def _lost(wire: Wire) -> str:
 
 
 # ---------------------------------------------------------------------- finding together
+def find(address: str, port: int, *, node: int | None, nodes: int, nproc: int) -> Machines:
+    """All machines of a job. `node` is the number of this one; None: the one that `address` names is 0, the others are
+    numbered as they come. Raises MeshError."""
+    if node is None:
+        node = 0 if _is_here(address) and _is_free(port) else _ANY
+    if node == 0:
+        return gather(address, port, nodes=nodes, nproc=nproc)
+    return join(address, port, node=node, nodes=nodes, nproc=nproc)
+
+
+def _is_here(address: str) -> bool:
+    with socket.socket() as probe:
+        try:
+            probe.bind((address, 0))
+        except OSError:
+            return False
+    return True
+
+
+def _is_free(port: int) -> bool:
+    try:
+        _listener(port, backlog=1).close()
+    except MeshError:
+        return False
+    return True
+
+
 def gather(address: str, port: int, *, nodes: int, nproc: int) -> Machines:
     """Machine 0: wait for the others. Raises MeshError if the port is taken, or not all come, or they disagree."""
     wires: dict[int, Wire] = {}
     hosts = [address] * nodes
     with _listener(port, backlog=nodes) as listener:
         for number, wire, host, said in _callers(listener, wires, nodes):
+            if number == _ANY:
+                number = next(each for each in range(1, nodes) if each not in wires)
             problem = ""
             if said["nproc"] != nproc:
                 problem = f"machine {number} starts {said['nproc']} ranks and machine 0 {nproc}; all start as many."
@@ -212,8 +276,8 @@ def gather(address: str, port: int, *, nodes: int, nproc: int) -> Machines:
                 raise MeshError(problem)
     held = hold_port()
     master = _address(address, held)
-    for wire in wires.values():
-        wire.send({"master": master, "hosts": hosts})
+    for number, wire in wires.items():
+        wire.send({"node": number, "master": master, "hosts": hosts})
     return Machines(0, wires, hosts=hosts, master=master, held=held)
 
 
@@ -265,16 +329,21 @@ def _listener(port: int, *, backlog: int) -> socket.socket:
 
 def join(address: str, port: int, *, node: int, nodes: int, nproc: int) -> Machines:
     """The other machines: call machine 0. Raises MeshError if it does not answer or refuses."""
-    deadline, notice = time.monotonic() + _COMING, time.monotonic() + _NOTICE
+    began = time.monotonic()
+    deadline, notice = began + _COMING, began + _NOTICE
     while True:
         try:
             connection = socket.create_connection((address, port), timeout=_SILENCE)
             break
         except OSError as error:
+            if isinstance(error, socket.gaierror):  # no such name: that is known sooner
+                deadline = min(deadline, began + _NAMES)
+            waited = time.monotonic() - began
             if time.monotonic() > deadline:
                 raise MeshError(
-                    f"machine 0 does not answer at {address}:{port} ({error}). See that it runs the same command with "
-                    "NODE_RANK=0, that MASTER_ADDR and MASTER_PORT name it, and that no firewall stands between."
+                    f"machine 0 does not answer at {address}:{port} ({error}), in {waited:.0f} seconds. See that "
+                    f"it runs the same command (NODE_RANK=0 there), that MASTER_ADDR={address} and MASTER_PORT={port} "
+                    "name it, and that no firewall stands between."
                 ) from None
         if time.monotonic() > notice:
             notice = deadline
@@ -286,4 +355,4 @@ def join(address: str, port: int, *, node: int, nodes: int, nproc: int) -> Machi
     if answer is None or "refused" in answer:
         why = answer["refused"] if answer else "it closed the connection, or not all machines came in time."
         raise MeshError(f"machine 0 at {address}:{port}: {why}")
-    return Machines(node, {0: wire}, hosts=answer["hosts"], master=answer["master"])
+    return Machines(answer["node"], {0: wire}, hosts=answer["hosts"], master=answer["master"])

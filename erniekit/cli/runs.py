@@ -29,7 +29,8 @@ def train(arguments: Arguments) -> None:
 def evaluate(arguments: Arguments) -> None:
     """Evaluate the model of the config."""
     config = load_config(arguments.places[0], arguments.overrides)
-    from erniekit.recipes.evaluate import evaluate
+    with runtime.keeping_sigterm():
+        from erniekit.recipes.evaluate import evaluate
 
     evaluate(config)
 
@@ -39,7 +40,8 @@ def export(arguments: Arguments) -> None:
     config = load_config(arguments.places[0], arguments.overrides)
     if runtime.rank_place().rank:
         return
-    from erniekit.recipes.export import export
+    with runtime.keeping_sigterm():
+        from erniekit.recipes.export import export
 
     export(
         config,

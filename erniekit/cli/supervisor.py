@@ -17,13 +17,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from erniekit.base.files import writing
+from erniekit.base.resources import GIB, memory
 from erniekit.cli.machines import Bad, Machines
-from erniekit.cli.watchdog import Watchdog
+from erniekit.cli.processes import kills_for_memory, memory_of
+from erniekit.cli.watchdog import Sign, Watchdog, missing_ranks
 
 _TICK = 0.05  # seconds between two looks
 _SETTLE = 0.4  # for others to fail as well, so that the first one can be found
@@ -31,7 +33,6 @@ _AGREE = 2.0  # for rank 0 to find the same fault of the user as a quicker rank
 _USERS_FAULT = 2  # exit code
 _LAST_WAIT = 30.0  # where the user asked to stop and some ranks have: what the others have to finish saving
 _NUM_LINES = 20  # of a log, where a rank left no last words
-_MEMORY_EVENTS = Path("/sys/fs/cgroup/memory.events")
 _NO_MEMORY = ("MemoryError", "ResourceExhaustedError", "bad_alloc", "out of memory", "Out of memory")
 INTERRUPTED, FAILED = 130, 1
 
@@ -44,6 +45,7 @@ class Rank:
         self.process: subprocess.Popen[bytes] | None = None
         self.log_start = 0
         self.seen = 0.0  # when it was last seen running
+        self.held = 0  # bytes of memory, when somebody looked last
 
     def start(self) -> None:
         """Begin, in a session of its own: Ctrl-C reaches the supervisor alone, which passes it on."""
@@ -73,20 +75,22 @@ class Rank:
         return code
 
     def send(self, number: int) -> None:
-        """A signal to the process if it runs; to its children too if it is SIGKILL."""
-        assert self.process, "the rank was not started"
+        """A signal to the process if it runs."""
         if self.code is None:
-            (os.killpg if number == signal.SIGKILL else os.kill)(self.process.pid, number)
+            os.kill(self.pid, number)
+
+    def end(self) -> None:
+        """Kill it, and what it has started even if it has ended itself."""
+        if self.process:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.pid, signal.SIGKILL)
+            self.process.wait()
 
     @property
-    def is_stopped(self) -> bool:
-        """Whether somebody has stopped the process (SIGSTOP), as far as the system tells."""
+    def pid(self) -> int:
+        """The number of the process."""
         assert self.process, "the rank was not started"
-        try:
-            state = Path(f"/proc/{self.process.pid}/stat").read_text(encoding="utf-8", errors="replace")
-        except OSError:
-            return False
-        return state.rpartition(")")[2].split()[0] == "T"
+        return self.process.pid
 
     def last_lines(self) -> str:
         """The end of what it wrote into its log."""
@@ -138,11 +142,16 @@ class Failure:
             if -self.code != signal.SIGKILL:
                 return f"was killed by signal {-self.code} ({name})"
             if self.killed_for_memory:
-                return f"was killed by the system ({name}): memory ran out. {_LESS_MEMORY}"
-            return f"was killed by signal {-self.code} ({name}), as the system does when memory runs out"
+                return f"was killed by the system ({name}): memory ran out{self._held()}. {_LESS_MEMORY}"
+            return f"was killed by signal {-self.code} ({name}), as the system does when memory runs out{self._held()}"
         if any(word in self.words for word in _NO_MEMORY):
             return f"ran out of memory (exit code {self.code}). {_LESS_MEMORY}"
         return f"ended with exit code {self.code}"
+
+    def _held(self) -> str:
+        if not self.rank.held:
+            return ""
+        return f" (it held {self.rank.held / GIB:.1f} GiB of the {memory()[0] / GIB:.1f} that there are)"
 
 
 _LESS_MEMORY = "`erniekit doctor CFG` shows the budget; a smaller batch_size or recompute: true needs less"
@@ -153,7 +162,7 @@ def supervise(
 ) -> int:
     """Start the ranks, wait for them, and return the exit code of the job. Prints what went wrong, once."""
     machines = machines or Machines.alone()
-    killed_before = _kills_for_memory()
+    killed_before = kills_for_memory()
     with _signals() as asked:
         try:
             for rank in ranks:
@@ -161,9 +170,7 @@ def supervise(
             return _Job(ranks, folder, world, watch, machines, asked, killed_before).wait()
         finally:  # nothing is lost: ranks without one of them cannot go on, and whatever they write is whole or absent
             for rank in ranks:
-                if rank.process:
-                    rank.send(signal.SIGKILL)
-                    rank.process.wait()
+                rank.end()
             machines.leave()
 
 
@@ -180,9 +187,11 @@ class _Job:
     killed_before: int
     passed_on: int = 0
     leaving_since: float = 0.0
+    seen: list[Sign] = field(default_factory=list)  # of the ranks here
 
     def wait(self) -> int:
         """Until all are done, one has failed, or the user has had enough."""
+        self.machines.explain = self._explain
         while running := self._running():
             if bad := self._bad(running):
                 return self._end(bad)
@@ -206,13 +215,49 @@ class _Job:
         """What the job has to end for: a rank here, something on another machine, or a rank that hangs."""
         if bad := self._failure():
             return self.machines.settle(bad)
+        looked = self._look(running)
         if bad := self.machines.poll():
             return bad
-        problem = self.watch(running) if self.watch and not self.asked else ""
-        if not problem:
+        return self._hung() if looked and self.machines.number == 0 and not self._signal else None
+
+    def _look(self, ranks: Sequence[Rank], *, again: bool = False) -> bool:
+        """Look at the ranks here, tell machine 0 of them, and answer what it asks; whether it was time for that."""
+        found = self.watch.look(ranks, again=again) if self.watch else None
+        if found is not None:
+            self.seen = found
+            for rank in ranks:
+                rank.held = memory_of(rank.pid) or rank.held
+            self.machines.beat([sign.message() for sign in found])
+        while self.watch and self.machines.questions:
+            number = self.machines.questions.pop()
+            self.machines.answer(number, "".join(self.watch.stack(rank) for rank in ranks if rank.number == number))
+        return found is not None
+
+    def _signs(self) -> dict[int, tuple[int, Sign]]:
+        """Of every rank of all machines that we know of: its machine, and what is seen of it."""
+        found = {sign.rank: (self.machines.number, sign) for sign in self.seen}
+        for machine, (news, heard_at) in self.machines.news.items():
+            found |= {message["rank"]: (machine, Sign.of(message, heard_at)) for message in news}
+        return found
+
+    def _hung(self) -> Bad | None:
+        """What is told of a job that hangs; machine 0 judges."""
+        assert self.watch
+        found = self._signs()
+        signs = [sign for _, sign in found.values()]
+        late = self.watch.late(signs)
+        if late is None:
             return None
-        bad = Bad(problem, FAILED, order=(1, time.time()), machine=self.machines.number)
-        return self.machines.settle(bad)
+        here = {rank.number: rank for rank in self.ranks}
+        stacks = [
+            self.watch.stack(here[rank]) if rank in here else self.machines.ask(found[rank][0], rank) for rank in late
+        ]
+        machine = found[late[0]][0] if late else 0
+        text = self.watch.account(signs, late, stacks)
+        return self.machines.settle(Bad(text, FAILED, order=(1, time.time()), machine=machine))
+
+    def _explain(self, failed: int) -> str:
+        return missing_ranks((sign for _, sign in self._signs().values()), failed)
 
     @property
     def _signal(self) -> int:
@@ -234,15 +279,16 @@ class _Job:
         time.sleep(_SETTLE)
         while self._only_users_fault() and self.ranks[0].code is None and time.monotonic() < deadline:
             time.sleep(_TICK)
-        for_memory = _kills_for_memory() > self.killed_before
+        for_memory = kills_for_memory() > self.killed_before
         failed = [rank for rank in self.ranks if self._has_failed(rank)]
         failures = [Failure(rank, self.folder, killed_for_memory=for_memory) for rank in failed]
         first = min(failures, key=lambda failure: failure.order)
         if first.words:  # what several say is told as that of rank 0, if it is among them
             first = min((each for each in failures if each.words == first.words), key=lambda each: each.rank.number)
-        code = first.code if first.code > 0 else 128 - first.code
-        late = self.watch.late(self.ranks, first.rank.number) if self.watch else ""
-        return Bad(late + first.text(world=self.world), code, order=first.order, machine=self.machines.number)
+        self._look(self.ranks, again=True)
+        code, number = first.code if first.code > 0 else 128 - first.code, first.rank.number
+        text = first.text(world=self.world)
+        return Bad(text, code, order=first.order, machine=self.machines.number, rank=number)
 
     def _end(self, bad: Bad) -> int:
         """Tell what happened, on machine 0 and where it did."""
@@ -272,15 +318,6 @@ class _Job:
 
     def _stopped(self) -> int:
         return 128 + self._signal if self._signal else INTERRUPTED
-
-
-def _kills_for_memory() -> int:
-    """How many processes of this container the system has killed because memory ran out."""
-    try:
-        rows = dict(line.split() for line in _MEMORY_EVENTS.read_text(encoding="ascii").splitlines())
-    except (OSError, ValueError):
-        return 0
-    return int(rows.get("oom_kill", 0))
 
 
 @contextlib.contextmanager

@@ -108,12 +108,14 @@ class Layout:
         }[axis]
 
 
-def layout_of(cfg: RunConfig, world: int, arch: ErnieConfig | None = None, *, verb: str = "train") -> Layout:
+def layout_of(
+    cfg: RunConfig, world: int, arch: ErnieConfig | None = None, *, verb: str = "train", cards: int = 0
+) -> Layout:
     """The layout that the keys of a run ask for on `world` ranks; what they leave open is derived here and written back
     nowhere. Nothing is sharded but by `train`. Raises MeshError with everything that does not fit; of a model that is
-    not known yet, nothing is said.
+    not known yet, nothing is said. `cards`: the GPUs of this machine, for the way out.
     """
-    problems = list(world_misfits(cfg, world, verb=verb))
+    problems = list(world_misfits(cfg, world, verb=verb, cards=cards))
     asked = degrees_of(cfg, sparse=arch is None or arch.is_moe, verb=verb)
     data = max(world // asked.tensor, 1)
     sharding = asked.sharding or data

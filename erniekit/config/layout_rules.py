@@ -7,7 +7,7 @@ architecture, too. Nothing here changes a setting: what degrees leave open is fi
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -73,8 +73,8 @@ def contradictions(cfg: RunConfig) -> Iterator[tuple[tuple[str, ...], str]]:
 
 
 # ---------------------------------------------------------------------- what only the place of the run says
-def world_misfits(cfg: RunConfig, world: int, *, verb: str = "train") -> Iterator[str]:
-    """Whether so many ranks can be laid out as the degrees ask."""
+def world_misfits(cfg: RunConfig, world: int, *, verb: str = "train", cards: int = 0) -> Iterator[str]:
+    """Whether so many ranks can be laid out as the degrees ask; `cards`: the GPUs of this machine, if it has any."""
     asked = degrees_of(cfg, verb=verb)
     if verb == "train" and cfg.parallel.sharding_parallel_degree > 1 and not asked.stage:
         yield (
@@ -94,7 +94,12 @@ def world_misfits(cfg: RunConfig, world: int, *, verb: str = "train") -> Iterato
     keys, alone = " and ".join(quote(cfg, name) for name in names), ", ".join(f"{name}=1" for name in names)
     needs = asked.least_ranks
     need = "needs" if len(names) == 1 else "need"
-    if world == 1:
+    if 0 < cards < needs and world < needs:
+        yield (
+            f"{keys} {need} {needs} devices, and this machine shows {cards}. Start the command on "
+            f"{-(-needs // cards)} like it (NNODES and NODE_RANK, see docs/parallel.md), or set {alone}"
+        )
+    elif world == 1:
         yield (
             f"{keys} {need} {needs} devices, and this is one process. Start {needs} of them: erniekit {verb} "
             f"{cfg.path or 'CFG'} --nproc {needs}; or set {alone}"
@@ -128,6 +133,18 @@ def model_misfits(cfg: RunConfig, arch: ErnieConfig, data: int) -> Iterator[str]
             f"{quote(cfg, 'expert_parallel_degree' if asked.expert else by)}: {over} devices cannot share evenly the "
             f"model's {total} experts; values that go with {data} ranks: {_divisors(math.gcd(data, total))}"
         )
+
+
+def devices_text(cfg: RunConfig, degrees: Iterable[str]) -> str:
+    """How many devices the `degrees` that a file sets ask for together, "" if it asks for one."""
+    asked = {name: cfg.value(name) for name in degrees if cfg.value(name) > 1}
+    data = math.lcm(*(asked.pop(name, 1) for name in ("sharding_parallel_degree", "expert_parallel_degree")))
+    least = math.prod(asked.values()) * data
+    if least == 1:
+        return ""
+    factors = [f"{name} {size}" for name, size in asked.items()] + [f"{data} with other rows"] * (data > 1)
+    machines = f", {-(-least // 8)} machines of 8" if least > 8 else ""
+    return f"{least} at least ({' x '.join(factors)}){machines}; any multiple, to see more rows in a step"
 
 
 def _divisors(number: int) -> str:

@@ -12,9 +12,11 @@ from erniekit.base.errors import CheckpointError, ConfigError, MeshError
 from erniekit.base.files import nearest_sibling
 from erniekit.config.architecture import ErnieConfig
 from erniekit.config.data import is_data_set
+from erniekit.config.families import family
 from erniekit.config.hubs import DEFAULT_HUB, download_command, is_repository
 from erniekit.config.keys import RESULTS
 from erniekit.config.layout import layout_of
+from erniekit.config.layout_rules import degrees_of, devices_text
 from erniekit.config.model import REINFORCEMENT_STAGES, VISION_STAGES
 from erniekit.config.parallel import DEVICE_DEGREES, UNBUILT_DEGREES
 from erniekit.config.run import KEYS, RunConfig
@@ -97,30 +99,35 @@ def _repositories(config: RunConfig) -> list[str]:
     ]
 
 
-def require_ready(config: RunConfig, verb: str = "train", *, world: int = 1) -> None:
+def require_ready(config: RunConfig, verb: str = "train", *, world: int = 1, cards: int = 0) -> None:
     """Raise ConfigError naming everything that keeps `verb` from starting on `world` ranks: not built, not set, not
     there, degrees of another number of ranks or for another model."""
     found = [*_refused(config, verb), *_unset(config, verb), *absent_files(config, verb)]
     if "parallel" in _READS[verb]:
-        found += _misfits(config, world, verb)
+        found += _misfits(config, world, verb=verb, cards=cards)
     _refuse(found)
 
 
-def _misfits(config: RunConfig, world: int, verb: str) -> list[str]:
+def layout_problems(config: RunConfig) -> list[str]:
+    """What no number of devices mends: degrees that contradict each other, or that the model cannot be cut by."""
+    return _misfits(config, degrees_of(config).least_ranks)
+
+
+def _misfits(config: RunConfig, world: int, *, verb: str = "train", cards: int = 0) -> list[str]:
     try:
-        layout_of(config, world, architecture_here(config), verb=verb)
+        layout_of(config, world, architecture_here(config), verb=verb, cards=cards)
     except MeshError as error:
         return error.problems
     return []
 
 
 def architecture_here(config: RunConfig) -> ErnieConfig | None:
-    """The architecture of a model that is on this machine; None of one that is not, or that cannot be read: who opens
-    the folder says why."""
-    folder = config.model.model_name_or_path
+    """The architecture of a model that is on this machine, or of the published family that a hub's name stands for;
+    None of another one, or of one that cannot be read: who opens the folder says why."""
+    name = config.model.model_name_or_path
     try:
-        return ErnieConfig.from_folder(folder) if folder else None
-    except CheckpointError:
+        return family(name) if name and is_repository(name) else ErnieConfig.from_folder(name) if name else None
+    except (CheckpointError, ConfigError):
         return None
 
 
@@ -169,11 +176,13 @@ def _unbuilt_line(config: RunConfig, name: str) -> str:
 
 
 def _degrees(config: RunConfig) -> list[str]:
-    return [
+    found = [
         f"{_place(config, name)}: {config.value(name)} needs {config.value(name)} devices."
         for name in DEVICE_DEGREES
         if name not in UNBUILT_DEGREES and config.value(name) > 1
     ]
+    together = devices_text(config, DEVICE_DEGREES)
+    return [*found, f"devices in all: {together}."] if together else found
 
 
 def _place(config: RunConfig, name: str) -> str:

@@ -99,10 +99,16 @@ class Decoder(nn.Layer):
     def _predict_ahead(
         self, input_ids_BS: paddle.Tensor, hidden_BSD: paddle.Tensor, positions: Positions, routings: list[Routing]
     ) -> list[paddle.Tensor]:
-        """Depth i joins the embedding of the token i + 1 ahead with the hidden state before the final norm."""
-        out = []
-        for depth in range(self.cfg.num_nextn_predict_layers):
-            ahead_ids = paddle.roll(input_ids_BS, -(depth + 1), axis=1)  # wrapped positions carry no label
+        """Depth i joins the embedding of the token i + 1 ahead with the hidden state before the final norm.
+
+        Behind a row comes padding, so that routers, which judge positions without a label too, see the same however
+        wide the longest row of a batch is.
+        """
+        out, (rows, width), depths = [], input_ids_BS.shape, self.cfg.num_nextn_predict_layers
+        behind = paddle.full([rows, depths], self.cfg.pad_token_id, input_ids_BS.dtype)
+        padded_ids = paddle.concat([input_ids_BS, behind], 1)
+        for depth in range(depths):
+            ahead_ids = padded_ids[:, depth + 1 : depth + 1 + width]
             joined = paddle.concat(
                 [self.mtp_emb_norm[depth](self.embed_tokens(ahead_ids)), self.mtp_hidden_norm[depth](hidden_BSD)], -1
             )

@@ -1,9 +1,10 @@
-"""What every rank is doing now, for a watchdog in another process: its last collective or meeting, and its step.
+"""What every rank is doing now, for a watchdog in another process: its last collective or meeting, its step, its phase.
 
 A rank writes one short record over and over into a mapped file, which costs microseconds and needs nobody's help: a
 process that hangs, or that was killed, still shows where. All ranks run the same collectives in the same order, so the
 rank with the lowest count is the one that the others wait for. On GPUs a collective counts as over when the host goes
-on, which may be before the device is done. Knows no Paddle, and not what a rank should be doing.
+on, which may be before the device is done. Outside training steps a rank may work alone for long (reading data,
+evaluating, saving): it is in a phase then. Knows no Paddle, and not what a rank should be doing.
 """
 
 from __future__ import annotations
@@ -12,12 +13,14 @@ import mmap
 import os
 import struct
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-_RECORD = struct.Struct("<qqqd?23s64sq")  # the first and the last number are equal, unless a write is under way
+_RECORD = struct.Struct("<qqqd?23s32s64sq")  # the first and the last number are equal, unless a write is under way
 _TRIES = 100
+_STARTING, _BETWEEN = "getting ready", "between steps"
 
 
 @dataclass(frozen=True)
@@ -31,14 +34,16 @@ class Beat:
     inside: bool
     kind: str
     where: str  # the axis, or the name of the meeting
+    phase: str = ""  # what it does outside steps
 
     def text(self, now: float) -> str:
         """A line for people."""
         since, step = max(now - self.at, 0), f"step {self.step}" if self.step >= 0 else "before the first step"
+        head = f"rank {self.rank}, {step}{', ' * bool(self.phase)}{self.phase}"
         if not self.number:
-            return f"rank {self.rank}, {step}: no collective yet, for {since:.0f} s"
+            return f"{head}: no collective yet, for {since:.0f} s"
         what = f"{self.kind} '{self.where}' (number {self.number})"
-        return f"rank {self.rank}, {step}: {'waits in' if self.inside else 'is done with'} {what}, for {since:.0f} s"
+        return f"{head}: {'waits in' if self.inside else 'is done with'} {what}, for {since:.0f} s"
 
     @property
     def place(self) -> int:
@@ -53,6 +58,7 @@ class Pulse:
         self._map: mmap.mmap | None = None
         self._number, self._step, self._writes = 0, -1, 0
         self._kind = self._where = b""
+        self._phase = _STARTING
         if folder:
             Path(folder).mkdir(parents=True, exist_ok=True)
             descriptor = os.open(_path(folder, rank), os.O_RDWR | os.O_CREAT, 0o644)
@@ -75,15 +81,28 @@ class Pulse:
         if number == self._number:  # else another one has begun, which says more
             self._write(inside=False)
 
-    def step(self, step: int) -> None:
-        """A step begins."""
-        self._step = step
+    @contextmanager
+    def step(self, step: int) -> Iterator[None]:
+        """A training step: nobody works alone for long."""
+        self._step, self._phase = step, ""
+        self._write(inside=False)
+        yield
+        self._phase = _BETWEEN
+        self._write(inside=False)
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Work outside steps that has a name."""
+        before, self._phase = self._phase, name
+        self._write(inside=False)
+        yield
+        self._phase = before
         self._write(inside=False)
 
     def _write(self, *, inside: bool) -> None:
         if self._map is not None:
             self._writes += 1
-            facts = (self._number, self._step, time.time(), inside, self._kind, self._where)
+            facts = (self._number, self._step, time.time(), inside, self._kind, self._phase.encode(), self._where)
             _RECORD.pack_into(self._map, 0, self._writes, *facts, self._writes)
 
 
@@ -128,8 +147,8 @@ def _read(path: Path, rank: int) -> Beat | None:
         except FileNotFoundError:
             return None
         if len(data) == _RECORD.size and data == again:
-            first, number, step, at, inside, kind, where, last = _RECORD.unpack(data)
+            first, number, step, at, inside, kind, phase, where, last = _RECORD.unpack(data)
             if first and first == last:
-                names = (text.rstrip(b"\0").decode(errors="replace") for text in (kind, where))
+                names = (text.rstrip(b"\0").decode(errors="replace") for text in (kind, where, phase))
                 return Beat(rank, number, step, at, inside, *names)
     return None

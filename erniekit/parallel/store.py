@@ -25,7 +25,7 @@ from erniekit.base.errors import MeshError, listed
 from erniekit.base.ports import free_port, hold_port
 from erniekit.parallel.pulse import Pulse
 
-_ASK_AGAIN = 0.02  # seconds
+_ASK_AGAIN, _ASK_SELDOM = 0.02, 0.5  # seconds, at first and when it takes long: many ranks ask, and rank 0 answers
 _PATIENCE = 120  # seconds for all ranks to come up
 _PATIENCE_WITH_NAMES = 20  # seconds for the name of rank 0's machine to be known
 _QUIET = 10  # seconds of waiting that nobody is told of
@@ -120,12 +120,14 @@ class Words:
         self._used[name] += 1
         return f"{name}#{self._used[name]}"
 
-    def _wait(self, counter: str, until: int) -> None:
+    def _wait(self, counter: str, until: int, *, add: int = 0) -> None:
+        """Add to a counter, and go on when it has come to `until`."""
         kind, _, name = counter.partition("/")
-        number = self._pulse.enter(kind, name)
+        number, began = self._pulse.enter(kind, name), time.monotonic()
         try:
+            self.store.add(counter, add)
             while self.store.add(counter, 0) < until:
-                time.sleep(_ASK_AGAIN)
+                time.sleep(min(max(_ASK_AGAIN, (time.monotonic() - began) / 100), _ASK_SELDOM))
         except (RuntimeError, ValueError) as error:
             raise MeshError(
                 f"rank {self.rank}: rank 0, at which all meet, is gone ({_reason(error)}); its log says why."
@@ -155,9 +157,7 @@ class Words:
         """Go on when all ranks have come here, however long that takes."""
         if self.world == 1:
             return
-        key = self._key(f"meet/{name}")
-        self.store.add(key, 1)
-        self._wait(key, self.world)
+        self._wait(self._key(f"meet/{name}"), self.world, add=1)
 
     def share(self, name: str, value: Any = None) -> Any:
         """What rank 0 says, anything that JSON can carry; the others' `value` does not count."""
@@ -178,8 +178,7 @@ class Words:
             return [value]
         key = self._key(f"collect/{name}")
         self.store.set(f"{key}/{self.rank}", json.dumps(value))
-        self.store.add(key, 1)
-        self._wait(key, self.world)
+        self._wait(key, self.world, add=1)
         return [json.loads(self.store.get(f"{key}/{rank}")) for rank in range(self.world)]
 
     def agree(self, what: str, facts: Mapping[str, str], *, way_out: str) -> None:

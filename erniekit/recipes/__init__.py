@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from erniekit.base.runtime import rank_place
+from erniekit.base.runtime import keeping_sigterm, rank_place
 from erniekit.config.load import load_config
 from erniekit.config.model import PREFERENCE_STAGES
 from erniekit.config.readiness import require_ready
@@ -24,10 +24,9 @@ def train(config: RunConfig | Mapping[str, Any] | str | Path, **overrides: Any) 
     if not isinstance(config, RunConfig):
         config = load_config(config, overrides)
     require_ready(config, "train", world=rank_place().world)
-    if config.model.stage in PREFERENCE_STAGES:
-        from erniekit.recipes.preference import train_on_preferences  # paddle loads here, after the config was judged
-
-        return train_on_preferences(config)
-    from erniekit.recipes.sft import train_language_model
-
-    return train_language_model(config)
+    with keeping_sigterm():  # Paddle loads here, after the config was judged
+        if config.model.stage in PREFERENCE_STAGES:
+            from erniekit.recipes.preference import train_on_preferences as run
+        else:
+            from erniekit.recipes.sft import train_language_model as run
+    return run(config)

@@ -133,22 +133,28 @@ def train_loop(run: Run, *, start_step: int) -> int:
 
 def _evaluate(run: Run, evaluate: Callable[[], dict[str, float]]) -> dict[str, float]:
     """What rank 0 finds, on all ranks: they judge by the same numbers, to the last bit."""
-    figures = evaluate()
-    if run.optimizer.averages():
-        with run.optimizer.averaged():
-            figures["ema_eval_loss"] = evaluate()["eval_loss"]
+    with run.mesh.pulse.phase("evaluating"):
+        figures = evaluate()
+        if run.optimizer.averages():
+            with run.optimizer.averaged():
+                figures["ema_eval_loss"] = evaluate()["eval_loss"]
     return run.mesh.words.share("figures", figures)
 
 
 def _save(run: Run, step: int) -> None:
     best = run.best.step if run.best.keep else 0
-    run.checkpoints.save(
-        run.model, run.optimizer, step=step, progress=run.progress(), memory=run.memory, best=best
-    )  # fmt: skip
+    with run.mesh.pulse.phase("saving"):
+        run.checkpoints.save(
+            run.model, run.optimizer, step=step, progress=run.progress(), memory=run.memory, best=best
+        )  # fmt: skip
 
 
 def _take(run: Run, step: int) -> StepResult:
-    run.mesh.pulse.step(step + 1)
+    with run.mesh.pulse.step(step + 1):
+        return _step(run, step)
+
+
+def _step(run: Run, step: int) -> StepResult:
     data = run.mesh.axis("data")
     # Whatever draws numbers in a step draws them from (seed, step), and data ranks draw others for their rows.
     paddle.seed(run.rhythm.seed * 1_000_003 + step + data.index * _STREAM)
@@ -161,10 +167,11 @@ def _take(run: Run, step: int) -> StepResult:
 
     def keep(loss: float, reason: str) -> None:
         everybodys = run.data.micro_batches(step, batch_size=size)
-        run.keeper.keep(
-            run.model, step=step, reason=reason, loss=loss, batches=everybodys, rows=run.data.rows(step),
-            reference=run.reference,
-        )  # fmt: skip
+        with run.mesh.pulse.phase("keeping the step"):
+            run.keeper.keep(
+                run.model, step=step, reason=reason, loss=loss, batches=everybodys, rows=run.data.rows(step),
+                reference=run.reference,
+            )  # fmt: skip
 
     def before_update(loss: float) -> None:
         if reason := run.keeper.spike(loss):

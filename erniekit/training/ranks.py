@@ -34,7 +34,8 @@ def first_alone(mesh: Mesh, name: str, work: Callable[[], T]) -> T | None:
     found, problems = None, list[str]()
     if mesh.first:
         try:
-            found = work()
+            with mesh.pulse.phase(name):
+                found = work()
         except ErnieKitError as error:
             mesh.words.share(name, error.problems)
             mesh.close()

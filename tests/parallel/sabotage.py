@@ -1,29 +1,37 @@
-"""Training with one reduction left out: what `tests/parallel` must notice.
+"""Training with one exchange between ranks left out: what `tests/parallel` must notice.
 
-A *site* is a place in the program that adds up over ranks, told by the functions that lead there; the layers of a model
-are one place. Left out, a sum over ranks is what the rank itself had.
+A *site* is a place in the program where numbers go over ranks, told by the functions that lead there; the layers of a
+model are one place, and so is what is computed again. Left out, a sum over ranks is what the rank itself had; of what
+is gathered, or comes from other ranks, only the rank's own part is there, and zeros.
+
+Integers are let through: they are counts of what travels, or of what a loss is divided by, without which ranks would
+wait for each other; tests of their own count them (test_expert.py, test_step.py).
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
+from typing import Any
 from unittest import mock
 
 import paddle
+from paddle.autograd import PyLayer
 
 import erniekit
 from erniekit.config.layout import Layout
-from erniekit.parallel.collectives import Axis, Handle
+from erniekit.parallel import passing
+from erniekit.parallel.collectives import Axis, Channel, Handle
 from erniekit.parallel.mesh import Mesh
 from tests.parallel.equal import Case, Outcome, distances, together, train
 from tests.parallel.ranks import run_ranks
 
 _PACKAGE = Path(erniekit.__file__).parent
-_ENDS = ("models/decoder.py", "training/step.py")  # what leads there does not tell one reduction from another
+_ENDS = ("models/decoder.py", "training/step.py")  # what leads there does not tell one exchange from another
+_AGAIN = "fleet/recompute/"  # nor does what leads to a second computation
 
 
 def unnoticed(case: Case, layout: Layout) -> tuple[list[str], list[str]]:
@@ -44,47 +52,94 @@ def _is_right(case: Case, layout: Layout, parts: Sequence[Outcome]) -> bool:
 def _train_without(mesh: Mesh, case: Case) -> dict[str, Outcome]:
     """What training gives on this rank without each of the sites in turn."""
     seen: dict[str, None] = {}
-    with _reductions(seen):
+    with _exchanges(seen):
         train(mesh, case)
     found = {}
     for site in dict.fromkeys(site for sites in mesh.words.collect("sites", list(seen)) for site in sites):
-        with _reductions({}, without=site):
+        with _exchanges({}, without=site):
             found[site] = train(mesh, case)
     return found
 
 
 @contextmanager
-def _reductions(seen: dict[str, None], *, without: str = "") -> Iterator[None]:
-    """Within, every site that is come to is put down, and one of them does nothing."""
-    all_reduce, reduce_scatter = Axis.start_all_reduce, Axis.start_reduce_scatter
+def _exchanges(seen: dict[str, None], *, without: str = "") -> Iterator[None]:
+    """Within, every site that is come to is put down, and at one of them nothing is sent."""
+    started = Axis._started
 
-    def left_out(axis: Axis) -> bool:
-        site = _site(sys._getframe(2)) if axis.size > 1 else ""
-        if site:
-            seen[site] = None
-        return bool(site) and site == without
+    def _started(axis: Axis, kind: str, tensor: paddle.Tensor, call: Callable[[Channel], Handle]) -> Handle:
+        if axis.size == 1 or not tensor.is_floating_point():
+            return started(axis, kind, tensor, call)
+        what = f"rows of {tensor.shape[-1]}" if tensor.ndim > 1 else "numbers"
+        site = f"{what} over {axis.name}: {_site(sys._getframe(1))}"
+        seen[site] = None
+        return call(_Alone(axis)) if site == without else started(axis, kind, tensor, call)
 
-    def start_all_reduce(axis: Axis, tensor: paddle.Tensor, *, op: str = "sum") -> Handle:
-        return Handle(tensor) if left_out(axis) else all_reduce(axis, tensor, op=op)
-
-    def start_reduce_scatter(axis: Axis, tensor: paddle.Tensor) -> Handle:
-        if not left_out(axis):
-            return reduce_scatter(axis, tensor)
-        each = tensor.shape[0] // axis.size
-        return Handle(tensor[axis.index * each : (axis.index + 1) * each].clone())
-
-    with (
-        mock.patch.object(Axis, "start_all_reduce", start_all_reduce),
-        mock.patch.object(Axis, "start_reduce_scatter", start_reduce_scatter),
-    ):
+    with mock.patch.object(Axis, "_started", _started), _origins():
         yield
 
 
+@contextmanager
+def _origins() -> Iterator[None]:
+    """Within, what is sent in a backward pass is told by what led to the forward of the same pair."""
+    with ExitStack() as stack:
+        for pair in [value for value in vars(passing).values() if isinstance(value, type) and value is not PyLayer]:
+            if issubclass(pair, PyLayer):
+                stack.enter_context(mock.patch.object(pair, "forward", staticmethod(_remembered(pair.forward))))
+                stack.enter_context(mock.patch.object(pair, "backward", staticmethod(_reminded(pair.backward))))
+        yield
+
+
+def _remembered(forward: Callable[..., Any]) -> Callable[..., Any]:
+    def remembered(ctx: Any, *given: Any) -> Any:
+        ctx.origin = _site(sys._getframe(1))
+        return forward(ctx, *given)
+
+    return remembered
+
+
+def _reminded(backward: Callable[..., Any]) -> Callable[..., Any]:
+    def reminded(ctx: Any, *given: Any) -> Any:
+        origin = ctx.origin  # noqa: F841 - read by _site
+        return backward(ctx, *given)
+
+    return reminded
+
+
+class _Alone:
+    """A channel on which nobody else is heard."""
+
+    def __init__(self, axis: Axis) -> None:
+        self._axis = axis
+
+    def all_reduce(self, tensor: paddle.Tensor, _op: str) -> Handle:
+        return Handle(tensor)
+
+    def all_gather(self, tensor: paddle.Tensor) -> Handle:
+        found = paddle.zeros([self._axis.size, *tensor.shape], tensor.dtype)
+        found[self._axis.index] = tensor
+        return Handle(found.reshape([-1, *tensor.shape[1:]]))
+
+    def reduce_scatter(self, tensor: paddle.Tensor) -> Handle:
+        each = tensor.shape[0] // self._axis.size
+        return Handle(tensor[self._axis.index * each : (self._axis.index + 1) * each].clone())
+
+    def all_to_all(self, tensor: paddle.Tensor, send: Sequence[int], receive: Sequence[int]) -> Handle:
+        found, own = paddle.zeros([sum(receive), *tensor.shape[1:]], tensor.dtype), self._axis.index
+        there, here = sum(receive[:own]), sum(send[:own])
+        if send[own]:
+            found[there : there + send[own]] = tensor[here : here + send[own]]
+        return Handle(found)
+
+
 def _site(frame: FrameType | None) -> str:
-    """The functions of the package that lead to a reduction, the innermost first."""
+    """The functions of the package that lead to an exchange, the innermost first."""
     chain = []
     while frame is not None:
         path = Path(frame.f_code.co_filename)
+        if _AGAIN in path.as_posix():
+            break
+        if frame.f_code.co_name == "reminded":
+            return " < ".join([*chain, "forward: " + frame.f_locals["origin"]])
         if path.is_relative_to(_PACKAGE) and path.name != "collectives.py":
             name = path.relative_to(_PACKAGE).as_posix()
             if name in _ENDS and chain:

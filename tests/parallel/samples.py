@@ -21,7 +21,9 @@ _EXPERTS: dict[str, Any] = {
 }  # fmt: skip
 
 
-def write_model(out: Path, *, sparse: bool, head_bias: bool = False, idle: int | None = None, **changes: Any) -> Path:
+def write_model(
+    out: Path, *, sparse: bool, head_bias: bool = False, idle: int | None = None, seed: int = 3, **changes: Any
+) -> Path:  # fmt: skip
     """A model of a dense layer and, if `sparse`, two of experts (else one more dense), with 2 key heads for 4 query
     heads. No token ever chooses the expert `idle`."""
     cfg = ErnieConfig(**{
@@ -29,7 +31,7 @@ def write_model(out: Path, *, sparse: bool, head_bias: bool = False, idle: int |
         "num_key_value_heads": 2, "head_dim": 4, "dtype": "float32", "num_hidden_layers": 3 if sparse else 2,
         **(_EXPERTS if sparse else {}), **changes,
     })  # fmt: skip
-    model, rng = ErnieForCausalLM(cfg, lm_head_bias=head_bias), np.random.default_rng(3)
+    model, rng = ErnieForCausalLM(cfg, lm_head_bias=head_bias), np.random.default_rng(seed)
     for name, p in model.named_parameters():
         spread = 0.05 if name.endswith("bias") else 0.2
         drawn = rng.normal(0, spread, p.shape).astype("float32") + float("norm" in name)

@@ -125,8 +125,8 @@ def test_a_free_store_looks_on_if_somebody_took_the_port(monkeypatch: pytest.Mon
 # ---------------------------------------------------------------------- what ranks note
 def note(mesh: Mesh, folder: str) -> list[tuple]:
     assert isinstance(mesh, Mesh) and os.path.isdir(folder)
-    mesh.pulse.step(4)
-    mesh.axis("world").all_reduce(paddle.ones([2]))
+    with mesh.pulse.step(4):
+        mesh.axis("world").all_reduce(paddle.ones([2]))
     mesh.meet("pause")
     beats = read_beats(folder, range(2))
     mesh.meet("read")

@@ -1,5 +1,6 @@
 """How many ranks, which environment, what is refused before any of them starts. Nothing here starts one."""
 
+import os
 import socket
 from pathlib import Path
 
@@ -7,6 +8,8 @@ import pytest
 
 from erniekit.base import runtime
 from erniekit.base.errors import ConfigError, MeshError
+from erniekit.base.runtime import Place
+from erniekit.checkpoint.create import create
 from erniekit.cli import launch
 from erniekit.cli import main as command
 from erniekit.cli.launch import Job
@@ -57,7 +60,7 @@ def test_the_place_of_every_rank(started):
     assert zero["PADDLE_MASTER"] == one["PADDLE_MASTER"]
     assert one["PADDLE_TRAINER_ENDPOINTS"].split(",")[1] == one["PADDLE_CURRENT_ENDPOINT"]
     assert one["PADDLE_DISTRI_BACKEND"] == "gloo"
-    assert one["MKL_NUM_THREADS"] == str(max(runtime.num_cores() // 2, 1))
+    assert one["PADDLE_LOCAL_SIZE"] == "2"  # by which the ranks divide the cores
 
 
 def test_rank_0_has_the_terminal_and_the_others_log_in_output_dir(started, tmp_path):
@@ -97,13 +100,77 @@ def test_a_rank_starts_none(monkeypatch, tmp_path, capsys):
     assert "one rank of several already" in capsys.readouterr().err
 
 
+def test_a_place_in_the_words_of_torchrun(monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run.yaml").write_text(CONFIG)
+    given = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "MASTER_PORT": "70"}
+    with monkeypatch.context() as patch:
+        patch.setattr("os.environ", os.environ | given | {"MASTER_ADDR": "one"})
+        assert runtime.rank_place() == Place(3, 4, "one:70")
+        assert {"FLAGS_selected_gpus": "1", "PADDLE_LOCAL_SIZE": "2"}.items() <= os.environ.items()
+        assert "MASTER_ADDR" not in os.environ  # Paddle would open a store there
+        assert command.main(["train", "run.yaml", "--nproc", "2"]) == 2
+        assert "3 of 4 by its environment" in capsys.readouterr().err
+    with monkeypatch.context() as patch:
+        patch.setattr("os.environ", os.environ | given | {"MASTER_ADDR": "one", "TORCHELASTIC_USE_AGENT_STORE": "True"})
+        assert runtime.rank_place().master == "one:71"  # torchrun itself listens at 70
+    with monkeypatch.context() as patch:
+        patch.setattr("os.environ", os.environ | given | {"NNODES": "2"})
+        assert runtime.rank_place() == Place()  # machines, each with a launcher of ours
+    with monkeypatch.context() as patch:
+        patch.setattr("os.environ", os.environ | given | {"MASTER_ADDR": "", "MASTER_PORT": ""})
+        with pytest.raises(MeshError, match="give this process no place"):
+            runtime.rank_place()
+
+
+def test_ranks_divide_the_cores(monkeypatch):
+    monkeypatch.setattr(runtime, "num_cores", lambda: 12)
+    for ranks, threads in (("", "12"), ("4", "3"), ("99", "1")):
+        monkeypatch.setenv("PADDLE_LOCAL_SIZE", ranks)
+        assert runtime._wanted()["MKL_NUM_THREADS"] == threads
+
+
+def test_logs_go_where_erniekits_variable_says(started, monkeypatch, tmp_path):
+    monkeypatch.setenv("ERNIEKIT_DIST_LOG", str(tmp_path / "elsewhere"))
+    assert started("train", "--nproc", "2", "output_dir=out")[1].log == tmp_path / "elsewhere" / "rank-1.log"
+
+
+@pytest.fixture
+def ready(monkeypatch, tmp_path):
+    """A config whose files are there: a model of 4 heads."""
+    monkeypatch.chdir(tmp_path)
+    create("micro-dense", tmp_path / "model")
+    (tmp_path / "train.jsonl").write_text("{}\n")
+    (tmp_path / "run.yaml").write_text(
+        "model_name_or_path: model\ntrain_dataset_path: train.jsonl\noutput_dir: out\neval_dataset_path: train.jsonl\n"
+    )
+    monkeypatch.setattr(launch, "supervise", lambda *_, **__: 7)
+
+
+def test_a_model_that_the_degrees_do_not_divide_is_refused_before_any_rank(ready, capsys):
+    assert command.main(["train", "run.yaml", "--nproc", "3", "tensor_parallel_degree=3"]) == 2
+    err = capsys.readouterr().err
+    assert err.count("error:") == 1 and "3 devices cannot share evenly the model's" in err and "degrees that fit" in err
+    assert command.main(["train", "run.yaml", "--nproc", "2", "tensor_parallel_degree=2"]) == 7
+    assert command.main(["eval", "run.yaml", "--nproc", "3", "tensor_parallel_degree=3"]) == 2
+
+
+@pytest.mark.parametrize("gpus", [1, 3])
+def test_too_few_gpus(ready, monkeypatch, capsys, gpus):
+    monkeypatch.setattr(launch, "_gpus", lambda: [str(number) for number in range(gpus)])
+    assert command.main(["train", "run.yaml", "tensor_parallel_degree=4"]) == 2
+    err = capsys.readouterr().err
+    assert f"needs 4 devices, and this machine shows {gpus}. Start the command on {-(-4 // gpus)} like it" in err
+    assert "or set tensor_parallel_degree=1" in err
+
+
 @pytest.mark.parametrize(
     ("variables", "nproc", "gpus", "words"),
     [
         ({}, 0, (), ["--nproc 0"]),
         ({}, 3, ("0", "1"), ["--nproc 3", "2 GPUs"]),
         ({"NNODES": "two"}, 1, (), ["NNODES=two"]),
-        ({"NNODES": "2"}, 1, (), ["MASTER_ADDR is missing", "NODE_RANK is missing"]),
+        ({"NNODES": "2"}, 1, (), ["MASTER_ADDR is missing"]),
         ({"NNODES": "2", "NODE_RANK": "2", "MASTER_ADDR": "a"}, 1, (), ["NODE_RANK=2", "0 to 1"]),
     ],
 )

@@ -15,7 +15,7 @@ import pytest
 from erniekit.base.errors import MeshError
 from erniekit.base.ports import free_port
 from erniekit.cli import machines
-from erniekit.cli.machines import gather, join
+from erniekit.cli.machines import find, gather, join
 
 ROOT = Path(__file__).resolve().parents[3]
 HOME = "127.0.0.1"
@@ -127,6 +127,33 @@ def test_nobody_answers(monkeypatch):
     monkeypatch.setattr(machines, "_COMING", 0.2)
     with pytest.raises(MeshError, match=r"machine 0 does not answer at 127.0.0.1:\d+ .*refused.*NODE_RANK=0"):
         join(HOME, free_port(), node=1, nodes=2, nproc=1)
+
+
+def test_a_name_that_nobody_knows(monkeypatch):
+    def unknown(*_, **__):
+        raise socket.gaierror("Name or service not known")
+
+    monkeypatch.setattr(machines, "_NAMES", 0.2)  # and _COMING is 300
+    monkeypatch.setattr(socket, "create_connection", unknown)
+    with pytest.raises(MeshError, match=r"nowhere:7 \(Name or service not known\).*MASTER_ADDR=nowhere"):
+        find("nowhere", 7, node=None, nodes=2, nproc=1)
+
+
+def test_machines_without_a_number_are_given_one():
+    """The first is the one that MASTER_ADDR names and that was there first."""
+    port, found = free_port(), []
+
+    def come():
+        found.append(find(HOME, port, node=None, nodes=3, nproc=1))
+
+    callers = [threading.Thread(target=come) for _ in range(3)]
+    for caller in callers:
+        caller.start()
+        time.sleep(0.1)
+    for caller in callers:
+        caller.join(10)
+    assert sorted(each.number for each in found) == [0, 1, 2]
+    assert len({each.master for each in found}) == 1
 
 
 def test_not_all_come_and_a_stranger_is_ignored(monkeypatch):

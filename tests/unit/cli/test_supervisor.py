@@ -118,11 +118,13 @@ signal.signal(2, ask); signal.signal(15, ask); print('ready', flush=True); time.
 def test_one_request_to_stop_lets_all_ranks_save(tmp_path, number):
     process = start(tmp_path, PATIENT, PATIENT)
     assert process.stdout.readline() == "ready\n"
-    time.sleep(0.3)
+    log = tmp_path / "logs" / "rank-1.log"
+    while "ready" not in log.read_text():
+        time.sleep(0.01)
     process.send_signal(number)
     out, err = process.communicate(timeout=20)
     assert (process.returncode, out, err) == (128 + number, "saving\nsaved\n", "")
-    assert (tmp_path / "logs" / "rank-1.log").read_text().endswith("ready\nsaving\nsaved\n")
+    assert log.read_text().endswith("ready\nsaving\nsaved\n")
 
 
 def test_the_second_request_stops_at_once(tmp_path):

@@ -66,6 +66,8 @@ def test_a_degree_is_judged_where_the_ranks_are():
     assert not_checked_here(config) == [
         "argument: tensor_parallel_degree: 8 needs 8 devices.",
         "argument: sharding_parallel_degree: 2 needs 2 devices.",
+        "devices in all: 16 at least (tensor_parallel_degree 8 x 2 with other rows), 2 machines of 8; any multiple, "
+        "to see more rows in a step.",
     ]
     require_built(config)
     degrees = [line for line in refused(require_ready, config) if "_degree" in line]

@@ -131,3 +131,16 @@ def test_prediction_block_sees_the_next_token_and_only_the_past():
     moved = model.trunk(changed, paddle.arange(12).unsqueeze(0), end).mtp_hidden[0].numpy()
     difference = np.abs(plain - moved).max(-1)[0]
     assert difference[:5].max() < 1e-5 and difference[5:11].min() > 1e-2  # position 5 joins the embedding of token 6
+
+
+def test_prediction_blocks_see_the_same_however_much_padding_follows():
+    """Their routers judge the last positions, too, of which no label is asked."""
+    model = build(num_nextn_predict_layers=2)
+
+    def logits(width):
+        ids = paddle.concat([IDS, paddle.full([1, width - 12], model.config.pad_token_id, "int64")], 1)
+        trunk = model.trunk(ids, paddle.arange(width).unsqueeze(0), paddle.full([1, width], 12, "int32"))
+        return [routing.logits_ME[:12].numpy() for routing in trunk.routings]
+
+    for narrow, wide in zip(logits(12), logits(16), strict=True):
+        assert np.abs(narrow - wide).max() < 1e-5

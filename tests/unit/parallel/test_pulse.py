@@ -16,19 +16,39 @@ def test_a_rank_notes_where_it_is(tmp_path: Path) -> None:
     pulse = Pulse(tmp_path / "new", rank=3)
     (beat,) = read_beats(tmp_path / "new", [3]).values()
     assert (beat.rank, beat.number, beat.step, beat.inside) == (3, 0, -1, False)
-    assert beat.text(beat.at + 7) == "rank 3, before the first step: no collective yet, for 7 s"
-    pulse.step(12)
-    first = pulse.enter("all_reduce", "shard")
-    (beat,) = read_beats(tmp_path / "new", [3]).values()
-    assert (beat.number, beat.step, beat.inside, beat.kind, beat.where) == (1, 12, True, "all_reduce", "shard")
-    assert beat.text(beat.at + 35) == "rank 3, step 12: waits in all_reduce 'shard' (number 1), for 35 s"
-    second = pulse.enter("all_gather", "tensor")
-    pulse.leave(first)  # a later one is under way: that is where the rank is
-    assert read_beats(tmp_path / "new", [3])[3].inside
-    pulse.leave(second)
-    after = read_beats(tmp_path / "new", [3])[3]
+    assert beat.text(beat.at + 7) == "rank 3, before the first step, getting ready: no collective yet, for 7 s"
+    with pulse.step(12):
+        first = pulse.enter("all_reduce", "shard")
+        (beat,) = read_beats(tmp_path / "new", [3]).values()
+        assert (beat.number, beat.step, beat.inside, beat.kind, beat.where) == (1, 12, True, "all_reduce", "shard")
+        assert beat.text(beat.at + 35) == "rank 3, step 12: waits in all_reduce 'shard' (number 1), for 35 s"
+        second = pulse.enter("all_gather", "tensor")
+        pulse.leave(first)  # a later one is under way: that is where the rank is
+        assert read_beats(tmp_path / "new", [3])[3].inside
+        pulse.leave(second)
+        after = read_beats(tmp_path / "new", [3])[3]
     assert after.text(after.at) == "rank 3, step 12: is done with all_gather 'tensor' (number 2), for 0 s"
     assert after.at >= beat.at
+
+
+def test_work_outside_steps_has_a_name(tmp_path: Path) -> None:
+    pulse, phases = Pulse(tmp_path), list[str]()
+
+    def note() -> None:
+        phases.append(read_beats(tmp_path, [0])[0].phase)
+
+    note()
+    with pulse.step(1):
+        note()
+        with pulse.phase("keeping the step"):
+            note()
+        note()
+    note()
+    with pulse.phase("saving"):
+        note()
+    note()
+    assert phases == ["getting ready", "", "keeping the step", "", "between steps", "saving", "between steps"]
+    assert read_beats(tmp_path, [0])[0].text(0).startswith("rank 0, step 1, between steps: ")
 
 
 def test_ranks_that_noted_nothing_are_left_out(tmp_path: Path) -> None:
@@ -70,8 +90,9 @@ def test_who_is_behind(places: dict[int, tuple[int, bool]], behind: list[int]) -
 def _beat_on(folder: Path) -> None:
     pulse = Pulse(folder)
     for step in range(10**9):
-        pulse.step(step)
-        pulse.leave(pulse.enter("all_reduce" if step % 2 else "broadcast", "shard" if step % 2 else "expert_copies"))
+        with pulse.step(step):
+            kind, where = ("all_reduce", "shard") if step % 2 else ("broadcast", "expert_copies")
+            pulse.leave(pulse.enter(kind, where))
 
 
 def test_a_note_is_never_read_half_written_and_outlives_its_process(tmp_path: Path) -> None:
