@@ -54,8 +54,8 @@ class Mesh:
         self.words.meet(name)
 
     def close(self) -> None:
-        """The last word: nobody leaves before all are here."""
-        self.words.close()
+        """The last word: nobody leaves before all are here, rank 0 last."""
+        self.words.part()
 
 
 def open_mesh(layout: Layout, place: Place, *, config: Mapping[str, str] = types.MappingProxyType({})) -> Mesh:

@@ -31,7 +31,7 @@ _PATIENCE_WITH_NAMES = 20  # seconds for the name of rank 0's machine to be know
 _QUIET = 10  # seconds of waiting that nobody is told of
 _TRIES = 5  # ports
 _ABSENT = "absent"
-_FAREWELL = 0.2  # seconds that rank 0, where the store lives, stays after the last word
+_FAREWELL = 0.2  # seconds that rank 0 stays after the last word
 
 
 def open_store(master: str, *, rank: int) -> Any:
@@ -159,6 +159,13 @@ class Words:
             return
         self._wait(self._key(f"meet/{name}"), self.world, add=1)
 
+    def part(self) -> None:
+        """Before ranks end, in good order or with an error that all have: nobody leaves before all are here, and rank
+        0, where the store lives, last."""
+        self.meet("close")
+        if self.rank == 0 and self.world > 1:
+            time.sleep(_FAREWELL)
+
     def share(self, name: str, value: Any = None) -> Any:
         """What rank 0 says, anything that JSON can carry; the others' `value` does not count."""
         if self.world == 1:
@@ -191,14 +198,8 @@ class Words:
         differing = [name for name in {*first, *facts} if first.get(name) != facts.get(name)]
         others = self.collect(f"others know/{what}", {name: facts.get(name, _ABSENT) for name in differing})
         found = "; ".join(listed(_differences(first, others), limit=8))
-        self.close()
+        self.part()
         raise MeshError(f"{what} differs between ranks: {found}. {way_out}")
-
-    def close(self) -> None:
-        """The last word: nobody leaves before all are here, rank 0 last."""
-        self.meet("close")
-        if self.rank == 0 and self.world > 1:
-            time.sleep(_FAREWELL)
 
 
 def _differences(first: Mapping[str, str], others: Sequence[Mapping[str, str]]) -> Iterator[str]:
