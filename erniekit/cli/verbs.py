@@ -186,7 +186,7 @@ VERBS = {
         ),
         Verb(
             "reproduce", "repeat a run from its run.lock.yaml and compare the losses", home="looking:reproduce",
-            places=("LOCK",), needs_paddle=True,
+            places=("LOCK",), needs_paddle=True, takes_ranks=True,
             options=(
                 Option("out", "folder of the repetition (output_dir-reproduced)", metavar="DIR"),
                 Option("bound", "largest difference of a loss, as a share (0.001)", metavar="X"),
