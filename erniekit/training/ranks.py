@@ -29,7 +29,8 @@ _COPY_AGAIN = "Ranks read the files of their own machine: copy them again, or pu
 def first_alone(mesh: Mesh, name: str, work: Callable[[], T]) -> T | None:
     """Let rank 0 do `work` while the others wait, however long; what it returns, and None on the others.
 
-    What rank 0 finds wrong ends all ranks: it raises it, the others a MeshError that says so.
+    What rank 0 finds wrong ends all ranks: it raises it, and the others a MeshError with the same words, so that they
+    are told once.
     """
     found, problems = None, list[str]()
     if mesh.first:
@@ -42,7 +43,7 @@ def first_alone(mesh: Mesh, name: str, work: Callable[[], T]) -> T | None:
             raise
     if problems := mesh.words.share(name, problems):
         mesh.close()
-        raise MeshError([f"rank 0 stopped, and rank {mesh.rank} with it:", *problems])
+        raise MeshError(problems)
     return found
 
 
