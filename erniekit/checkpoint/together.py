@@ -50,6 +50,9 @@ class Words(Protocol):
     def collect(self, name: str, value: Any) -> list[Any]:
         """What every rank says, in rank order."""
 
+    def part(self) -> None:
+        """Be heard by all before an error that all have ends this rank."""
+
 
 class Team(Protocol):
     """The ranks that save together (parallel/mesh.py)."""
@@ -212,6 +215,9 @@ class Notes:
         """What rank 0 says."""
         return self.collect(name, None if self.rank else value)[0]
 
+    def part(self) -> None:
+        """See Words: the notes stay until all have left."""
+
     def leave(self) -> None:
         """The last word. Rank 0 removes the folder when all have said it."""
         if self.rank:
@@ -242,6 +248,7 @@ class SharedStage:
                 self._problems = list(error.problems)
         path, name, problems = self._words.share("stage", [path, name, self._problems])
         if problems:
+            self._words.part()
             raise CheckpointError(problems)
         self.path = Path(path)
         self.notes = Notes(self.path / name, rank=team.rank, world=team.layout.world)
@@ -263,6 +270,7 @@ class SharedStage:
                 "write one checkpoint: choose an output_dir on a file system that all machines share."
             )
             self._held.__exit__(MeshError, error, None)
+            self._words.part()
             raise error
 
     def __enter__(self) -> SharedStage:
@@ -292,6 +300,7 @@ class SharedStage:
         """After the block: raise on all ranks what went wrong in it or in putting the folder in its place."""
         problems = [problem for said in self._words.collect("placed", self._problems) for problem in said]
         if problems:
+            self._words.part()
             raise CheckpointError(list(dict.fromkeys(problems)))
 
     @property

@@ -5,7 +5,6 @@ It is opened once and handed to whoever needs it. A mesh of one rank is an ordin
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass, field
 
 import paddle
@@ -16,8 +15,6 @@ from erniekit.config.layout import AXES, Coordinates, Layout
 from erniekit.parallel.collectives import Axis, Channel, GlooChannel, NCCLChannel, Traffic
 from erniekit.parallel.pulse import Pulse
 from erniekit.parallel.store import Words, open_free_store, open_store
-
-_FAREWELL = 0.2  # seconds that rank 0, where the store lives, stays after the last word
 
 
 @dataclass(frozen=True)
@@ -56,9 +53,7 @@ class Mesh:
 
     def close(self) -> None:
         """The last word: nobody leaves before all are here, rank 0 last."""
-        self.meet("close")
-        if self.first and self.layout.world > 1:
-            time.sleep(_FAREWELL)
+        self.words.part()
 
 
 def open_mesh(layout: Layout, place: Place) -> Mesh:

@@ -28,6 +28,7 @@ _PATIENCE = 120  # seconds for all ranks to come up
 _PATIENCE_WITH_NAMES = 20  # seconds for the name of rank 0's machine to be known
 _QUIET = 10  # seconds of waiting that nobody is told of
 _TRIES = 5  # ports
+_FAREWELL = 0.2  # seconds that rank 0 stays after the last word
 
 
 def open_store(master: str, *, rank: int) -> Any:
@@ -154,6 +155,13 @@ class Words:
         if self.world == 1:
             return
         self._wait(self._key(f"meet/{name}"), self.world, add=1)
+
+    def part(self) -> None:
+        """Before ranks end, in good order or with an error that all have: nobody leaves before all are here, and rank
+        0, where the store lives, last."""
+        self.meet("close")
+        if self.rank == 0 and self.world > 1:
+            time.sleep(_FAREWELL)
 
     def share(self, name: str, value: Any = None) -> Any:
         """What rank 0 says, anything that JSON can carry; the others' `value` does not count."""
