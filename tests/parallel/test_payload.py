@@ -1,5 +1,5 @@
-"""What ranks hand to collectives in a step is what the layout needs, byte by byte: tensor and sequence parallelism and
-routed rows. (The bytes of sharding: test_zero.py.)
+"""What ranks hand to collectives where a forward pass runs twice (recomputation) and where most weights stand still
+(adapters), byte by byte: along the axes of tensors and experts. (Of a plain step, along all axes: test_traffic.py.)
 
 Shapes: M tokens of a micro-batch, padding included; D hidden size; K experts per token; T tensor ranks.
 """
@@ -140,8 +140,8 @@ def _once(case: Case, layout: Layout) -> Counter[str]:
     (Layout(4, tensor=2, expert=2), ("sparse",)),
 ], ids=str)  # fmt: skip
 def test_bytes_of_a_step(folders: dict[str, Path], layout: Layout, names: tuple[str, ...]) -> None:
-    """With two micro-batches, and with recomputation, or adapters on attention, over a frozen embedding."""
+    """Of two micro-batches; adapters are on attention, over a frozen embedding."""
     step = steps_of(packed_row, steps=1)
-    cases = [Case(folders[name], step, keys) for name in names for keys in (SFT, AGAIN, LORA)]
+    cases = [Case(folders[name], step, keys) for name in names for keys in (AGAIN, LORA)]
     for case, *ranks in zip(cases, *run_ranks(sent, layout, cases), strict=True):
         assert dict(sum(ranks, Counter())) == dict(needed(case, layout)), case.keys
