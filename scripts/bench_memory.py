@@ -58,6 +58,14 @@ CASES: dict[str, dict[str, Any]] = {
     "dpo": {"stage": "DPO"},
     "dpo_lora": {"stage": "DPO", **LORA},
 }
+PAIR = {"batch_size": 2, "recompute": True}  # on each of two ranks, of which the first one is told about
+PAIRS: dict[str, dict[str, Any]] = {
+    "2_ranks": PAIR,
+    "2_ranks_stage1": {**PAIR, "sharding": "stage1"},
+    "2_ranks_stage2": {**PAIR, "sharding": "stage2"},
+    "2_ranks_stage3": {**PAIR, "sharding": "stage3"},
+}
+CASES |= PAIRS
 LOADS = ("wint8", "wint4/8", "nf4")
 
 CARD = 80e9
@@ -178,9 +186,9 @@ def train(folder: Path, keys: dict[str, Any], *, name: str, model: str) -> dict[
     if keys.get("stage") == "DPO":
         own["train_dataset_path"] = "../pairs.jsonl"
     (place / "run.yaml").write_text(json.dumps(COMMON | own | keys), encoding="utf-8")
-    done = subprocess.run(
-        erniekit("train", "run.yaml"), cwd=place, env=environment() | TIDY, capture_output=True, text=True, check=False
-    )
+    ranks = ("--nproc", "2") if name.rpartition("-")[0] in PAIRS else ()
+    command = erniekit("train", "run.yaml", *ranks)
+    done = subprocess.run(command, cwd=place, env=environment() | TIDY, capture_output=True, text=True, check=False)
     if done.returncode:
         sys.exit(f"{name}: erniekit train ended with {done.returncode}:\n{done.stdout}{done.stderr}")
     return json.loads((place / "run" / "training" / "story.json").read_bytes())["memory"]

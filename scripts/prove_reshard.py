@@ -94,7 +94,7 @@ def train(folder: Path, layout: str, out: str, *, steps: int) -> list[float]:
     ranks, data_ranks, keys = LAYOUTS[layout]
     erniekit(
         folder, "train", "run.yaml", "--nproc", str(ranks), f"output_dir={out}", f"max_steps={steps}",
-        f"batch_size={ROWS // data_ranks}", "resume_anyway=true", *keys,
+        f"batch_size={ROWS // data_ranks}", *keys,
     )  # fmt: skip
     rows = map(json.loads, (folder / out / "train_log.jsonl").read_text(encoding="utf-8").splitlines())
     return [row["loss"] for row in rows if "loss" in row]

@@ -272,7 +272,7 @@ def plan_load(
     )
 
     stored = folder.table.atoms
-    problems, absent = [], set()
+    problems, absent, predicting = [], set(), []
     for atom in everything.atoms.keys() - stored.keys():
         absent.add(everything.places[atom].tensor)
         if atom.endswith(CORRECTION_BIAS) and not folder.form.correction_bias:
@@ -282,11 +282,13 @@ def plan_load(
         if not is_mtp(atom):
             problems.append(f"{folder.path}: '{atom}' is wanted and not stored.")
         elif mtp_init != "random":
-            problems.append(
-                f"{folder.path}: '{atom}' is wanted (num_nextn_predict_layers {cfg.num_nextn_predict_layers}) and not "
-                "stored. Set mtp_init: random to start multi-token prediction from random weights, or "
-                "num_nextn_predict_layers: 0."
-            )
+            predicting.append(atom)
+    if predicting:
+        problems.append(
+            f"{folder.path}: num_nextn_predict_layers {cfg.num_nextn_predict_layers} wants '{min(predicting)}' and "
+            f"{len(predicting) - 1} more weights that are not stored. Set mtp_init: random to start multi-token "
+            "prediction from random weights, or num_nextn_predict_layers: 0."
+        )
     may_stay = {HEAD, HEAD_BIAS} if cfg.is_reward and not folder.config.is_reward else set()
     unused = [atom for atom in stored.keys() - everything.atoms.keys() - may_stay if not is_mtp(atom)]
     problems += [f"{folder.path}: '{atom}' is stored and the model has no place for it." for atom in unused]

@@ -42,6 +42,8 @@ class Job:
                 f"--nproc {self.nproc}: this machine shows {len(gpus)} GPUs, and every rank needs its own. Start "
                 "fewer; CUDA_VISIBLE_DEVICES= (empty) computes on the CPU."
             )
+        if self.port >= 2**16:
+            problems.append(f"MASTER_PORT={self.port}: ports end at {2**16 - 1}.")
         if self.node is not None and not 0 <= self.node < self.nodes:
             problems.append(f"NODE_RANK={self.node}: with NNODES={self.nodes} it is one of 0 to {self.nodes - 1}.")
         if self.nodes > 1 and not self.address:

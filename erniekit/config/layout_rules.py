@@ -195,6 +195,10 @@ def optimizer_misfits(cfg: RunConfig, shards: int) -> Iterator[str]:
         yield from _copies(cfg)
 
 
+def _off(name: str) -> str:
+    return "sharding=null" if name == "sharding" else f"{name}=1"
+
+
 def _copies(cfg: RunConfig) -> Iterator[str]:
     """References that put other weights in the place of the trained ones, which lie in parts at stage 3."""
     if not cfg.align.compares(cfg.model.stage):
@@ -226,10 +230,6 @@ def idle(cfg: RunConfig, layout: Layout) -> str:
         return ""
     ranks = "one rank" if layout.world == 1 else f"{layout.world} ranks laid out so"
     return f"on {ranks} nothing is shared by {' and '.join(named)}"
-
-
-def _off(name: str) -> str:
-    return "sharding=null" if name == "sharding" else f"{name}=1"
 
 
 def quote(cfg: RunConfig, name: str) -> str:

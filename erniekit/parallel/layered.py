@@ -66,7 +66,10 @@ class _Unit:
         self._open, self._coming = True, None
 
     def close(self) -> None:
-        """Free them."""
+        """Free them, and what is on its way."""
+        for coming in self._coming or ():
+            coming.wait()
+        self._coming = None
         if self._open:
             for flat in self.flats:
                 for name in flat.sizes:

@@ -120,7 +120,13 @@ def _cut_vocabulary(model: ErnieForCausalLM | ErnieForReward, doors: Doors) -> N
 
 
 def _cut_attention(attention: Attention, doors: Doors) -> None:
-    attention.register_forward_pre_hook(lambda _layer, given: (doors.enter(given[0]), *given[1:]))
+    def enter(_attention: nn.Layer, given: tuple) -> tuple:
+        """A layer that is computed again may come after other rows: its own length counts from its first block on."""
+        if doors.positions is not None:
+            doors.positions = given[1].cos_BSJ.shape[1]
+        return doors.enter(given[0]), *given[1:]
+
+    attention.register_forward_pre_hook(enter)
     attention.o_proj.leave = doors.leave
 
 

@@ -96,6 +96,10 @@ class Formats:
         states = moments + (4 if weight == 2 else 0) + (4 if keys.ema_decay is not None else 0)
         return cls(weight, states, packing_of(cfg))
 
+    def packs(self, name: str) -> bool:
+        """Whether a module's weight, or a weight, is kept in few bits."""
+        return self.packing is not None and self.packing.kind_of(name.removesuffix(".weight")) is not None
+
 
 @dataclass(frozen=True)
 class Parameters:
@@ -133,7 +137,7 @@ class Parameters:
     def num_bytes(self, name: str, formats: Formats) -> int:
         """What a parameter takes."""
         shape, module = self.shapes[name], name.removesuffix(".weight")
-        if formats.packing and len(shape) > 1 and formats.packing.kind_of(module):
+        if formats.packing and len(shape) > 1 and formats.packs(module):
             return formats.packing.num_bytes(module, shape)
         return math.prod(shape) * (4 if name.endswith(_ALWAYS_FP32) else formats.weight)
 
@@ -196,40 +200,59 @@ def _row_length(cfg: RunConfig, lengths: Sequence[int]) -> int:
 
 @dataclass(frozen=True)
 class Shares:
-    """What of a rank's part of the model lies with other ranks, as parallel/zero.py shares it. Sizes in bytes by
-    parameter."""
+    """What of a rank's part of the model lies with other ranks, as parallel/zero.py shares it. `layers` says of weights
+    that are whole only while their layer computes which one that is. Sizes in bytes by parameter."""
 
     layout: Layout
     flat_bytes: int
+    layers: Mapping[str, str]
 
-    def of(self, name: str) -> int:
-        """How many ranks share the states of a parameter."""
+    @classmethod
+    def of(cls, layout: Layout, parameters: Parameters, *, formats: Formats, flat_bytes: int) -> Shares:
+        """Those of a model's parameters."""
+        layers = {}
+        for name, shape in parameters.shapes.items() if layout.stage == 3 else ():
+            found = _LAYER.match(name)
+            stays = len(shape) < 2 or name.endswith(_ALWAYS_FP32) or formats.packs(name)
+            if found and not stays:
+                layers[name] = found[0]
+        return cls(layout, flat_bytes, layers)
+
+    def ranks(self, name: str) -> int:
+        """How many share the states of a parameter."""
         if not self.layout.stage:
             return 1
         return len(self.layout.groups("expert_shard" if _EXPERTS in name else "shard")[0])
 
     def gradients(self, sizes: Mapping[str, int]) -> dict[str, int]:
         """What is kept of gradients while others are made. A model that fits one flat keeps them to the end."""
-        early = self.layout.stage >= 2 and sum(sizes.values()) > self.flat_bytes
-        return {name: -(-own // self.of(name)) if early else own for name, own in sizes.items()}
+        early = self.waiting(sizes) > 0
+        return {name: -(-own // self.ranks(name)) if early else own for name, own in sizes.items()}
+
+    def waiting(self, sizes: Mapping[str, int]) -> int:
+        """Beside what is kept: the gradients of a flat that is not full yet."""
+        flat = self._largest_flat(sizes)
+        return flat if self.layout.stage >= 2 and sum(sizes.values()) > flat else 0
 
     def on_the_way(self, sizes: Mapping[str, int]) -> int:
         """The gradients of a flat, and once more laid end to end, to be added up over ranks."""
-        if self.layout.data == 1:
-            return 0
-        return 2 * min(sum(sizes.values()), max(self.flat_bytes, *sizes.values()))
+        return 2 * self._largest_flat(sizes) if self.layout.data > 1 else 0
 
-    def weights(self, sizes: Mapping[str, int], shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, int]:
-        """What is always there, and what comes and goes with the layers: the matrices of one and of the next."""
-        if self.layout.stage < 3:
-            return sum(sizes.values()), 0
-        stays, layers = 0, Counter[str]()
+    def _largest_flat(self, sizes: Mapping[str, int]) -> int:
+        layers, others = Counter[tuple[str, bool]](), [0]
         for name, own in sizes.items():
-            layer = _LAYER.match(name)
-            comes = layer and len(shapes[name]) > 1 and not name.endswith(_ALWAYS_FP32)
-            if layer and comes:
-                layers[layer[0]] += own
-            stays += -(-own // self.of(name)) if comes else own
+            if name in self.layers:
+                layers[self.layers[name], _EXPERTS in name] += own
+            else:
+                others.append(own)
+        return max(min(sum(others), max(self.flat_bytes, *others)), *layers.values(), 0)
+
+    def weights(self, sizes: Mapping[str, int]) -> tuple[int, int]:
+        """What is always there, and what comes and goes with the layers: the matrices of one and of the next."""
+        layers = Counter[str]()
+        for name in self.layers:
+            layers[self.layers[name]] += sizes[name]
+        stays = sum(-(-own // self.ranks(name)) if name in self.layers else own for name, own in sizes.items())
         return stays, sum(sorted(layers.values())[-2:])
 
 
@@ -238,17 +261,17 @@ def budget(
     recompute: str | None = None, cut: Cut = WHOLE, flat_bytes: int = FLAT_BYTES,
 ) -> Budget:  # fmt: skip
     """The same from plain values."""
-    shares, packing = Shares(cut.layout, flat_bytes), formats.packing
+    shares = Shares.of(cut.layout, parameters, formats=formats, flat_bytes=flat_bytes)
     sizes = {name: parameters.num_bytes(name, formats) for name in parameters.shapes}
     whole = {name: sizes[name] for name in parameters.trained if not name.endswith(_NEVER_TRAINED)}
-    gradients, (weights, passing) = shares.gradients(whole), shares.weights(sizes, parameters.shapes)
+    gradients, (weights, passing) = shares.gradients(whole), shares.weights(sizes)
     tape = Writer(
         arch, load, gradients, recompute=recompute, adapter=parameters.adapter, terms=terms, number=formats.weight,
-        packed=lambda module: packing is not None and packing.kind_of(module) is not None, cut=cut,
+        packed=formats.packs, cut=cut,
     ).step()  # fmt: skip
-    states = sum(-(-math.prod(parameters.shapes[name]) // shares.of(name)) for name in whole) * formats.states
+    states = sum(-(-math.prod(parameters.shapes[name]) // shares.ranks(name)) for name in whole) * formats.states
     on_the_way, kept = shares.on_the_way(whole), sum(gradients.values())
-    working = tape.walk(again=micro_batches > 1).total + (on_the_way if kept < sum(whole.values()) else 0)
+    working = tape.walk(again=micro_batches > 1).total + shares.waiting(whole)
     chunk = min(CHUNK_TOKENS, load.labelled) * (arch.hidden_size + size(cut.part(arch.vocab_size))) * 4
     return Budget(
         weights=weights, gradients=kept, states=states, activations=tape.kept(),

@@ -22,7 +22,8 @@ T = TypeVar("T")
 def first_alone(mesh: Mesh, name: str, work: Callable[[], T]) -> T | None:
     """Let rank 0 do `work` while the others wait, however long; what it returns, and None on the others.
 
-    What rank 0 finds wrong ends all ranks: it raises it, the others a MeshError that says so.
+    What rank 0 finds wrong ends all ranks: it raises it, and the others a MeshError with the same words, so that they
+    are told once.
     """
     found, problems = None, list[str]()
     if mesh.first:
@@ -35,7 +36,7 @@ def first_alone(mesh: Mesh, name: str, work: Callable[[], T]) -> T | None:
             raise
     if problems := mesh.words.share(name, problems):
         mesh.close()
-        raise MeshError([f"rank 0 stopped, and rank {mesh.rank} with it:", *problems])
+        raise MeshError(problems)
     return found
 
 

@@ -62,11 +62,12 @@ class RunFolder:
             self._lock = -1
 
 
-def identity(cfg: RunConfig, *, fingerprint: str) -> dict[str, Any]:
-    """What a run is known by: its config, its data, and the packages that it began with."""
+def identity(cfg: RunConfig, *, fingerprint: str, data_ranks: int) -> dict[str, Any]:
+    """What a run is known by: its config, its data, on how many ranks with rows of their own it runs, and the packages
+    that it began with."""
     installed = packages()
     versions = {name: installed[name] for name in _VERSIONS if name in installed}
-    return {"config": cfg.flat(), "data": fingerprint, "versions": versions}
+    return {"config": cfg.flat(), "data": fingerprint, "data_ranks": data_ranks, "versions": versions}
 
 
 def require_writable(path: Path) -> None:
@@ -174,10 +175,20 @@ def _resume(
 
 
 def _differences(cfg: RunConfig, record: dict[str, Any], earlier: dict[str, Any]) -> list[str]:
-    lines = [f"{key}: was {old!r}, is {new!r}" for key, old, new in cfg.difference(earlier["config"])]
-    if earlier.get("data") != record["data"]:
-        lines.append("the content of the training data")
+    """What makes it another run. How rows are divided among ranks does not: `batch_size` counts those of one."""
+    changed = {key: (old, new) for key, old, new in cfg.difference(earlier["config"]) if key != "batch_size"}
+    lines = [f"{key}: was {old!r}, is {new!r}" for key, (old, new) in changed.items()]
+    before, now, ranks = _rows(earlier), _rows(record), record["data_ranks"]
+    if before != now:
+        way_out = f" (batch_size={before // ranks} keeps them)" if before % ranks == 0 else ""
+        lines.append(f"rows of a micro-batch, batch_size x ranks with rows of their own: {before}, now {now}{way_out}")
+    elif earlier.get("data") != record["data"] and "gradient_accumulation_steps" not in changed:  # whose product with
+        lines.append("the content of the training data")  # those rows counts as content
     return lines
+
+
+def _rows(record: dict[str, Any]) -> int:
+    return record["config"].get("batch_size", 1) * record.get("data_ranks", 1)
 
 
 def _set_aside(path: Path) -> None:

@@ -164,7 +164,7 @@ def _run(
     job = Job(cfg, base, arch, tokenizer, weights, data, eval_data, canary, Rhythm.of(cfg, data), mesh)
     sources = job.eval_data.source_names if job.eval_data else ()
     best = BestModel.of(cfg, figures=stage.figures(sources), measured=job.eval_data is not None)
-    record = identity(cfg, fingerprint=job.data.fingerprint)
+    record = identity(cfg, fingerprint=job.data.fingerprint, data_ranks=mesh.layout.data)
     assert cfg.train.output_dir
     output_dir = Path(cfg.train.output_dir)
     folder = claim_together(mesh, output_dir, cfg, record=record, total_steps=job.rhythm.total_steps)

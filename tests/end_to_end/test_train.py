@@ -124,7 +124,7 @@ def test_correction_bias_follows_the_load_and_is_saved(bench, run, tmp_path):
 
 def test_multi_token_prediction_is_trained_kept_and_carried(bench, run, tmp_path):
     err = run("train", bench.config(tmp_path / "no", num_nextn_predict_layers=1), code=2)[1]
-    assert "mtp_init" in err
+    assert err.count("mtp_init") == 1  # whatever number of weights are missing
     out = tmp_path / "out"
     run("train", bench.config(out, num_nextn_predict_layers=1, mtp_init="random"))
     assert "mtp_loss_1" in rows(out)[0] and rows(out)[5]["mtp_loss_1"] < rows(out)[0]["mtp_loss_1"]

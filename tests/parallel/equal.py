@@ -4,9 +4,9 @@ A `Case` is a model folder, the keys of a run and the rows of some steps. It goe
 assemble_model, assemble_optimizer, train_step. Only the update is plain SGD unless AdamW is asked for: it shows a wrong
 gradient as it is. Every rank gives what it holds; put together it is compared with one process: losses and all other
 figures of every step, every gradient of every step by parameter name, and the weights after the last step. What several
-ranks hold must be the same on all of them.
+ranks hold must be the same on all of them, to the last bit: else they would drift apart.
 
-One fork of ranks trains any number of cases, and each of them also with one reduction left out (sabotage.py).
+One fork of ranks trains any number of cases (`Runs`), and each of them also with one reduction left out (sabotage.py).
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ from erniekit.training.assemble import (
     assemble_optimizer,
     loss_weights,
     router_upkeep,
+    step_hooks,
 )
 from erniekit.training.objective import LanguageModelObjective
 from erniekit.training.preference import Reference, preference_objective
@@ -51,7 +52,6 @@ from erniekit.training.step import Objective, train_step
 from tests.parallel.ranks import run_ranks
 
 LOSS, FIGURE, GRADIENT, WEIGHT = 1e-6, 1e-5, 1e-5, 1e-5  # how far apart parallel and single may be
-COPIES = 1e-6  # and what several ranks hold
 _ADAPTER = re.compile(r"(?P<module>.*?)(?P<slot>\.adapter|_adapter)\.(?P<factor>(lora|initial)_[AB]|magnitude)")
 
 Step = Sequence[Sequence[Row]]  # micro-batches of rows, those of all data ranks together
@@ -141,7 +141,7 @@ def train(mesh: Mesh, case: Case) -> Outcome:
     objective = case.objective(mesh, copy)
     model.train()
     optimizer, upkeep = assemble_optimizer(model, case.cfg, mesh=mesh), router_upkeep(model, case.cfg, mesh=mesh)
-    outcome = Outcome()
+    outcome, hooks = Outcome(), step_hooks(model, case.cfg)
 
     def keep(_loss: float) -> None:
         pieces = {piece.name: Held(piece.tensor.numpy().ravel().copy(), piece.start) for piece in optimizer.gradients()}
@@ -150,6 +150,9 @@ def train(mesh: Mesh, case: Case) -> Outcome:
     with nullcontext() if case.adamw else mock.patch.object(optimizers, "adamw", sgd):
         for number, step in enumerate(case.steps):
             copy.before_step(number)
+            paddle.seed(number + 1000 * mesh.axis("data").index)
+            for hook in hooks:
+                hook(number)
             made = train_step(
                 model, optimizer, batches=batches_of(step, mesh), objective=objective, upkeep=upkeep, mesh=mesh,
                 learning_rate=case.rate, row_length=1024, before_update=keep,
@@ -241,7 +244,9 @@ def joined(parts: Sequence[Numbers], places: Sequence[Places]) -> dict[str, np.n
             assert start + len(numbers) <= block.size, f"{name} of rank {rank}: {len(numbers)} numbers from {start} on"
             mine = block[start : start + len(numbers)]
             known = np.where(np.isnan(mine), numbers, mine)
-            assert furthest(numbers, known) <= COPIES, f"{name}: rank {rank} has other numbers than ranks before it"
+            assert np.array_equal(numbers, known), (
+                f"{name}: rank {rank} has other numbers than ranks before it, {furthest(numbers, known):.2g} apart"
+            )
             mine[...] = numbers
             array[np.ix_(*indices)] = block.reshape([len(index) for index in indices])
         assert array is not None and not np.isnan(array).any(), f"{name}: a part of it is held by nobody, or is NaN"
@@ -275,10 +280,38 @@ def distances(found: Whole, expected: Whole) -> dict[str, float]:
     return dict(sorted(far.items(), key=lambda item: -item[1]))
 
 
+def assert_equal(case: Case, layout: Layout, found: Whole) -> None:
+    """Raise AssertionError with everything in which it differs from one process."""
+    wrong = [f"{what}: {times:.2g} times as far as allowed" for what, times in distances(found, case.alone).items()
+             if not times <= 1]  # fmt: skip
+    assert not wrong, f"{layout}, {case.keys}:\n" + "\n".join(wrong)
+
+
 def assert_parallel_equals_single(cases: Case | Sequence[Case], layout: Layout) -> None:
     """Raise AssertionError with everything that differs in the first case that does."""
     cases = [cases] if isinstance(cases, Case) else cases
     for case, found in zip(cases, parallel(cases, layout), strict=True):
-        far = distances(found, case.alone)
-        wrong = [f"{what}: {times:.2g} times as far as allowed" for what, times in far.items() if not times <= 1]
-        assert not wrong, f"{layout}, {case.keys}:\n" + "\n".join(wrong)
+        assert_equal(case, layout, found)
+
+
+class Runs:
+    """Cases by name, judged one by one. Those that a layout is to train all train in one launch of ranks, when the
+    first of them is asked for."""
+
+    def __init__(self, cases: Mapping[str, Case]) -> None:
+        self.cases = cases
+        self._launched: dict[tuple[Layout, tuple[str, ...]], list[list[Outcome]] | AssertionError] = {}
+
+    def assert_equal(self, name: str, layout: Layout, names: Sequence[str]) -> None:
+        """Raise AssertionError with everything in which the case `name` on `layout`, which is to train `names`, differs
+        from one process."""
+        key = layout, tuple(names)
+        if key not in self._launched:
+            try:
+                self._launched[key] = run_ranks(_train_all, layout, [self.cases[each] for each in names])
+            except AssertionError as error:  # all cases have failed
+                self._launched[key] = error
+        if isinstance(launched := self._launched[key], AssertionError):
+            raise launched
+        case, parts = self.cases[name], [of_rank[names.index(name)] for of_rank in launched]
+        assert_equal(case, layout, together(case, layout, parts))

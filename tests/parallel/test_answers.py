@@ -13,6 +13,7 @@ from erniekit.base.errors import ConfigError
 from erniekit.checkpoint.model_io import load_model
 from erniekit.config.load import load_config
 from erniekit.recipes import evaluate as evaluation
+from erniekit.recipes import train
 from tests.end_to_end.conftest import Bench
 from tests.parallel.launched import run_ranked
 
@@ -64,6 +65,19 @@ def test_figures_and_answers_are_those_of_one_process(bench: Bench, tmp_path: Pa
     (mine, answers), (its, expected) = found_in(tmp_path / "ranks"), found_in(tmp_path / "one")
     assert answers == expected and any(answer["answer"] for answer in answers)
     assert {name: mine[name] for name in FIGURES} == pytest.approx({name: its[name] for name in FIGURES}, rel=1e-5)
+
+
+def test_an_adapter_beside_a_base_of_few_bits(bench: Bench, tmp_path: Path) -> None:
+    lora = {"fine_tuning": "LoRA", "lora_rank": 4, "compute_type": "wint4", "save_strategy": "'no'"}
+    config = bench.config(tmp_path / "lora", **lora, eval_generate=3, max_new_tokens=8, max_steps=2)
+    train(config, learning_rate=0.05)
+    measured(config)
+    figures, expected = found_in(tmp_path / "lora")
+    keys = {"tensor_parallel_degree": 2, "moe_group": "mp", "sequence_parallel": True}
+    assert run_ranked(config, 2, keys, recipe=measured_in_parts) == ["", ""]
+    mine, answers = found_in(tmp_path / "lora")
+    assert answers == expected
+    assert {name: mine[name] for name in FIGURES} == pytest.approx({name: figures[name] for name in FIGURES}, rel=1e-5)
 
 
 def test_one_process_says_what_the_degrees_need(bench: Bench, tmp_path: Path) -> None:

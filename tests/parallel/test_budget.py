@@ -29,7 +29,7 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
     )  # fmt: skip
     keys = {
         "stage": "SFT", "batch_size": ROWS, "max_seq_len": LENGTH, "packing": False, "moe_health_steps": 0,
-        "recompute": True,
+        "recompute": True, "sharding_comm_buffer_size_MB": 1,
     }  # fmt: skip
     return Case(folder, [], keys)
 
@@ -57,9 +57,9 @@ def measured(mesh: Mesh, case: Case) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize("layout", [
-    Layout(2), Layout(2, sharding=2, stage=1), Layout(2, sharding=2, stage=3), Layout(2, tensor=2),
-    Layout(2, tensor=2, sequence_parallel=True), Layout(2, expert=2),
-], ids=["data", "states", "weights", "tensor", "sequences", "experts"])  # fmt: skip
+    Layout(2), Layout(2, sharding=2, stage=1), Layout(2, sharding=2, stage=2), Layout(2, sharding=2, stage=3),
+    Layout(2, tensor=2), Layout(2, tensor=2, sequence_parallel=True), Layout(2, expert=2),
+], ids=["data", "states", "gradients", "weights", "tensor", "sequences", "experts"])  # fmt: skip
 def test_the_peak_of_ranks(case: Case, layout: Layout) -> None:
     """Of all ranks together: with experts on ranks, one has more tokens than another. Of the stand-ins for collectives
     that only CPUs need, the budget knows those of experts; at stage 3 it takes the two largest layers to be whole."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,7 +19,7 @@ from erniekit.models.moe import MoE
 from erniekit.parallel.collectives import Axis, Handle
 from erniekit.parallel.expert import use_expert_parallel
 from erniekit.parallel.mesh import Mesh
-from tests.parallel.equal import Case, assert_parallel_equals_single
+from tests.parallel.equal import Case, Runs
 from tests.parallel.ranks import run_ranks
 from tests.parallel.samples import packed_row, pair_row, steps_of, write_model
 
@@ -30,34 +29,42 @@ ROUTERS = {
 }  # fmt: skip
 
 LORA = {"stage": "SFT", "fine_tuning": "LoRA", "lora_rank": 4, "moe_aux_loss_lambda": 0.5, "recompute": True}
-DPO = {"stage": "DPO", "loss_type": "simpo", "moe_aux_loss_lambda": 0.5}
-OVER_DATA = [Layout(2, expert=2), Layout(4, expert=4), Layout(4, expert=2)]
-BESIDE_TENSOR_RANKS = [
-    Layout(world, tensor=2, expert=2, experts_over=over, sequence_parallel=parts)
-    for parts in (False, True)
-    for world, over in ((2, "tensor"), (4, "tensor"), (4, "data"))
-]
-EXTRA: dict[Layout, list[dict[str, Any]]] = {
-    Layout(2, expert=2): [LORA, {**LORA, "compute_type": "wint4"}, {**ROUTERS, "recompute": True}],
-    Layout(2, tensor=2, expert=2, experts_over="tensor"): [LORA, {**LORA, "compute_type": "wint4"}],
-    Layout(4, tensor=2, expert=2): [{**LORA, "compute_type": "wint8"}],
+CASES: dict[str, dict[str, Any]] = {
+    "routers": ROUTERS,
+    "routers, recomputed": {**ROUTERS, "recompute": True},
+    "pairs": {"stage": "DPO", "loss_type": "simpo", "moe_aux_loss_lambda": 0.5},
+    "adapters": LORA,
+    "adapters on 4 bits": {**LORA, "compute_type": "wint4"},
+    "adapters on 8 bits": {**LORA, "compute_type": "wint8"},
+}
+EVERYWHERE = ("routers", "pairs")
+TABLE: dict[Layout, tuple[str, ...]] = {
+    Layout(2, expert=2): (*EVERYWHERE, "adapters", "adapters on 4 bits", "routers, recomputed"),
+    Layout(4, expert=4): EVERYWHERE,
+    Layout(4, expert=2): EVERYWHERE,
+    Layout(2, tensor=2, expert=2, experts_over="tensor"): (*EVERYWHERE, "adapters", "adapters on 4 bits"),
+    Layout(4, tensor=2, expert=2, experts_over="tensor"): EVERYWHERE,
+    Layout(4, tensor=2, expert=2): (*EVERYWHERE, "adapters on 8 bits"),
+    Layout(2, tensor=2, expert=2, experts_over="tensor", sequence_parallel=True): EVERYWHERE,
+    Layout(4, tensor=2, expert=2, experts_over="tensor", sequence_parallel=True): EVERYWHERE,
+    Layout(4, tensor=2, expert=2, sequence_parallel=True): EVERYWHERE,
 }
 
 
 @pytest.fixture(scope="module")
-def sparse(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A dense layer and two of four experts, of which no token ever chooses the third, and one that looks ahead."""
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    """Of a dense layer and two of four experts, of which no token ever chooses the third, and one that looks ahead."""
     folder = tmp_path_factory.mktemp("models") / "sparse"
-    return write_model(folder, sparse=True, idle=2, num_nextn_predict_layers=1)
-
-
-@pytest.mark.parametrize("layout", [*OVER_DATA, *BESIDE_TENSOR_RANKS], ids=str)
-def test_experts_on_ranks_equal_one_process(sparse: Path, layout: Layout) -> None:
-    """Where each rank has one expert, one of them gets no token at all."""
+    write_model(folder, sparse=True, idle=2, num_nextn_predict_layers=1)
     packed, pairs = steps_of(packed_row, steps=2), steps_of(pair_row, steps=1)
-    cases = [Case(sparse, packed, ROUTERS, rate=0.02), Case(sparse, pairs, DPO)]
-    cases += [Case(sparse, packed, keys, rate=0.02) for keys in EXTRA.get(layout, [])]
-    assert_parallel_equals_single(cases, layout)
+    made = {name: Case(folder, packed, keys, rate=0.02) for name, keys in CASES.items()}
+    return Runs({**made, "pairs": Case(folder, pairs, CASES["pairs"])})
+
+
+@pytest.mark.parametrize(("layout", "case"), [(layout, case) for layout in TABLE for case in TABLE[layout]], ids=str)
+def test_experts_on_ranks_equal_one_process(runs: Runs, layout: Layout, case: str) -> None:
+    """Where each rank has one expert, one of them gets no token at all."""
+    runs.assert_equal(case, layout, TABLE[layout])
 
 
 # ---------------------------------------------------------------------- one block by itself

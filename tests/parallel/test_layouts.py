@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from erniekit.config.layout import Layout
-from tests.parallel.equal import Case, assert_parallel_equals_single
+from tests.parallel.equal import Case, Runs
 from tests.parallel.sabotage import unnoticed
 from tests.parallel.samples import packed_row, pair_row, steps_of, write_model
 
@@ -23,8 +23,8 @@ TEXT, PAIRS = steps_of(packed_row), steps_of(pair_row)
 
 
 @pytest.fixture(scope="module")
-def cases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Case]:
-    """By name. All models have 2 key heads."""
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    """All models have 2 key heads."""
     folder = tmp_path_factory.mktemp("models")
     tied = write_model(folder / "tied", sparse=False)
     untied = write_model(folder / "untied", sparse=False, head_bias=True, **UNTIED)
@@ -33,7 +33,7 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Case]:
     idle = write_model(folder / "idle", sparse=True, idle=0)
     sft: dict[str, Any] = {"stage": "SFT", **ROUTERS}
     dpo: dict[str, Any] = {"stage": "DPO", "num_nextn_predict_layers": 1}
-    return {
+    return Runs({
         "tied": Case(tied, TEXT, {"stage": "SFT"}),
         "untied": Case(untied, TEXT, {"stage": "SFT"}),
         "adamw": Case(tied, TEXT, {"stage": "SFT", "adam_epsilon": 1e-4}, rate=0.01, adamw=True),
@@ -43,7 +43,7 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Case]:
         "adapters": Case(sparse, TEXT, {**sft, "fine_tuning": "LoRA", "recompute": True}),
         "pairs": Case(sparse, PAIRS, {**dpo, "loss_type": "simpo"}),
         "pairs with adapters": Case(sparse, PAIRS, {**dpo, "fine_tuning": "LoRA", "recompute": True}),
-    }
+    })
 
 
 TABLE: dict[str, tuple[Layout, tuple[str, ...]]] = {
@@ -68,19 +68,21 @@ TABLE: dict[str, tuple[Layout, tuple[str, ...]]] = {
     "states 4": (Layout(4, sharding=4, stage=1), ("experts", "adamw")),
     "gradients 2, twice": (Layout(4, sharding=2, stage=2), ("untied", "experts")),
     "weights 4": (Layout(4, sharding=4, stage=3), ("adamw", "an expert without tokens")),
-    "tensor 2, experts 2": (Layout(4, tensor=2, expert=2), ("experts", "pairs with adapters")),
+    "tensor 2, experts 2": (
+        Layout(4, tensor=2, expert=2), ("experts", "biased experts", "pairs with adapters"),
+    ),
     "experts 2, gradients 2": (Layout(4, expert=2, sharding=2, stage=2), ("an expert without tokens", "pairs")),
     "experts 2, weights 2": (Layout(2, expert=2, sharding=2, stage=3), ("experts", "adapters")),
+    "tensor 2, gradients 2": (Layout(4, tensor=2, sharding=2, stage=2), ("biased experts", "adapters")),
     "tensor 2, weights 2": (
         Layout(4, tensor=2, sharding=2, stage=3, sequence_parallel=True), ("experts", "pairs with adapters", "adamw"),
     ),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", list(TABLE))
-def test_parallel_equals_single(cases: dict[str, Case], name: str) -> None:
-    layout, wanted = TABLE[name]
-    assert_parallel_equals_single([cases[each] for each in wanted], layout)
+@pytest.mark.parametrize(("name", "case"), [(name, case) for name in TABLE for case in TABLE[name][1]])
+def test_parallel_equals_single(runs: Runs, name: str, case: str) -> None:
+    runs.assert_equal(case, *TABLE[name])
 
 
 @pytest.mark.parametrize(("name", "case", "least"), [
@@ -88,9 +90,9 @@ def test_parallel_equals_single(cases: dict[str, Case], name: str) -> None:
     ("experts over tensor, sequences", "experts", 10), ("experts 2", "experts", 7),
     ("gradients 2, twice", "experts", 7), ("weights", "experts", 6),
 ])  # fmt: skip
-def test_no_sum_over_ranks_can_be_left_out(cases: dict[str, Case], name: str, case: str, least: int) -> None:
+def test_no_sum_over_ranks_can_be_left_out(runs: Runs, name: str, case: str, least: int) -> None:
     """Every place in the program where something is added up over ranks, left out in turn."""
-    layout, chosen = TABLE[name][0], cases[case]
+    layout, chosen = TABLE[name][0], runs.cases[case]
     sites, missed = unnoticed(Case(chosen.folder, steps_of(packed_row, steps=1), chosen.keys), layout)
     assert len(sites) >= least, sites
     assert not missed, "\n".join(missed)

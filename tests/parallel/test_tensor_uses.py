@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from erniekit.models.decoder import ErnieForCausalLM
 from erniekit.ops.cross_entropy import IGNORED
 from erniekit.parallel.mesh import Mesh
 from erniekit.training.assemble import adapter_of, architecture, assemble_model
-from tests.parallel.equal import Case, assert_parallel_equals_single
+from tests.parallel.equal import Case, assert_parallel_equals_single, parallel
 from tests.parallel.ranks import run_ranks
 from tests.parallel.samples import VOCABULARY, packed_row, pair_row, steps_of, write_model
 
@@ -88,15 +89,66 @@ def dropped(mesh: Mesh, folder: Path) -> tuple[dict[str, np.ndarray], set[str]]:
 
 
 @pytest.mark.parametrize("in_parts", [False, True])
-def test_dropout_is_alike_where_ranks_are_alike_and_only_there(sparse: Path, *, in_parts: bool) -> None:
-    layout = Layout(2, tensor=2, sequence_parallel=in_parts)
+@pytest.mark.parametrize("over", ["data", "tensor"])
+def test_dropout_is_alike_where_ranks_are_alike_and_only_there(sparse: Path, over: Any, *, in_parts: bool) -> None:
+    expert = 2 if over == "tensor" else 1
+    layout = Layout(2, tensor=2, expert=expert, experts_over=over, sequence_parallel=in_parts)
     (one, own), (other, _) = run_ranks(dropped, layout, sparse)
     for name in ("end", "drawn next", *([] if in_parts else ["between"])):
         np.testing.assert_array_equal(one[name], other[name], err_msg=name)
     rows = {"self_attn.o_proj.adapter", "mlp.down_proj.adapter", "mlp.shared_experts.down_proj.adapter"}
+    rows |= {"mlp.experts.gate_up_adapter"} if over == "tensor" else set()
     assert own == {"self_attn.core_attn", *rows, "mlp.experts.down_adapter", *([""] if in_parts else [])}
     plain, _ = dropped(Mesh.single(), sparse)
     assert np.abs(plain["end"] - one["end"]).max() > 1e-3  # something was dropped, and something else
+
+
+DROPPED = {"hidden_dropout_prob": 0.3, "attention_probs_dropout_prob": 0.3, "moe_aux_loss_lambda": 0.1}
+DRIFTING = {
+    "tensor": Layout(2, tensor=2),
+    "sequences": TWO,
+    "experts over tensor": Layout(2, tensor=2, expert=2, experts_over="tensor"),
+    "experts": Layout(2, expert=2),
+    "weights": Layout(2, sharding=2, stage=3),
+}
+
+
+@pytest.mark.parametrize("layout", list(DRIFTING))
+def test_what_drops_at_random_does_not_drift_apart(sparse: Path, layout: str) -> None:
+    """What several ranks hold, their weights and gradients, is the same after every step, to the last bit."""
+    keys = {"stage": "SFT", **DROPPED}
+    whole = Case(sparse, steps_of(packed_row, rows=2), keys, rate=0.01, adamw=True)
+    adapters = dataclasses.replace(whole, keys={**keys, "fine_tuning": "LoRA", "lora_rank": 2, "lora_dropout": 0.3})
+    for case, found in zip((whole, adapters), parallel([whole, adapters], DRIFTING[layout]), strict=True):
+        plain = dataclasses.replace(case, keys={**case.keys, **dict.fromkeys(DROPPED, 0.0), "lora_dropout": 0.0})
+        assert found.figures[0]["loss"] != pytest.approx(plain.alone.figures[0]["loss"], rel=1e-4)
+
+
+# ---------------------------------------------------------------------- recomputation
+def recomputed(mesh: Mesh, folder: Path) -> list[np.ndarray]:
+    """Gradients of 9 positions: alone, and when 4 other positions have gone through before they were recomputed."""
+    model, found = assembled(mesh, folder, recompute=True), []
+    model.train()
+
+    def trunk(size: int) -> paddle.Tensor:
+        ids = paddle.arange(3, 3 + size).unsqueeze(0)
+        return model.trunk(ids, paddle.arange(size).unsqueeze(0), paddle.full([1, size], size, "int32")).hidden_BSD
+
+    for others in (False, True):
+        hidden = trunk(9)
+        if others:
+            with paddle.no_grad():
+                trunk(4)
+        paddle.square(hidden).sum().backward()
+        grads = [p.grad.numpy().ravel() for p in model.parameters() if p.grad is not None]
+        found.append(np.concatenate(grads))
+        model.clear_gradients()
+    return found
+
+
+def test_rows_are_recomputed_at_their_own_length(sparse: Path) -> None:
+    for alone, among_others in run_ranks(recomputed, TWO, sparse):
+        np.testing.assert_array_equal(among_others, alone)
 
 
 # ---------------------------------------------------------------------- rewards, kernels

@@ -172,6 +172,7 @@ def test_too_few_gpus(ready, monkeypatch, capsys, gpus):
         ({"NNODES": "two"}, 1, (), ["NNODES=two"]),
         ({"NNODES": "2"}, 1, (), ["MASTER_ADDR is missing"]),
         ({"NNODES": "2", "NODE_RANK": "2", "MASTER_ADDR": "a"}, 1, (), ["NODE_RANK=2", "0 to 1"]),
+        ({"MASTER_PORT": "65536"}, 2, (), ["MASTER_PORT=65536", "65535"]),
     ],
 )
 def test_refused_all_at_once(variables, nproc, gpus, words):
