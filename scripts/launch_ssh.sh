@@ -2,9 +2,14 @@
 # Several machines over ssh, the first of HOSTS leads. Each has erniekit and, in the same folder as here, the config; all
 # share the disk of output_dir.
 #   HOSTS="one two" bash scripts/launch_ssh.sh train CFG [--nproc N] [key=value ...]
+# HOSTFILE=FILE names them one a line instead, what follows a name on its line is not read.
 # MASTER_PORT (29500) must be free on the first; ERNIEKIT names the command on the machines, SSH how to reach them.
 set -euo pipefail
 : "${1:?usage: HOSTS=\"one two\" bash scripts/launch_ssh.sh train CFG [--nproc N] [key=value ...]}"
+if [ -n "${HOSTFILE:-}" ]; then
+    [ -r "$HOSTFILE" ] || { echo "error: HOSTFILE=$HOSTFILE cannot be read" >&2; exit 2; }
+    HOSTS=$(sed 's/#.*//' "$HOSTFILE" | awk 'NF { print $1 }' | tr '\n' ' ')
+fi
 read -ra hosts <<<"${HOSTS:?names of the machines, for example HOSTS=\"one two\"}"
 read -ra ssh <<<"${SSH:-ssh}"
 

@@ -1,14 +1,15 @@
 """Prove that several ranks train as one process does, and that a run outlives the death of any of its ranks.
 
 Losses: the quickstart's config (scripts/quickstart.sh makes its data and model) on two ranks, once with the experts
-shared and once with every matrix shared, beside one process with as many rows a step. Sums are in another order, so
-losses part slowly: within 1e-5 for 5 steps and 2e-4 for 12; the largest difference over all steps is told.
+shared and once with every matrix shared, and on four with both, beside one process with as many rows a step. Sums are
+in another order, so losses part slowly: within 1e-5 for 5 steps and 2e-4 for 12; the largest difference over all steps
+is told.
 
 Deaths: a small mixture of experts on two ranks, one of which is killed with SIGKILL at a random moment, again and again
 and the same command is started each time. Compared with a run that was never touched, bit for bit: the final weights,
 the optimizer's state and every row of the log. How long the job takes to end after each death is measured, too.
 
-    python scripts/prove_ranks.py [--steps 50] [--kills 10] [--seed 1] [--json FILE]
+    python scripts/prove_ranks.py [--steps 50] [--layouts NAME ...] [--kills 10] [--seed 1] [--json FILE]
 """
 
 from __future__ import annotations
@@ -31,12 +32,12 @@ from prove_resume import ROOT, digests, environment, erniekit, log_rows
 
 CONFIG = "examples/configs/ERNIE-4.5-tiny/sft/run_sft.yaml"
 NEAR = {5: 1e-5, 12: 2e-4}  # steps: how far apart their losses may be
-LAYOUTS = {
-    "expert_parallel_degree": {"keys": ["expert_parallel_degree=2"], "alone": ["batch_size=4"]},
-    "tensor_parallel_degree": {"keys": ["tensor_parallel_degree=2"], "alone": []},
+LAYOUTS = {  # ranks, their keys, the rows of one process beside them (2 for each data rank), and at most how many steps
+    "expert_parallel_degree": (2, ["expert_parallel_degree=2"], 4, 50),
+    "tensor_parallel_degree": (2, ["tensor_parallel_degree=2"], 2, 50),
+    "both": (4, ["tensor_parallel_degree=2", "expert_parallel_degree=2"], 4, 12),
 }
-RANKS = 2
-OF_RANKS = ["--nproc", str(RANKS), "expert_parallel_degree=2"]
+OF_RANKS = ["--nproc", "2", "expert_parallel_degree=2"]
 SECONDS = 10  # in which a job ends after the death of a rank
 
 
@@ -50,14 +51,16 @@ def losses(folder: Path, *words: str, steps: int) -> list[float]:
     return [row["loss"] for row in rows if "loss" in row]
 
 
-def compared(folder: Path, *, steps: int) -> dict[str, Any]:
+def compared(folder: Path, *, names: list[str], steps: int) -> dict[str, Any]:
     """For each layout the largest difference over the first steps, and over all."""
     found = {}
-    for name, words in LAYOUTS.items():
-        alone = losses(folder / f"{name}-1", *words["alone"], steps=steps)
-        ranks = losses(folder / f"{name}-2", *words["keys"], "--nproc", str(RANKS), steps=steps)
+    for name in names:
+        num_ranks, keys, rows, most = LAYOUTS[name]
+        taken = min(steps, most)
+        alone = losses(folder / f"{name}-alone", f"batch_size={rows}", steps=taken)
+        ranks = losses(folder / f"{name}-ranks", *keys, "--nproc", str(num_ranks), steps=taken)
         apart = [abs(mine - its) for mine, its in zip(ranks, alone, strict=True)]
-        found[name] = {str(until): max(apart[:until]) for until in (*NEAR, steps)}
+        found[name] = {str(until): max(apart[:until]) for until in sorted({*NEAR, taken})}
     return found
 
 
@@ -129,7 +132,8 @@ def outlived(folder: Path, *, kills: int, steps: int, seed: int) -> dict[str, An
 def main() -> None:
     """Prove, print the figures as JSON, exit with 1 if anything is not as it should be."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=50, help="of the runs whose losses are compared")
+    parser.add_argument("--steps", type=int, default=50, help="of the runs whose losses are compared (0: none)")
+    parser.add_argument("--layouts", nargs="+", choices=tuple(LAYOUTS), default=list(LAYOUTS))
     parser.add_argument("--kills", type=int, default=10)
     parser.add_argument("--kill-steps", type=int, default=60, help="of the run that is killed")
     parser.add_argument("--seed", type=int, default=1)
@@ -141,7 +145,7 @@ def main() -> None:
     good = True
     with tempfile.TemporaryDirectory() as folder:
         if options.steps:
-            figures["losses"] = compared(Path(folder), steps=options.steps)
+            figures["losses"] = compared(Path(folder), names=options.layouts, steps=options.steps)
             good = all(apart[str(n)] <= most for apart in figures["losses"].values() for n, most in NEAR.items())
         if options.kills:
             deaths = outlived(Path(folder), kills=options.kills, steps=options.kill_steps, seed=options.seed)

@@ -57,7 +57,7 @@ ALL_COMMANDS = [
 ]
 FOREIGN = (
     "vllm", "curl", "hf", "modelscope", "aistudio", "tensorboard", "nvidia-smi", "fastdeploy", "docker", "sbatch",
-    "kubectl",
+    "kubectl", "torchrun",
 )  # fmt: skip
 
 

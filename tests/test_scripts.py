@@ -23,6 +23,13 @@ def test_shellcheck(script: Path) -> None:
     assert done.returncode == 0, done.stdout
 
 
+@pytest.mark.parametrize("script", SHELL, ids=lambda path: path.name)
+def test_bash_understands(script: Path) -> None:
+    """What is left to check where shellcheck has no wheel."""
+    done = subprocess.run(["bash", "-n", script], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 @pytest.fixture(scope="module")
 def quickstart_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pytest.importorskip("chatterbot_corpus")

@@ -199,15 +199,12 @@ class Notes:
             with contextlib.suppress(OSError):
                 (self.folder / f"{_SILENT}.{self.rank}").touch()
             raise
-        while not set(files) <= (seen := self._seen()):
-            if silent := sorted(int(file.partition(".")[2]) for file in seen if file.startswith(_SILENT)):
-                raise CheckpointError(f"{self.folder.parent}: rank {silent[0]} cannot write there.")
-            time.sleep(_ASK_AGAIN)
-        return [json.loads((self.folder / file).read_bytes()) for file in files]
-
-    def _seen(self) -> set[str]:
         try:
-            return set(os.listdir(self.folder))
+            while not set(files) <= (seen := set(os.listdir(self.folder))):
+                if silent := sorted(int(file.partition(".")[2]) for file in seen if file.startswith(_SILENT)):
+                    raise CheckpointError(f"{self.folder.parent}: rank {silent[0]} cannot write there.")
+                time.sleep(_ASK_AGAIN)
+            return [json.loads((self.folder / file).read_bytes()) for file in files]
         except FileNotFoundError:
             raise CheckpointError(f"{self.folder.parent}: rank 0 has given it up.") from None
 

@@ -1,4 +1,4 @@
-"""Starts the ranks of `erniekit train|eval|export CFG --nproc N`: how many, with which environment, logging where.
+"""Starts the ranks of `erniekit train|eval|export|reproduce FILE --nproc N`: how many, which environment, which logs.
 
 Each rank is `python -m erniekit VERB ...` again, with the variables that `paddle.distributed.launch` sets, so that
 either may start a job. One rank needs no starting: the process itself is it. On several machines every one runs the
@@ -129,6 +129,11 @@ def _gpus() -> list[str]:
 def _log_folder(verb: str, arguments: Arguments, job: Job) -> Path | None:
     """Where the ranks write their logs: where the user says, or in output_dir; None if the config has none. Raises
     ConfigError for a config that every rank would refuse."""
+    if verb == "reproduce":
+        from erniekit.training.lock import place_of_repetition, read_lock
+
+        lock = read_lock(Path(arguments.places[0]))
+        return runtime.log_folder() or place_of_repetition(lock, arguments.text("out")) / LOGS
     from erniekit.config.load import load_config
     from erniekit.config.readiness import require_ready
 

@@ -15,10 +15,10 @@ def preview(arguments: Arguments) -> None:
     config = load_config(arguments.places[0], arguments.overrides)
     from erniekit.recipes.preview import preview
 
-    rows = arguments.number("rows")
+    rows, ranks = arguments.number("rows"), arguments.number("nproc")
     preview(
         config, step=arguments.number("step"), rows=3 if rows is None else rows, html=arguments.text("html"),
-        color=sys.stdout.isatty() and not runtime.no_color(),
+        ranks=1 if ranks is None else ranks, color=sys.stdout.isatty() and not runtime.no_color(),
     )  # fmt: skip
 
 

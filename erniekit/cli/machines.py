@@ -144,6 +144,7 @@ class Machines:
 
     def ask(self, machine: int, rank: int) -> str:
         """What another machine says of where a rank of its own stands; "" if it does not say."""
+        self.beat()  # nobody is to miss us while we wait
         self._wires[machine].send({"say": "where", "rank": rank})
         deadline = time.monotonic() + _VERDICT
         while rank not in self.answers and time.monotonic() < deadline:

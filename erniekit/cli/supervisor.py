@@ -32,6 +32,7 @@ _SETTLE = 0.4  # for others to fail as well, so that the first one can be found
 _AGREE = 2.0  # for rank 0 to find the same fault of the user as a quicker rank
 _USERS_FAULT = 2  # exit code
 _LAST_WAIT = 30.0  # where the user asked to stop and some ranks have: what the others have to finish saving
+_STACKS = 3  # late ranks whose place in the code is asked for: each takes a second
 _NUM_LINES = 20  # of a log, where a rank left no last words
 _NO_MEMORY = ("MemoryError", "ResourceExhaustedError", "bad_alloc", "out of memory", "Out of memory")
 INTERRUPTED, FAILED = 130, 1
@@ -250,7 +251,8 @@ class _Job:
             return None
         here = {rank.number: rank for rank in self.ranks}
         stacks = [
-            self.watch.stack(here[rank]) if rank in here else self.machines.ask(found[rank][0], rank) for rank in late
+            self.watch.stack(here[rank]) if rank in here else self.machines.ask(found[rank][0], rank)
+            for rank in late[:_STACKS]
         ]
         machine = found[late[0]][0] if late else 0
         text = self.watch.account(signs, late, stacks)

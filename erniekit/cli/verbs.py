@@ -112,6 +112,7 @@ VERBS = {
                 Option("step", "begin with this step (0), and name all its samples", metavar="N"),
                 Option("rows", "how many rows to show (3)", metavar="N"),
                 Option("html", "write a page instead", metavar="FILE"),
+                Option("nproc", "of how many ranks the run will be: their rows make a step (1)", metavar="N"),
             ),
             doc="Needs the model's tokenizer and the data, no weights and no Paddle.",
         ),
@@ -185,10 +186,11 @@ VERBS = {
         ),
         Verb(
             "reproduce", "repeat a run from its run.lock.yaml and compare the losses", home="looking:reproduce",
-            places=("LOCK",), needs_paddle=True,
+            places=("LOCK",), needs_paddle=True, takes_ranks=True,
             options=(
                 Option("out", "folder of the repetition (output_dir-reproduced)", metavar="DIR"),
                 Option("bound", "largest difference of a loss, as a share (0.001)", metavar="X"),
+                *RANKS,
             ),
             doc="Other data or another model is an error, other packages or another machine a warning. Exit code 2: "
             "the losses differ by more than the bound.",

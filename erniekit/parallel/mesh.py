@@ -5,6 +5,8 @@ It is opened once and handed to whoever needs it. A mesh of one rank is an ordin
 
 from __future__ import annotations
 
+import types
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import paddle
@@ -56,8 +58,9 @@ class Mesh:
         self.words.part()
 
 
-def open_mesh(layout: Layout, place: Place) -> Mesh:
-    """Connect this process with the others, each of which calls this with the same layout. Raises MeshError."""
+def open_mesh(layout: Layout, place: Place, *, config: Mapping[str, str] = types.MappingProxyType({})) -> Mesh:
+    """Connect this process with the others, each of which calls this with the same layout and config: groups could not
+    be opened otherwise. Raises MeshError."""
     assert place.world == layout.world, (place, layout)
     if place.world == 1:
         return Mesh.single()
@@ -65,6 +68,10 @@ def open_mesh(layout: Layout, place: Place) -> Mesh:
     pulse, store = Pulse(place.pulse, rank=place.rank), open_store(place.master, rank=place.rank)
     words = Words(store, rank=place.rank, world=place.world, pulse=pulse)
     words.await_ranks()
+    words.agree(
+        "the config", config,
+        way_out="Start all ranks with the same file, overrides and packages; where machines have copies, copy again.",
+    )  # fmt: skip
     traffic = Traffic()
     channels: dict[tuple[int, ...], Channel | None] = {}  # axes may have groups in common
     axes = {}

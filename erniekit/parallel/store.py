@@ -7,19 +7,21 @@ heard. Not for use by several threads.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import socket
 import stat
 import sys
 import time
-from collections import Counter
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from paddle.base import core
 
 from erniekit.base.console import warn
-from erniekit.base.errors import MeshError
+from erniekit.base.errors import MeshError, listed
 from erniekit.base.ports import free_port, hold_port
 from erniekit.parallel.pulse import Pulse
 
@@ -28,6 +30,7 @@ _PATIENCE = 120  # seconds for all ranks to come up
 _PATIENCE_WITH_NAMES = 20  # seconds for the name of rank 0's machine to be known
 _QUIET = 10  # seconds of waiting that nobody is told of
 _TRIES = 5  # ports
+_ABSENT = "absent"
 _FAREWELL = 0.2  # seconds that rank 0 stays after the last word
 
 
@@ -185,11 +188,26 @@ class Words:
         self._wait(key, self.world, add=1)
         return [json.loads(self.store.get(f"{key}/{rank}")) for rank in range(self.world)]
 
-    def agree(self, what: str, digest: str, *, way_out: str) -> None:
-        """Raise MeshError on every rank, naming those that differ from rank 0, unless all say the same."""
-        said = self.collect(f"agree/{what}", digest)
-        others = [str(rank) for rank, each in enumerate(said) if each != said[0]]
-        if others:
-            raise MeshError(
-                f"{what} differs between ranks: {', '.join(others)} have another one than rank 0. {way_out}"
-            )
+    def agree(self, what: str, facts: Mapping[str, str], *, way_out: str) -> None:
+        """Raise MeshError on every rank, naming what differs and where, unless all know the same facts. Then these were
+        the last words."""
+        digest = hashlib.sha256(json.dumps(dict(facts), sort_keys=True).encode()).hexdigest()
+        if len(set(self.collect(f"agree/{what}", digest))) == 1:
+            return
+        first = self.share(f"rank 0 knows/{what}", dict(facts))
+        differing = [name for name in {*first, *facts} if first.get(name) != facts.get(name)]
+        others = self.collect(f"others know/{what}", {name: facts.get(name, _ABSENT) for name in differing})
+        found = "; ".join(listed(_differences(first, others), limit=8))
+        self.part()
+        raise MeshError(f"{what} differs between ranks: {found}. {way_out}")
+
+
+def _differences(first: Mapping[str, str], others: Sequence[Mapping[str, str]]) -> Iterator[str]:
+    """What rank 0 knows, and what each rank knows otherwise, as a clause for each fact."""
+    for name in sorted({name for known in others for name in known}):
+        ranks: dict[str, list[str]] = defaultdict(list)
+        for rank, known in enumerate(others):
+            if name in known:
+                ranks[known[name]].append(str(rank))
+        elsewhere = ", ".join(f"{value} on rank {', '.join(listed(at, limit=8))}" for value, at in ranks.items())
+        yield f"{name} is {first.get(name, _ABSENT)} on rank 0, {elsewhere}"

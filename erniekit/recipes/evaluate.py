@@ -42,7 +42,7 @@ from erniekit.training.evaluate import measure, short_names
 from erniekit.training.held_out import measure_preferences
 from erniekit.training.objective import LossWeights
 from erniekit.training.preference import PreferenceObjective, preference_objective
-from erniekit.training.ranks import first_alone, require_same_config, require_same_data
+from erniekit.training.ranks import facts_of, first_alone, require_same_data, require_same_model
 from erniekit.training.reference import base_log_probs
 
 _READ = {
@@ -74,11 +74,11 @@ def evaluate(cfg: RunConfig) -> dict[str, float]:
     _check_kind(cfg, folder, adapter)
     tokenizer = Tokenizer.from_folder(folder.path)
     tokenizer.check_vocab(folder.config.vocab_size)
-    mesh = open_mesh(layout_of(cfg, place.world, folder.config, verb="eval"), place)
-    require_same_config(mesh, cfg)
+    mesh = open_mesh(layout_of(cfg, place.world, folder.config, verb="eval"), place, config=facts_of(cfg))
+    require_same_model(mesh, folder, tokenizer)
     read = first_alone(mesh, "data", lambda: _read_data(cfg, tokenizer))
     data = read or _read_data(cfg, tokenizer)  # the others find it tokenised
-    require_same_data(mesh, data.store.digest())
+    require_same_data(mesh, None, data)
     if not paddle.device.is_compiled_with_cuda():
         first_alone(mesh, "kernels", tier)  # compiled once, and not while others wait in a collective
     if adapter:

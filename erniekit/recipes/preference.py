@@ -121,6 +121,7 @@ def _fill(table: Table, job: Job, model: ErnieForCausalLM, folder: RunFolder) ->
         if not base:
             notice("the reference: log-probabilities of every answer under the model as it is before training")
             base.append(job.weights.build(None) if folder.checkpoint else model)
+            job.mesh.meet("the reference is read")
         return base[0]
 
     started, steps = time.perf_counter(), range(job.rhythm.total_steps)

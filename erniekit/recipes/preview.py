@@ -9,6 +9,7 @@ from erniekit.base.errors import ConfigError, listed
 from erniekit.base.files import atomic_write
 from erniekit.base.progress import ByteProgress
 from erniekit.checkpoint.download import locate_model
+from erniekit.config.layout_rules import degrees_of
 from erniekit.config.model import PREFERENCE_STAGES
 from erniekit.config.readiness import require_ready
 from erniekit.config.run import KEYS, RunConfig
@@ -22,9 +23,11 @@ _NUM_ENTRIES = 20  # of the ledger that are printed
 
 
 def preview(
-    cfg: RunConfig, *, step: int | None = None, rows: int = 3, html: str | None = None, color: bool = False
-) -> None:
-    """Show `rows` rows from `step` on, and name the samples of that step if it is given; write a page to `html`."""
+    cfg: RunConfig, *, step: int | None = None, rows: int = 3, html: str | None = None, ranks: int = 1,
+    color: bool = False,
+) -> None:  # fmt: skip
+    """Show `rows` rows from `step` on, and name the samples of that step if it is given; write a page to `html`. A step
+    has the rows of all `ranks` that the run will be."""
     require_ready(cfg, "preview")
     if KEYS["stage"].lacks(cfg.model.stage) and cfg.model.stage not in PREFERENCE_STAGES:
         raise ConfigError(f"stage: {cfg.model.stage} is not built in this version; preview shows rows of text.")
@@ -32,7 +35,7 @@ def preview(
         raise ConfigError("--step counts from 0, and --rows must be at least 1.")
     for text in cfg.notices:
         notice(text)
-    data, warnings, tokenizer = _read(cfg)
+    data, warnings, tokenizer = _read(cfg, ranks=ranks)
     views = sample_views(data, tokenizer, step=step or 0, rows=rows)
     if html is not None:
         page = html_page(data, views, title=str(cfg.path or "a config"), step=step or 0, warnings=warnings)
@@ -53,12 +56,13 @@ def preview(
         print("\n".join(["", "ledger:", *listed(entries, limit=_NUM_ENTRIES)]))
 
 
-def _read(cfg: RunConfig) -> tuple[TrainData, list[str], Tokenizer]:
+def _read(cfg: RunConfig, *, ranks: int) -> tuple[TrainData, list[str], Tokenizer]:
     """The training data as `train` reads it, and what it would warn of."""
     assert cfg.model.model_name_or_path  # require_ready saw to it
     tokenizer = Tokenizer.from_folder(Path(locate_model(cfg.model.model_name_or_path, cfg.model.download_hub)))
     stage, seed = cfg.model.stage, cfg.train.seed
-    num_rows = cfg.train.batch_size * cfg.train.gradient_accumulation_steps
+    sharing = max(ranks // degrees_of(cfg).tensor, 1)  # ranks with rows of their own
+    num_rows = cfg.train.batch_size * cfg.train.gradient_accumulation_steps * sharing
     with ByteProgress("reading data") as progress:
         data = build_train_data(
             cfg.data, tokenizer, stage=stage, seed=seed, rows_per_step=num_rows, align=cfg.align, progress=progress

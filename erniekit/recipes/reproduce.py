@@ -6,9 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from erniekit.base import runtime
 from erniekit.base.console import warn
-from erniekit.base.errors import ConfigError, DataError, ErnieKitError, listed
-from erniekit.training.lock import changed_files, changed_surroundings, compare, read_lock
+from erniekit.base.errors import ConfigError, DataError, ErnieKitError, MeshError, listed
+from erniekit.training.lock import changed_files, changed_surroundings, compare, place_of_repetition, read_lock
 
 BOUND = 1e-3  # largest difference of a loss, as a share, that other packages or machines may make
 
@@ -24,18 +25,23 @@ def reproduce(
 ) -> float:
     """Repeat the run by `train(mapping of keys)` into `out` (None: beside the old one) and compare the losses.
 
-    Returns the largest difference, 0.0 for a bit-equal run. Raises DataError if data or model are other ones, and
-    ErnieKitError if the losses differ by more than `bound`.
+    Returns the largest difference, 0.0 for a bit-equal run. Raises DataError if data or model are other ones, MeshError
+    for another number of ranks, and ErnieKitError if the losses differ by more than `bound`.
     """
     lock = read_lock(Path(lock_file))
     if not lock["losses"]:
         raise ConfigError(f"{lock_file}: holds no losses: its run did not finish, there is nothing to compare with.")
+    ranks, world = lock.get("ranks", 1), runtime.rank_place().world
+    if ranks != world:
+        raise MeshError(
+            f"{lock_file}: its run was one of {ranks} ranks, this would be one of {world}, with other rows in a step. "
+            f"Start as many: --nproc {ranks} (or as many on several machines)."
+        )
     if problems := changed_files(lock):
         raise DataError(["the run cannot be repeated, its data or model are not the same:", *listed(problems)])
     for line in changed_surroundings(lock):
         warn(f"not as it was, {line}")
-    out = out or f"{lock['config']['output_dir']}-reproduced"
-    result = train({**lock["config"], **_OWN, "output_dir": out})
+    result = train({**lock["config"], **_OWN, "output_dir": str(place_of_repetition(lock, out))})
     losses = [row["loss"] for row in result.history if "loss" in row]
     count, worst = compare(lock["losses"], losses)
     if len(losses) != len(lock["losses"]):

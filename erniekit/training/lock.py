@@ -27,14 +27,15 @@ _WEIGHTS = (".safetensors", ".pdparams")
 _CONFIGS = ("config.json", "adapter_config.json", "lora_config.json")
 
 
-def lock_of(cfg: RunConfig, *, fingerprint: str, model: Path) -> dict[str, Any]:
-    """The lock of a run that begins."""
+def lock_of(cfg: RunConfig, *, fingerprint: str, model: Path, ranks: int = 1) -> dict[str, Any]:
+    """The lock of a run that begins, shared by so many ranks."""
     import yaml  # half of a run's start is imports already
 
     adapter = cfg.lora.lora_path if cfg.model.fine_tuning == "LoRA" else None
     return {
         "erniekit": {"version": __version__, "commit": commit() or None},
         "config": yaml.safe_load(cfg.text()),
+        "ranks": ranks,
         "seeds": {"seed": cfg.train.seed, "step": "seed * 1000003 + step"},
         "data": {"fingerprint": fingerprint, "files": _hashes(data_files(cfg))},
         "model": {"path": str(model), "files": model_hashes(model, trust=True)},
@@ -75,11 +76,11 @@ def write_lock(path: Path, lock: Mapping[str, Any]) -> None:
     atomic_write(path, (_HEAD.format(LOCK_NAME) + text).encode())
 
 
-def finish_lock(path: Path, cfg: RunConfig, *, losses: Sequence[float]) -> None:
-    """Add what came of the run to its lock; a resumed one may have been made longer."""
+def finish_lock(path: Path, cfg: RunConfig, *, losses: Sequence[float], ranks: int = 1) -> None:
+    """Add what came of the run to its lock; a resumed one may have been made longer, or gone on with other ranks."""
     import yaml
 
-    write_lock(path, {**read_lock(path), "config": yaml.safe_load(cfg.text()), "losses": list(losses)})
+    write_lock(path, {**read_lock(path), "config": yaml.safe_load(cfg.text()), "ranks": ranks, "losses": list(losses)})
 
 
 def read_lock(path: Path) -> dict[str, Any]:
@@ -97,6 +98,11 @@ def read_lock(path: Path) -> dict[str, Any]:
     if not isinstance(lock, dict) or not parts <= lock.keys():
         raise ConfigError(f"{path}: is no lock file of a run; it lacks {', '.join(sorted(parts - set(lock or ())))}.")
     return lock
+
+
+def place_of_repetition(lock: Mapping[str, Any], out: str | None) -> Path:
+    """Where a run is repeated: `out`, or beside the old one."""
+    return Path(out or f"{lock['config']['output_dir']}-reproduced")
 
 
 def changed_files(lock: Mapping[str, Any]) -> list[str]:

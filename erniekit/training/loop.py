@@ -113,11 +113,7 @@ def train_loop(run: Run, *, start_step: int) -> int:
             run.reporter.step(_row(done, run.schedule(done - 1), result) | health)
             better = False
             if run.evaluate and _due(done, run.rhythm.eval_every, total):
-                with run.mesh.pulse.phase("evaluating"):
-                    figures = run.evaluate()
-                    if run.optimizer.averages():
-                        with run.optimizer.averaged():
-                            figures["ema_eval_loss"] = run.evaluate()["eval_loss"]
+                figures = _evaluate(run, run.evaluate)
                 run.reporter.evaluation({"step": done, **figures})
                 better = run.best.judge(done, figures) and run.best.keep
             last = done == total or run.best.waited_enough
@@ -133,6 +129,16 @@ def train_loop(run: Run, *, start_step: int) -> int:
                 raise AskedToStop
         run.checkpoints.wait()
     return done
+
+
+def _evaluate(run: Run, evaluate: Callable[[], dict[str, float]]) -> dict[str, float]:
+    """What rank 0 finds, on all ranks: they judge by the same numbers, to the last bit."""
+    with run.mesh.pulse.phase("evaluating"):
+        figures = evaluate()
+        if run.optimizer.averages():
+            with run.optimizer.averaged():
+                figures["ema_eval_loss"] = evaluate()["eval_loss"]
+    return run.mesh.words.share("figures", figures)
 
 
 def _save(run: Run, step: int) -> None:

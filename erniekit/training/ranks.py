@@ -6,17 +6,24 @@ Whatever may take long on one rank, or fail there, ends in words on the store: t
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TypeVar
 
 import paddle
 
 from erniekit.base.errors import ErnieKitError, MeshError
+from erniekit.checkpoint.adapter_folder import mark_of
+from erniekit.checkpoint.folder import Folder
 from erniekit.config.run import RunConfig
+from erniekit.data.build import EvalData, TrainData
+from erniekit.data.tokenizer import Tokenizer
 from erniekit.parallel.mesh import Mesh
+from erniekit.version import __version__
 
 T = TypeVar("T")
+_SHOWN = 12  # digits of a hash
+_COPY_AGAIN = "Ranks read the files of their own machine: copy them again, or put them on a shared disk."
 
 
 def first_alone(mesh: Mesh, name: str, work: Callable[[], T]) -> T | None:
@@ -54,30 +61,32 @@ def anybodys(mesh: Mesh, facts: Sequence[bool]) -> list[bool]:
     return [bool(fact) for fact in said.tolist()]
 
 
-def config_digest(cfg: RunConfig) -> str:
-    """A hash of all keys."""
-    return hashlib.sha256(json.dumps(cfg.flat(), sort_keys=True, default=str).encode()).hexdigest()
+def facts_of(cfg: RunConfig) -> dict[str, str]:
+    """What all ranks must have alike before they begin: the config and the program."""
+    keys = {name: str(value) for name, value in cfg.flat().items()}
+    return {**keys, "erniekit": __version__, "Paddle": paddle.__version__}
 
 
-def require_same_config(mesh: Mesh, cfg: RunConfig) -> None:
-    """Raise MeshError on all ranks if they do not all run the same config."""
-    _agree(
-        mesh, "the config", config_digest(cfg),
-        way_out="Start all ranks with the same file and overrides; where machines have copies of it, copy it again.",
-    )  # fmt: skip
+def require_same_model(mesh: Mesh, base: Folder, tokenizer: Tokenizer) -> None:
+    """Raise MeshError on all ranks if they do not all begin with the same model, by a sample of every weight."""
+    if mesh.layout.world == 1:
+        return
+    facts = {"tokenizer": tokenizer.digest(), "config.json": _digest(base.config_json), "weights": mark_of(base)}
+    shown = {name: content[:_SHOWN] for name, content in facts.items()}
+    mesh.words.agree("the model", shown, way_out=f"They are in {base.path}. {_COPY_AGAIN}")
 
 
-def require_same_data(mesh: Mesh, fingerprint: str) -> None:
+def require_same_data(mesh: Mesh, data: TrainData | None, *held_out: EvalData | None) -> None:
     """Raise MeshError on all ranks if they do not all read the same data."""
-    _agree(
-        mesh, "the content of the data", fingerprint,
-        way_out="Ranks read the files of their own machine: copy them again, or put them on a shared disk.",
-    )  # fmt: skip
+    sources = [source for part in (data, *held_out) if part for source in part.store.sources]
+    known = {
+        f"file {number}, {Path(source.name).name},": _digest(source.digest.encode())[:_SHOWN]
+        for number, source in enumerate(sources, start=1)
+    }
+    if data:
+        known["the order of rows"] = data.fingerprint[:_SHOWN]
+    mesh.words.agree("the content of the data", known, way_out=_COPY_AGAIN)
 
 
-def _agree(mesh: Mesh, what: str, digest: str, *, way_out: str) -> None:
-    try:
-        mesh.words.agree(what, digest, way_out=way_out)
-    except MeshError:  # all have it: nobody leaves before all know
-        mesh.close()
-        raise
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()

@@ -40,7 +40,7 @@ from erniekit.training.loop import AskedToStop, Rhythm, Run, train_loop
 from erniekit.training.memory import MemoryWatch
 from erniekit.training.metrics import LOG_NAME, Display, Reporter, Volume, last_figures, read_log, write_figures
 from erniekit.training.preference import Reference
-from erniekit.training.ranks import first_alone, require_same_config, require_same_data
+from erniekit.training.ranks import facts_of, first_alone, require_same_data, require_same_model
 from erniekit.training.replay import StepKeeper
 from erniekit.training.report import REPORT_NAME, write_report
 from erniekit.training.router import sparse_layers
@@ -135,6 +135,7 @@ def run_session(cfg: RunConfig, stage: Stage) -> TrainResult:
     tokenizer = Tokenizer.from_folder(base.path)
     tokenizer.check_vocab(arch.vocab_size)
     mesh = _open_mesh(cfg, arch)
+    require_same_model(mesh, base, tokenizer)
     try:
         result = _run(cfg, stage, mesh, base=base, arch=arch, tokenizer=tokenizer)
     except (TrainingStopped, AskedToStop):  # in which all ranks agree; after other errors nobody is waited for
@@ -149,9 +150,7 @@ def _open_mesh(cfg: RunConfig, arch: ErnieConfig) -> Mesh:
     layout = layout_of(cfg, place.world, arch)
     if text := idle(cfg, layout):
         notice(text)
-    mesh = open_mesh(layout, place)
-    require_same_config(mesh, cfg)
-    return mesh
+    return open_mesh(layout, place, config=facts_of(cfg))
 
 
 def _run(
@@ -159,7 +158,7 @@ def _run(
 ) -> TrainResult:
     read = first_alone(mesh, "data", lambda: _read_data(cfg, tokenizer, mesh))
     data, eval_data, canary = read or _read_data(cfg, tokenizer, mesh)  # the others find it tokenised
-    require_same_data(mesh, data.fingerprint)
+    require_same_data(mesh, data, eval_data, canary)
     weights = weights_of(cfg, base, arch, mesh)
     job = Job(cfg, base, arch, tokenizer, weights, data, eval_data, canary, Rhythm.of(cfg, data), mesh)
     sources = job.eval_data.source_names if job.eval_data else ()
@@ -186,7 +185,9 @@ def _describe(job: Job, folder: RunFolder, record: dict[str, Any]) -> None:
         ledger = [*job.data.ledger, *(job.eval_data.ledger if job.eval_data else ())]
         write_ledger(folder.path / "samples.jsonl", ledger)
     if folder.checkpoint is None or cfg.train.resume_anyway or not (folder.path / LOCK_NAME).is_file():
-        write_lock(folder.path / LOCK_NAME, lock_of(cfg, fingerprint=job.data.fingerprint, model=job.base.path))
+        ranks = job.mesh.layout.world
+        lock = lock_of(cfg, fingerprint=job.data.fingerprint, model=job.base.path, ranks=ranks)
+        write_lock(folder.path / LOCK_NAME, lock)
 
 
 def _read_data(cfg: RunConfig, tokenizer: Tokenizer, mesh: Mesh) -> tuple[TrainData, EvalData | None, EvalData | None]:
@@ -249,10 +250,12 @@ class _Session:
         if mesh.layout.world > 1 and not watch.on_gpu:
             first_alone(mesh, "kernels", tier)  # compiled once, and not while others wait in a collective
         model = job.weights.build(folder.checkpoint)
+        mesh.meet("the model is read")
         story = Story(folder.path, start_step=folder.start_step, writes=mesh.first)
         if not folder.start_step:
             story.tell(answers_before=self.stage.answers(job, model), canary_before=job.canary_loss(model))
         run = self._run(model)
+        mesh.meet("ready for steps")
         if job.canary and not folder.start_step:
             run.reporter.canary({"step": 0, "canary_loss": story.get("canary_before")})
         try:
@@ -323,6 +326,7 @@ class _Session:
             notice(f"ending with the model of step {best.step}, {best.metric} {best.value:.6f}.")
             with run.optimizer.whole_weights():
                 self.job.weights.refill(run.model, self.folder.path / f"checkpoint-{best.step}")
+            run.mesh.meet("the best model is read")
 
     def _tell(
         self, story: Story, history: list[dict[str, Any]], *, memory: dict[str, int], expert_layers: Sequence[str]
@@ -337,7 +341,8 @@ class _Session:
     def _write_report(self, story: Story, history: list[dict[str, Any]], *, expert_layers: Sequence[str]) -> None:
         job, cfg, output_dir = self.job, self.job.cfg, self.folder.path
         try:
-            finish_lock(output_dir / LOCK_NAME, cfg, losses=[row["loss"] for row in history if "loss" in row])
+            losses = [row["loss"] for row in history if "loss" in row]
+            finish_lock(output_dir / LOCK_NAME, cfg, losses=losses, ranks=job.mesh.layout.world)
             if cfg.watch.metrics_output_path:
                 write_figures(Path(cfg.watch.metrics_output_path), history)
             shown = Shown(

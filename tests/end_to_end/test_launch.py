@@ -3,6 +3,7 @@ the scripts for ssh and Slurm with stand-ins for ssh, srun and scontrol: two "ma
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -57,7 +58,9 @@ def trained(bench, shell, tmp_path_factory):
     """What two ranks leave that launch_ssh.sh started."""
     out = tmp_path_factory.mktemp("ssh") / "out"
     config = bench.config(out, max_steps=3, save_strategy="no", eval_dataset_path=None)
-    shell("bash", "scripts/launch_ssh.sh", "train", config, "--nproc", 1, HOSTS="me@127.0.0.1 127.0.0.1")
+    hosts = tmp_path_factory.getbasetemp() / "hosts"
+    hosts.write_text("# name, then what others want to know\nme@127.0.0.1 slots=1\n\n127.0.0.1\n")
+    shell("bash", "scripts/launch_ssh.sh", "train", config, "--nproc", 1, HOSTFILE=str(hosts))
     return out
 
 
@@ -91,26 +94,96 @@ def test_paddles_launcher(trained, bench, shell, tmp_path):
     assert losses(tmp_path / "out") == losses(trained)
 
 
-def test_a_killed_rank_ends_the_job_within_ten_seconds(bench, tmp_path):
-    config = bench.config(tmp_path / "out", max_steps=5000, save_steps=2, save_total_limit=2, eval_dataset_path=None)
-    words = [sys.executable, "-m", "erniekit", "train", str(config), "--nproc", "2"]
-    given = os.environ | {"PYTHONPATH": str(ROOT), "MKL_NUM_THREADS": "1"}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    process = subprocess.Popen(words, cwd=tmp_path, env=given, text=True, **pipes)
-    for line in process.stdout:
-        if line.startswith("saved"):
-            break
-    rank_1 = next(number for number in children(process.pid) if b"PADDLE_TRAINER_ID=1\0" in environment(number))
-    os.kill(rank_1, 9)
-    killed_at = time.monotonic()
+RAISES = """
+import ctypes, os, pathlib, threading, time
+def throw(thread, mark):
+    while not mark.exists():
+        time.sleep(.05)
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), ctypes.py_object(ZeroDivisionError))
+if os.environ.get("PADDLE_TRAINER_ID") == "1":
+    mark = pathlib.Path(__file__).with_name("throw")
+    threading.Thread(target=throw, args=(threading.get_ident(), mark), daemon=True).start()
+"""
+
+
+@pytest.fixture(scope="module")
+def job(bench, tmp_path_factory):
+    """job(option, ...) starts the same long run of two ranks again, and returns it when it has saved something, with
+    the process of rank 1. A file `job.throw` throws an exception in rank 1."""
+    folder, started = tmp_path_factory.mktemp("job"), []
+    keys = {"max_steps": 5000, "save_steps": 2, "save_total_limit": 2, "eval_dataset_path": None}
+    config = bench.config(folder / "out", **keys)
+    (folder / "sitecustomize.py").write_text(RAISES)
+    given = os.environ | {"PYTHONPATH": f"{folder}:{ROOT}", "MKL_NUM_THREADS": "1"}
+
+    def start(*options):
+        words = [sys.executable, "-m", "erniekit", "train", str(config), "--nproc", "2", *options]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        process = subprocess.Popen(words, cwd=folder, env=given, text=True, **pipes)
+        started.append(process)
+        next(line for line in process.stdout if line.startswith("saved"))
+        places = {each: environment(each) for each in children(process.pid)}
+        return process, next(each for each, place in places.items() if b"PADDLE_TRAINER_ID=1\0" in place)
+
+    start.out, start.throw, start.log = folder / "out", folder / "throw", folder / "out" / "ranks" / "rank-1.log"
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def ended(process, seconds=10):
+    """Exit code and stderr of a job that is to end within the time that a failure may take."""
+    since = time.monotonic()
     _, err = process.communicate(timeout=20)
-    assert time.monotonic() - killed_at < 10
-    assert process.returncode == 137
+    assert time.monotonic() - since < seconds
+    return process.returncode, err
+
+
+def test_a_killed_rank_ends_the_job_within_ten_seconds(job):
+    process, rank_1 = job()
+    os.kill(rank_1, signal.SIGKILL)
+    code, err = ended(process)
     said = err[err.index("error:") :]
-    assert said.startswith("error: rank 1 of 2 was killed by signal 9 (SIGKILL)")
-    assert f"{tmp_path / 'out' / 'ranks' / 'rank-1.log'}" in said
+    assert code == 137
+    assert said.startswith("error: rank 1 of 2 was killed by signal 9 (SIGKILL)") and f"{job.log}" in said
     assert "Traceback" not in err
-    assert any((tmp_path / "out").glob("checkpoint-*"))
+    assert any(job.out.glob("checkpoint-*"))
+
+
+def test_the_traceback_of_the_rank_that_failed_comes_first(job):
+    process, _ = job()
+    job.throw.touch()
+    code, err = ended(process)
+    job.throw.unlink()
+    assert code == 1
+    said = err[err.index("Traceback") :]
+    assert said.count("Traceback (most recent call last)") == 1
+    assert said.index("ZeroDivisionError") < said.index("error: ")
+    assert said.endswith(f"error: rank 1 of 2 ended with exit code 1. Its log: {job.log}.\n")
+
+
+def test_a_rank_that_hangs_is_named_within_the_users_patience(job):
+    process, rank_1 = job("--patience", "5")
+    os.kill(rank_1, signal.SIGSTOP)
+    code, err = ended(process, 20)
+    assert code == 1
+    assert "rank 1 does not answer at all" in err
+    assert "error: nothing has happened between ranks for 5 seconds: the others wait for rank 1." in err
+
+
+def test_asked_to_stop_all_ranks_save(job):
+    process, _ = job()
+    before = newest(job.out)
+    process.send_signal(signal.SIGINT)
+    code, err = ended(process)
+    assert code == 130
+    assert "Traceback" not in err and "run the same command again" in err
+    assert newest(job.out) > before
+
+
+def newest(out):
+    return max(int(path.name.partition("-")[2]) for path in out.glob("checkpoint-*") if path.name[-1].isdigit())
 
 
 def children(number):
@@ -150,6 +223,11 @@ def test_kubernetes_sets_what_the_launcher_reads():
     assert pod["subdomain"] == service["metadata"]["name"]
     assert container["command"][:2] == ["erniekit", "train"]
     assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
+
+
+def test_a_file_of_machines_that_is_not_there(shell):
+    err = shell("bash", "scripts/launch_ssh.sh", "train", "run.yaml", HOSTFILE="nowhere", code=2)
+    assert err == "error: HOSTFILE=nowhere cannot be read\n"
 
 
 @pytest.mark.parametrize("name", ["launch_one_node", "launch_ssh", "launch_slurm"])

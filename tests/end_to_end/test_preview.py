@@ -42,6 +42,8 @@ def test_the_samples_of_a_step_are_those_that_training_takes(config, run, tmp_pa
     data = build_train_data(cfg.data, tokenizer, stage="SFT", seed=7, rows_per_step=4)
     assert ", ".join(line.partition(": ")[2] for line in named) == ", ".join(data.sample_names(3))
     assert "step 3, row 0: " in out
+    out, _ = run("preview", config, "--step", 1, "--rows", 1, "--nproc", 4, "tensor_parallel_degree=2")
+    assert out.count("\n  row ") == 8, "the rows of two ranks; two share theirs"
 
 
 def test_as_a_page(config, run, tmp_path):

@@ -11,24 +11,32 @@ from typing import Any
 from erniekit.base.errors import ErnieKitError
 from erniekit.base.runtime import Place
 from erniekit.recipes import train
-from tests.parallel.ranks import run_places
+from tests.parallel.ranks import Started
 
 
 def run_ranked(
-    config: Path, world: int, overrides: Mapping[str, Any], *, prepare: Callable[[int], None] = lambda _: None,
+    config: Path, world: int, overrides: Mapping[str, Any], *, prepare: Callable[[int], Any] = lambda _: None,
     recipe: Callable[..., Any] = train, seconds: float = 60,
 ) -> list[str]:  # fmt: skip
     """What the run ended with on each rank: nothing, or the name of an error and what it says. `prepare` is called with
-    each rank's number, in its process."""
-    return run_places(_run, world, config, dict(overrides), prepare, recipe, seconds=seconds)
+    each rank's number, in its process; overrides that it returns are of this rank only."""
+    return start_ranked(config, world, overrides, prepare=prepare, recipe=recipe).results(seconds)
+
+
+def start_ranked(
+    config: Path, world: int, overrides: Mapping[str, Any], *, prepare: Callable[[int], Any] = lambda _: None,
+    recipe: Callable[..., Any] = train,
+) -> Started:  # fmt: skip
+    """The same, in the background."""
+    return Started(_run, world, config, dict(overrides), prepare, recipe)
 
 
 def _run(
-    place: Place, config: Path, overrides: dict[str, Any], prepare: Callable[[int], None], recipe: Callable[..., Any]
+    place: Place, config: Path, overrides: dict[str, Any], prepare: Callable[[int], Any], recipe: Callable[..., Any]
 ) -> str:
     variables = {"PADDLE_TRAINERS_NUM": place.world, "PADDLE_TRAINER_ID": place.rank, "PADDLE_MASTER": place.master}
     os.environ.update({name: str(value) for name, value in variables.items()})
-    prepare(place.rank)
+    overrides |= prepare(place.rank) or {}
     try:
         recipe(config, **overrides)
     except (ErnieKitError, KeyboardInterrupt) as error:

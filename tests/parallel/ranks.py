@@ -37,21 +37,36 @@ def _in_mesh(place: Place, function: Callable[..., Any], layout: Layout, *argume
 
 def run_places(function: Callable[..., Any], world: int, *arguments: Any, seconds: float = 60) -> list[Any]:
     """The same for `function(place, *arguments)`, which opens the mesh itself."""
-    context, master = multiprocessing.get_context("fork"), f"127.0.0.1:{free_port()}"
-    pipes, processes = {}, []
-    for rank in range(world):
-        ours, theirs = context.Pipe(duplex=False)
-        place = Place(rank, world, master)
-        process = context.Process(target=_work, args=(theirs, function, place, arguments), daemon=True)
-        process.start()
-        theirs.close()
-        pipes[ours] = rank
-        processes.append(process)
-    try:
-        return _gathered(pipes, deadline=time.monotonic() + seconds)
-    finally:
-        for process in processes:
-            process.join(2)
+    return Started(function, world, *arguments).results(seconds)
+
+
+class Started:
+    """Ranks at work in the background."""
+
+    def __init__(self, function: Callable[..., Any], world: int, *arguments: Any) -> None:
+        context, master = multiprocessing.get_context("fork"), f"127.0.0.1:{free_port()}"
+        self._pipes: dict[Connection, int] = {}
+        self._processes = []
+        for rank in range(world):
+            ours, theirs = context.Pipe(duplex=False)
+            place = Place(rank, world, master)
+            process = context.Process(target=_work, args=(theirs, function, place, arguments), daemon=True)
+            process.start()
+            theirs.close()
+            self._pipes[ours] = rank
+            self._processes.append(process)
+
+    def results(self, seconds: float = 60) -> list[Any]:
+        """See `run_ranks`; they have so many seconds from now."""
+        try:
+            return _gathered(self._pipes, deadline=time.monotonic() + seconds)
+        finally:
+            self.stop(patience=2)
+
+    def stop(self, *, patience: float = 0) -> None:
+        """End whoever still works."""
+        for process in self._processes:
+            process.join(patience)
             if process.is_alive():
                 process.kill()
 

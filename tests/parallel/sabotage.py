@@ -29,6 +29,7 @@ from erniekit.parallel.mesh import Mesh
 from tests.parallel.equal import Case, Outcome, distances, together, train
 from tests.parallel.ranks import run_ranks
 
+_SECONDS = 300  # some twenty trainings, on a busy machine
 _PACKAGE = Path(erniekit.__file__).parent
 _ENDS = ("models/decoder.py", "training/step.py")  # what leads there does not tell one exchange from another
 _AGAIN = "fleet/recompute/"  # nor does what leads to a second computation
@@ -36,7 +37,7 @@ _AGAIN = "fleet/recompute/"  # nor does what leads to a second computation
 
 def unnoticed(case: Case, layout: Layout) -> tuple[list[str], list[str]]:
     """All sites of the case's training on `layout`, and those without which everything comes out as in one process."""
-    found = run_ranks(_train_without, layout, case)
+    found = run_ranks(_train_without, layout, case, seconds=_SECONDS)
     sites = list(found[0])
     return sites, [site for site in sites if _is_right(case, layout, [part[site] for part in found])]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,10 @@ _EXPERTS: dict[str, Any] = {
 
 
 def write_model(
-    out: Path, *, sparse: bool, head_bias: bool = False, idle: int | None = None, seed: int = 3, **changes: Any
+    out: Path, *, sparse: bool, head_bias: bool = False, idle: Sequence[int] = (), seed: int = 3, **changes: Any
 ) -> Path:  # fmt: skip
     """A model of a dense layer and, if `sparse`, two of experts (else one more dense), with 2 key heads for 4 query
-    heads. No token ever chooses the expert `idle`."""
+    heads. No token ever chooses one of the experts `idle`."""
     cfg = ErnieConfig(**{
         "vocab_size": VOCABULARY, "hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 4,
         "num_key_value_heads": 2, "head_dim": 4, "dtype": "float32", "num_hidden_layers": 3 if sparse else 2,
@@ -35,8 +36,8 @@ def write_model(
     for name, p in model.named_parameters():
         spread = 0.05 if name.endswith("bias") else 0.2
         drawn = rng.normal(0, spread, p.shape).astype("float32") + float("norm" in name)
-        if name.endswith("e_score_correction_bias") and idle is not None:
-            drawn[:, idle] = -10.0
+        if name.endswith("e_score_correction_bias"):
+            drawn[:, list(idle)] = -10.0
         p.set_value(drawn)
     save_model(model, out)
     return out

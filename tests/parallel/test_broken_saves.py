@@ -6,6 +6,7 @@ import errno
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,17 +29,23 @@ TENSOR = {"tensor_parallel_degree": 2, "evaluation_strategy": "no", "eval_datase
 
 
 def at_the_second_save(rank: int, happens: Callable[[], None]) -> Callable[[int], None]:
-    """What to prepare so that something happens to a rank when it writes its part of checkpoint-4."""
+    """What to prepare so that something happens to a rank when it writes its part of checkpoint-4; the fifth step is
+    slow enough for it to be over then."""
 
     def prepare(this: int) -> None:
-        write = together._write_pieces
+        write, step, taken = together._write_pieces, loop.train_step, []
+
+        def train_step(*args: Any, **kwargs: Any) -> Any:
+            taken.append(1)
+            time.sleep(1.5 if len(taken) == 5 else 0)
+            return step(*args, **kwargs)
 
         def write_pieces(path: Path, *others: Any) -> None:
             if this == rank and "checkpoint-4" in str(path):
                 happens()
             write(path, *others)
 
-        together._write_pieces = write_pieces
+        together._write_pieces, loop.train_step = write_pieces, train_step
 
     return prepare
 
@@ -63,11 +70,11 @@ def require_goes_on(bench: Bench, out: Path) -> None:
 @pytest.mark.parametrize("background", [False, True])
 def test_a_full_disk_of_one_rank_ends_all_with_one_message(bench: Bench, tmp_path: Path, *, background: bool) -> None:
     out = tmp_path / "out"
-    config = bench.config(out, **TENSOR, use_async_save=background, max_steps=40, save_steps=2)
+    config = bench.config(out, **TENSOR, use_async_save=background)
     said = run_ranked(config, 2, {}, prepare=at_the_second_save(1, disk_is_full))
     assert said[0] == said[1]
     assert said[0].startswith("CheckpointError: ") and said[0].count("the disk is full") == 1, said
-    assert log_of(out)[-1]["step"] < 12  # told soon, not at the end
+    assert log_of(out)[-1]["step"] == 4 + background  # told at the next step, not at the next save
     assert [path.name for path in out.iterdir() if "checkpoint" in path.name] == ["checkpoint-2"]
 
 
@@ -84,10 +91,10 @@ def test_what_nobody_expected_in_the_background_is_not_lost(bench: Bench, tmp_pa
     def fails() -> None:
         raise ZeroDivisionError("a mistake of ours")
 
-    config = bench.config(tmp_path / "out", **TENSOR, use_async_save=True, max_steps=40)
+    config = bench.config(tmp_path / "out", **TENSOR, use_async_save=True)
     with pytest.raises(AssertionError, match=r"(?s)rank 1:\n.*ZeroDivisionError: a mistake of ours"):
         run_ranked(config, 2, {}, prepare=at_the_second_save(1, fails))
-    assert log_of(tmp_path / "out")[-1]["step"] < 12
+    assert log_of(tmp_path / "out")[-1]["step"] == 5
 
 
 def speechless(mesh: Mesh, folder: Path) -> str:

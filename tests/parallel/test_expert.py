@@ -55,7 +55,7 @@ TABLE: dict[Layout, tuple[str, ...]] = {
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     """Of a dense layer and two of four experts, of which no token ever chooses the third, and one that looks ahead."""
     folder = tmp_path_factory.mktemp("models") / "sparse"
-    write_model(folder, sparse=True, idle=2, num_nextn_predict_layers=1)
+    write_model(folder, sparse=True, idle=[2], num_nextn_predict_layers=1)
     packed, pairs = steps_of(packed_row, steps=2), steps_of(pair_row, steps=1)
     made = {name: Case(folder, packed, keys, rate=0.02) for name, keys in CASES.items()}
     return Runs({**made, "pairs": Case(folder, pairs, CASES["pairs"])})

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+from paddle.base import core
 
 from erniekit.checkpoint.adapter_forms import is_adapter
+from erniekit.checkpoint.create import create
 from erniekit.checkpoint.ernie45 import memory_table
 from erniekit.checkpoint.folder import Folder
 from erniekit.checkpoint.hf_files import weight_files
@@ -104,6 +107,34 @@ def test_a_model_of_a_part_has_the_part_in_its_parameters(layout: Layout) -> Non
         assert [experts.num_experts, experts.width, experts.size] == experts.down_proj.shape
         attention = model.model.layers[0].self_attn
         assert [attention.q_proj.num_in, attention.q_proj.num_out] == attention.q_proj.weight.shape
+
+
+@pytest.mark.parametrize("layout", ["pt", "paddle"])
+@pytest.mark.parametrize("ranks", [Layout(2, tensor=2), Layout(4, tensor=2, expert=2)], ids=str)
+def test_a_rank_reads_its_slices_and_holds_no_more(
+    layout: str, ranks: Layout, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    create("micro-moe", tmp_path / "model", layout=layout)
+    folder, read, real = Folder.open(tmp_path / "model"), list[int](), Held.read
+
+    def counted(self: Held, atom: str) -> np.ndarray:
+        seen = real(self, atom)
+        read.append(seen.size)
+        return seen
+
+    monkeypatch.setattr(Held, "read", counted)
+    table = memory_table(folder.config, head_bias=False)
+    everything = sum(math.prod(tensor.shape) for tensor in table.tensors.values())
+    for rank in range(ranks.world):
+        read.clear()
+        core.host_memory_stat_reset_peak_value("Allocated", 0)
+        before = core.host_memory_stat_current_value("Allocated", 0)
+        model = build_model(folder, folder.config, cut=Cut.of(ranks, rank))
+        peak = core.host_memory_stat_peak_value("Allocated", 0) - before
+        sizes = [p.size for p in model.parameters()]
+        assert sum(read) == sum(sizes) < 0.6 * everything
+        assert peak < 4 * (sum(sizes) + 2 * max(sizes)) + 512 * len(sizes)  # a tensor or two on their way; alignment
+        del model
 
 
 def test_drawn_weights_are_parts_of_the_whole_drawn_one() -> None:

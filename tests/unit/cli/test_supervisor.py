@@ -10,6 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from erniekit.cli import supervisor
+from erniekit.cli.watchdog import Watchdog
+
 ROOT = Path(__file__).resolve().parents[3]
 SLEEP = "import time; time.sleep(60)"
 SUPERVISOR = """
@@ -100,11 +103,26 @@ def test_the_rank_that_differs_is_named(tmp_path):
     ],
 )
 def test_how_a_rank_died_is_said_in_words(tmp_path, program, code, words):
-    follows = "follow(.1); say(0, 'connection lost'); sys.exit(1)"
+    follows = "follow(.3); say(0, 'connection lost'); sys.exit(1)"
     found, _, err = run(tmp_path, follows, f"mark(); {program}")
     assert found == code
     assert f"rank 1 of 2 {words}" in err
     assert "connection lost" not in err
+
+
+def test_a_rank_that_the_system_killed_for_memory(tmp_path, monkeypatch, capsys):
+    """The system counts such kills; and how much the rank held is told."""
+    kills = iter([4, 5])
+    monkeypatch.setattr(supervisor, "kills_for_memory", lambda: next(kills))
+    monkeypatch.setattr(supervisor, "memory", lambda: (16 * 2**30, 0))
+    monkeypatch.setattr(supervisor, "memory_of", lambda _: 12 * 2**30)
+    program = [sys.executable, "-c", "import os, time; time.sleep(.3); os.kill(os.getpid(), 9)"]
+    rank = supervisor.Rank(0, program, environment=os.environ, log=None)
+    watch = Watchdog(tmp_path, seconds=9)
+    assert supervisor.supervise([rank], folder=tmp_path, world=1, watch=watch) == 137
+    err = capsys.readouterr().err
+    assert "was killed by the system (SIGKILL): memory ran out (it held 12.0 GiB of the 16.0 that there are)." in err
+    assert "recompute: true needs less" in err
 
 
 PATIENT = """

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from erniekit.cli.main import main
+from erniekit.cli.verbs import RANKS, VERBS
 from erniekit.recipes.export import Several
 
 GOOD = "seed: 1\nlearning_rate: 1e-4\nmodel_name_or_path: nowhere/ERNIE-4.5-0.3B-PT\noffload_optim: true\n"
@@ -27,6 +28,12 @@ def config(tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text(GOOD)
     return "run.yaml"
+
+
+def test_verbs_that_take_the_options_of_ranks_start_ranks():
+    named = [verb.name for verb in VERBS.values() if verb.takes_ranks]
+    assert named == [verb.name for verb in VERBS.values() if {*RANKS} <= {*verb.options}]
+    assert named == ["train", "eval", "export", "reproduce"]
 
 
 def test_check_judges_the_file_only(run, config):

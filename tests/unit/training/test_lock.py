@@ -31,9 +31,10 @@ def lock_of(parts, **keys):
 def test_a_lock_goes_to_a_file_and_back(parts):
     lock = lock_of(parts, wandb_api_key="secret")
     locks.write_lock(parts / "run.lock.yaml", lock)
-    locks.finish_lock(parts / "run.lock.yaml", config_of(parts, max_steps=9), losses=[0.1 + 0.2, 1e-17, 3.0])
+    locks.finish_lock(parts / "run.lock.yaml", config_of(parts, max_steps=9), losses=[0.1 + 0.2, 1e-17, 3.0], ranks=4)
     found = locks.read_lock(parts)
-    assert found == {**lock, "config": {**lock["config"], "max_steps": 9}, "losses": [0.1 + 0.2, 1e-17, 3.0]}
+    config = {**lock["config"], "max_steps": 9}
+    assert found == {**lock, "config": config, "ranks": 4, "losses": [0.1 + 0.2, 1e-17, 3.0]}
     assert [path.rsplit("/")[-1] for path in found["data"]["files"]] == ["a.jsonl", "b1.jsonl", "b2.jsonl"]
     assert set(found["model"]["files"]) == {"config.json", "model.safetensors", "tokenizer.model"}
     assert "secret" not in (parts / "run.lock.yaml").read_text()
