@@ -35,6 +35,7 @@ class Backward:
     rounds_for_weights: bool
     kind: Kind
     everywhere: Callable[[paddle.Tensor], paddle.Tensor]
+    saw: Callable[[paddle.Tensor, Float8], None]  # is shown what was rounded, and the result
 
 
 def straight_through(
@@ -90,9 +91,9 @@ def _rounded(grad_TF: paddle.Tensor, counts: list[int], way: Backward) -> Float8
     """The gradient of the output in FP8, with one scale for all rows of all ranks."""
     amax = grad_TF.abs().max().reshape([1]) if grad_TF.size else paddle.zeros([1])
     scale = way.everywhere(amax.astype("float32")) / way.kind.largest + LEAST
-    return replace(
-        quantise(grad_TF, Tensor(), kind=way.kind, counts=counts, scale=scale, name="a gradient"), scales=scale
-    )  # fmt: skip
+    made = quantise(grad_TF, Tensor(), kind=way.kind, counts=counts, scale=scale, name="a gradient")
+    way.saw(grad_TF, made)
+    return replace(made, scales=scale)
 
 
 def _input_gradient(

@@ -38,10 +38,12 @@ from paddle import nn
 from erniekit.base.errors import NotFinite
 from erniekit.config.fp8 import Fp8, Qat
 from erniekit.models.layers import Linear
-from erniekit.models.moe import Experts
+from erniekit.models.moe import ExpertProduct, Experts
 from erniekit.ops.float8 import E4M3, E5M2, Float8, Tensor, quantise
+from erniekit.ops.grouped import grouped_linear
 from erniekit.ops.hadamard import SIZE, rotate, rotate_inputs
 from erniekit.ops.straight_through import LEAST, Backward, per_row, straight_through
+from erniekit.precision.watch import Watch
 
 _FUSED = {"q_proj": "qkv_proj", "k_proj": "qkv_proj", "v_proj": "qkv_proj"} | {
     "gate_proj": "up_gate_proj", "up_proj": "up_gate_proj"
@@ -117,17 +119,17 @@ class InputScale:
 class SharedScales:
     """Weights that share a scale, and the scale of their common input."""
 
-    def __init__(self, name: str, qat: Qat, ranks: Ranks, *, num: int, experts: slice) -> None:
-        self.name, self.input = name, InputScale(num, qat, ranks, experts=experts)
-        self._qat, self._ranks, self._held, self._num = qat, ranks, experts, num
-        self._members: list[tuple[nn.Layer, str]] = []
+    def __init__(self, qat: Qat, ranks: Ranks, watch: Watch, *, num: int, experts: slice) -> None:
+        self.input = InputScale(num, qat, ranks, experts=experts)
+        self._qat, self._ranks, self._watch, self._held, self._num = qat, ranks, watch, experts, num
+        self._members: list[tuple[str, nn.Layer, str]] = []
         self._scale_E: paddle.Tensor | None = None
         self._codes: dict[int, Float8] = {}
         self._last: tuple[weakref.ref, bool, Float8] | None = None
 
-    def add(self, layer: nn.Layer, weight: str) -> int:
-        """Take in a layer's weight; returns its number."""
-        self._members.append((layer, weight))
+    def add(self, module: str, layer: nn.Layer, weight: str) -> int:
+        """Take in a module, its layer and the name of the weight there; returns its number."""
+        self._members.append((module, layer, weight))
         return len(self._members) - 1
 
     def forget(self) -> None:
@@ -139,14 +141,16 @@ class SharedScales:
         """The rounded weight, rotated; its scale has the 32 of the rotations in it."""
         if number not in self._codes:
             scale_E = self._weight_scale()
-            rotated = self._turned(number)
-            codes = quantise(rotated, Tensor(), scale=scale_E, name=f"the weight of {self.name}")
+            module, rotated = self._members[number][0], self._turned(number)
+            codes = quantise(rotated, Tensor(), scale=scale_E, name=f"the weight of {module}")
+            if self._watch.looking:
+                self._watch.saw(module, "w", given=rotated, cast=codes)
             share = 1.0 / SIZE if self._qat.rotate else 1.0
             self._codes[number] = replace(codes, scales=codes.scales * share)
         return self._codes[number]
 
     def _turned(self, number: int) -> paddle.Tensor:
-        layer, name = self._members[number]
+        _, layer, name = self._members[number]
         weight = getattr(layer, name).detach()
         return rotate_inputs(weight) if self._qat.rotate else weight
 
@@ -161,19 +165,37 @@ class SharedScales:
         return self._scale_E
 
     @paddle.no_grad()
-    def rounded_input(self, x: paddle.Tensor, counts: list[int], *, training: bool) -> Float8:
-        """The rows of x [..., D] in FP8, rotated. Members that get the same x share the work."""
-        if self._last and self._last[0]() is x and self._last[1] == training:
+    def rounded_input(self, number: int, x: paddle.Tensor, counts: list[int], *, training: bool) -> Float8:
+        """The rows of x [..., D] in FP8, rotated, with a scale for every expert, rows or none. Members that get the
+        same x share the work."""
+        if self._last and self._last[0]() is x and self._last[1] == training and not self._watch.looking:
             return self._last[2]
+        module = self._members[number][0]
         rows_TD = x.detach().reshape([-1, x.shape[-1]])
         rotated_TD = rotate(rows_TD) if self._qat.rotate else rows_TD
-        scale_E = self.input.of(_largest(rotated_TD, counts), training=training, name=self.name)
+        scale_E = self.input.of(_largest(rotated_TD, counts), training=training, name=module)
         scaled_TD = rotated_TD / per_row(scale_E, counts)
-        made = quantise(scaled_TD, Tensor(), counts=counts, scale=paddle.ones([1]), name=f"the input of {self.name}")
-        made = replace(made, scales=scale_E)  # of experts without rows, too
+        made = quantise(scaled_TD, Tensor(), counts=counts, scale=paddle.ones([1]), name=f"the input of {module}")
+        if self._watch.looking:
+            there = [expert for expert, count in enumerate(counts) if count]
+            scales = scale_E.reshape([-1, 1])[paddle.to_tensor(there, "int64")] if there else made.scales
+            self._watch.saw(module, "x", given=rotated_TD, cast=replace(made, scales=scales))
+        made = replace(made, scales=scale_E)
         if len(self._members) > 1:
             self._last = (weakref.ref(x), training, made)
         return made
+
+    def product(
+        self, number: int, x: paddle.Tensor, weight: paddle.Tensor, counts: list[int], *, backward: Backward
+    ) -> paddle.Tensor:  # fmt: skip
+        """x [..., D] times the weight: [..., F]."""
+        module, layer, _ = self._members[number]
+        codes = self.rounded_input(number, x, counts, training=layer.training)
+        rows_TD = x.reshape([-1, x.shape[-1]])
+        y_TF = straight_through(rows_TD, weight, codes, self.weight(number), backward=backward)
+        if self._watch.comparing:
+            self._watch.compared(module, y_TF, exact=_exact(rows_TD, weight, counts))
+        return y_TF.reshape([*x.shape[:-1], y_TF.shape[-1]])
 
 
 def _largest(rows_TD: paddle.Tensor, counts: list[int]) -> paddle.Tensor:
@@ -183,11 +205,18 @@ def _largest(rows_TD: paddle.Tensor, counts: list[int]) -> paddle.Tensor:
     return paddle.stack(found)
 
 
+@paddle.no_grad()
+def _exact(x_TD: paddle.Tensor, weight: paddle.Tensor, counts: list[int]) -> paddle.Tensor:
+    """The product of unrounded operands."""
+    weight_EDF = weight if weight.ndim == 3 else weight.unsqueeze(0)
+    return grouped_linear(x_TD.detach(), weight_EDF.detach(), counts=counts)
+
+
 class QatTraining:
     """The scales of a model's modules by name: what a run carries from step to step (training/state.py)."""
 
-    def __init__(self, groups: Mapping[str, SharedScales]) -> None:
-        self.groups = groups
+    def __init__(self, groups: Mapping[str, SharedScales], watch: Watch) -> None:
+        self.groups, self.watch = groups, watch
 
     def after_update(self) -> None:
         """A step was taken: its scales count, and the weights are others."""
@@ -215,45 +244,42 @@ def use_qat(model: nn.Layer, settings: Fp8, *, ranks: Ranks = Ranks()) -> QatTra
     """Let the modules that `settings` cover compute in FP8. `model` holds its rank's part already."""
     qat = settings.qat
     assert qat is not None, "the settings of another recipe"
-    groups: dict[str, SharedScales] = {}
-    backward = Backward(
+    layers = {name: layer for name, layer in model.named_sublayers() if settings.covers(name)}
+    linears = {name: layer for name, layer in layers.items() if isinstance(layer, Linear)}
+    stacks = {
+        f"{name}.{weight}": layer for name, layer in layers.items() if isinstance(layer, Experts) for weight in _STACKS
+    }
+    watch, groups = Watch([*linears, *stacks]), dict[str, SharedScales]()
+    for name, layer in linears.items():
+        group = groups.setdefault(
+            shared_name(name), SharedScales(qat, ranks, watch, num=1, experts=slice(0, 1))
+        )  # fmt: skip
+        layer.product = _linear_product(group, group.add(name, layer, "weight"), _backward(name, qat, ranks, watch))
+    for name, experts in stacks.items():
+        held = slice(ranks.first_expert, ranks.first_expert + experts.num_experts)
+        weight, num = name.rpartition(".")[2], ranks.num_experts or experts.num_experts
+        group = groups[name] = SharedScales(qat, ranks, watch, num=num, experts=held)
+        number, backward = group.add(name, experts, weight), _backward(name, qat, ranks, watch)
+        setattr(experts, _STACKS[weight], _expert_product(group, number, backward))
+    return QatTraining(groups, watch)
+
+
+def _backward(name: str, qat: Qat, ranks: Ranks, watch: Watch) -> Backward:
+    def saw(grad_TF: paddle.Tensor, cast: Float8) -> None:
+        if watch.looking:
+            watch.saw(name, "g", given=grad_TF, cast=cast)
+
+    return Backward(
         rotated=qat.rotate, rounds_for_inputs=qat.quant_input_grad, rounds_for_weights=qat.quant_weight_grad,
-        kind=E5M2 if qat.gradients == "e5m2" else E4M3, everywhere=ranks.everywhere,
+        kind=E5M2 if qat.gradients == "e5m2" else E4M3, everywhere=ranks.everywhere, saw=saw,
     )  # fmt: skip
-
-    def group(name: str, num: int, experts: slice) -> SharedScales:
-        return groups.setdefault(name, SharedScales(name, qat, ranks, num=num, experts=experts))
-
-    for name, layer in model.named_sublayers():
-        if isinstance(layer, Linear) and settings.covers(name):
-            shared = group(shared_name(name), 1, slice(0, 1))
-            layer.product = _linear_product(layer, shared, shared.add(layer, "weight"), backward)
-        elif isinstance(layer, Experts):
-            held = slice(ranks.first_expert, ranks.first_expert + layer.num_experts)
-            for weight, slot in _STACKS.items():
-                if settings.covers(f"{name}.{weight}"):
-                    shared = group(f"{name}.{weight}", ranks.num_experts or layer.num_experts, held)
-                    setattr(layer, slot, _expert_product(layer, shared, shared.add(layer, weight), backward))
-    return QatTraining(groups)
 
 
 def _linear_product(
-    layer: Linear, group: SharedScales, number: int, backward: Backward
+    group: SharedScales, number: int, backward: Backward
 ) -> Callable[[paddle.Tensor, paddle.Tensor], paddle.Tensor]:  # fmt: skip
-    def multiply(x: paddle.Tensor, weight: paddle.Tensor) -> paddle.Tensor:
-        rows_TD = x.reshape([-1, x.shape[-1]])
-        codes = group.rounded_input(x, [rows_TD.shape[0]], training=layer.training)
-        y_TF = straight_through(rows_TD, weight, codes, group.weight(number), backward=backward)
-        return y_TF.reshape([*x.shape[:-1], y_TF.shape[-1]])
-
-    return multiply
+    return lambda x, weight: group.product(number, x, weight, [x.size // x.shape[-1]], backward=backward)
 
 
-def _expert_product(
-    layer: Experts, group: SharedScales, number: int, backward: Backward
-) -> Callable[[paddle.Tensor, paddle.Tensor, list[int]], paddle.Tensor]:  # fmt: skip
-    def multiply(x_TD: paddle.Tensor, weight_EDF: paddle.Tensor, counts: list[int]) -> paddle.Tensor:
-        codes = group.rounded_input(x_TD, counts, training=layer.training)
-        return straight_through(x_TD, weight_EDF, codes, group.weight(number), backward=backward)
-
-    return multiply
+def _expert_product(group: SharedScales, number: int, backward: Backward) -> ExpertProduct:
+    return lambda x_TD, weight_EDF, counts: group.product(number, x_TD, weight_EDF, counts, backward=backward)
