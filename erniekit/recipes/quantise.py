@@ -59,14 +59,21 @@ def quantise(
         settings.kind, base.disk_config, group_size=settings.group_size, int4_layers=settings.int4_layers
     )
     target = out or _default_target(cfg, folder, step, settings.kind)
-    started = time.monotonic()
+    started, calibrating = time.monotonic(), 0.0
+
+    def statistics() -> Statistics:
+        nonlocal calibrating
+        begun = time.monotonic()
+        found = _statistics(cfg, base, source, scheme, settings)
+        calibrating = time.monotonic() - begun
+        return found
+
     with ByteProgress(f"quantising to {settings.kind}") as progress:
         made = write_quantised(
             target, base, scheme, source=source, identity=_identity(base, source, cfg, settings), progress=progress,
-            statistics=lambda: _statistics(cfg, base, source, scheme, settings),
-            max_shard_bytes=cfg.export.max_shard_size * GB,
+            statistics=statistics, max_shard_bytes=cfg.export.max_shard_size * GB,
         )  # fmt: skip
-    _tell(made, name, target, seconds=time.monotonic() - started)
+    _tell(made, name, target, seconds=time.monotonic() - started - calibrating, calibrating=calibrating)
     return target
 
 
@@ -182,13 +189,15 @@ def _is_text(path: str) -> bool:
 
 
 # ---------------------------------------------------------------------- what is said
-def _tell(made: Made, name: str, target: Path, *, seconds: float) -> None:
+def _tell(made: Made, name: str, target: Path, *, seconds: float, calibrating: float) -> None:
     report = made.report
     rate = made.num_bytes / max(seconds, 1e-9) / 1e6
-    print(f"exported {name} to {target} ({report['format']})", flush=True)
-    print(
+    lines = [
+        f"exported {name} to {target} ({report['format']})",
         f"  {report['bytes'] / 1e6:,.1f} MB, {report['bits_per_weight']:.2f} bits a weight "
         f"({report['bits_per_quantised_weight']:.2f} where quantised), relative error {report['relative_error']:.4f}",
-        flush=True,
-    )
-    print(f"  {len(report['tensors'])} weights quantised in {seconds:.1f} s, {rate:,.0f} MB/s of bf16", flush=True)
+        f"  {len(report['tensors'])} weights quantised in {seconds:.1f} s, {rate:,.0f} MB/s of bf16",
+    ]
+    if report["calibration_tokens"]:
+        lines.append(f"  calibrated over {report['calibration_tokens']:,} tokens in {calibrating:.1f} s")
+    print("\n".join(lines), flush=True)
