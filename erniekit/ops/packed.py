@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import paddle
 
-from erniekit.ops.arrays.packed import INT8, LEVELS
+from erniekit.ops.arrays.packed import E4M3, INT8, LEVELS
 from erniekit.ops.cpu import packed as cpu
 from erniekit.ops.dispatch import backend
 
@@ -19,6 +19,8 @@ def unpack_plain(codes_CF: paddle.Tensor, scales_GF: paddle.Tensor, *, num_in: i
     groups, num_out = scales_GF.shape
     if kind == INT8:
         levels_DF = codes_CF.astype("float32")
+    elif kind == E4M3:
+        levels_DF = paddle.to_tensor(LEVELS[kind])[codes_CF.astype("int32")]
     else:
         pairs_CF = codes_CF.astype("int32")
         places_DF = paddle.stack([pairs_CF % 16, pairs_CF // 16], 1).reshape([-1, num_out])[:num_in]

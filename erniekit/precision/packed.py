@@ -57,8 +57,8 @@ class Codes:
     def put(self, index: int, weight_DF: np.ndarray, *, name: str) -> None:
         """See Store."""
         codes, scales = pack(weight_DF, self.kind, self.group_size, name=name, greatest=self.greatest)
-        for stored, made in ((self.codes, codes), (self.scales, scales)):
-            stored[index].copy_(paddle.to_tensor(made), True)  # an assignment would copy once more
+        put(self.codes[index], codes)
+        put(self.scales[index], scales)
 
     def dense(self, index: int) -> paddle.Tensor:
         """See Store."""
@@ -69,6 +69,11 @@ class Codes:
         """See Store."""
         kind = KERNEL_KINDS[self.kind]
         return packed_product(x_TD, self.codes, self.scales, counts=counts, kind=kind, bf16=bf16)
+
+
+def put(place: paddle.Tensor, numbers: np.ndarray) -> None:
+    """Copy numbers into a part of a tensor; an assignment would copy once more."""
+    place.copy_(paddle.to_tensor(numbers), True)
 
 
 class GPUCodes:
