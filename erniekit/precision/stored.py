@@ -8,8 +8,8 @@ Shapes: D inputs, F outputs, T rows sorted by expert, E experts, G groups of inp
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol
+from collections.abc import Mapping
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import paddle
@@ -17,25 +17,16 @@ import paddle
 from erniekit.ops.arrays.packed import E4M3, INT4, INT8
 from erniekit.ops.mlp import linear
 from erniekit.ops.packed import packed_product, unpack
-from erniekit.precision.encoders import BLOCK, SCALE, WEIGHT, Encoder, Float8, Float8Blocks, Integers, W4A8
-from erniekit.precision.packed import put
-
-LARGEST_INT8 = 127.0
+from erniekit.precision.encoders import BLOCK, SCALE, W4A8, WEIGHT, Encoder, Float8, Float8Blocks, Integers
+from erniekit.precision.packed import Store, put
 
 
-class Stored(Protocol):
-    """Weights of one shape [D, F] that are given encoded; `shape` says how many as well."""
-
-    shape: tuple[int, int, int]
+@runtime_checkable
+class StoredCodes(Store, Protocol):
+    """A store that is given encoded weights."""
 
     def take(self, index: int, arrays: Mapping[str, np.ndarray], columns: np.ndarray | None) -> None:
         """Keep an encoded weight, or these outputs of it."""
-
-    def dense(self, index: int) -> paddle.Tensor:
-        """A weight [D, F], decoded."""
-
-    def product(self, x_TD: paddle.Tensor, counts: list[int], *, bf16: bool) -> paddle.Tensor:
-        """Rows times their weights, `counts` rows for each; `bf16` as in ops/mlp.py."""
 
     def num_bytes(self) -> int:
         """What the codes and scales take in memory."""
@@ -60,7 +51,7 @@ class KernelCodes:
         return num_in // (group_size or num_in)
 
     def take(self, index: int, arrays: Mapping[str, np.ndarray], columns: np.ndarray | None) -> None:
-        """See Stored."""
+        """See StoredCodes."""
         codes, scales = arrays[WEIGHT], arrays[SCALE]
         picked = np.arange(codes.shape[1]) if columns is None else columns
         if isinstance(self.encoder, Float8Blocks):
@@ -76,16 +67,16 @@ class KernelCodes:
         put(self.scales[index], np.ascontiguousarray(scales))
 
     def dense(self, index: int) -> paddle.Tensor:
-        """See Stored."""
+        """See StoredCodes."""
         made = unpack(self.codes[index], self.scales[index], num_in=self.shape[1], kind=self.kind)
         return made.astype(self.dtype)
 
     def product(self, x_TD: paddle.Tensor, counts: list[int], *, bf16: bool) -> paddle.Tensor:
-        """See Stored."""
+        """See StoredCodes."""
         return packed_product(x_TD, self.codes, self.scales, counts=counts, kind=self.kind, bf16=bf16)
 
     def num_bytes(self) -> int:
-        """See Stored."""
+        """See StoredCodes."""
         return sum(int(x.size) * x.element_size() for x in (self.codes, self.scales))
 
 
@@ -97,19 +88,19 @@ class FileCodes:
         self.arrays: dict[int, dict[str, np.ndarray]] = {}
 
     def take(self, index: int, arrays: Mapping[str, np.ndarray], columns: np.ndarray | None) -> None:
-        """See Stored."""
+        """See StoredCodes."""
         fields = self.encoder.fields(self.shape[1], self.shape[2])
         self.arrays[index] = {
             name: np.array(arrays[name] if columns is None else arrays[name][..., columns]) for name in fields
         }
 
     def dense(self, index: int) -> paddle.Tensor:
-        """See Stored."""
+        """See StoredCodes."""
         made = self.encoder.decode(self.arrays[index], num_in=self.shape[1])
         return paddle.to_tensor(made).astype(self.dtype)
 
     def product(self, x_TD: paddle.Tensor, counts: list[int], *, bf16: bool) -> paddle.Tensor:
-        """See Stored."""
+        """See StoredCodes."""
         out, start = [], 0
         for index, count in enumerate(counts):
             if count:
@@ -118,11 +109,11 @@ class FileCodes:
         return paddle.concat(out) if out else paddle.zeros([0, self.shape[2]], x_TD.dtype)
 
     def num_bytes(self) -> int:
-        """See Stored."""
+        """See StoredCodes."""
         return sum(array.nbytes for arrays in self.arrays.values() for array in arrays.values())
 
 
-def store_of(encoder: Encoder, shape: tuple[int, int, int], *, dtype: str) -> Stored:
+def store_of(encoder: Encoder, shape: tuple[int, int, int], *, dtype: str) -> StoredCodes:
     """An empty store for weights of an encoder."""
     chosen = KernelCodes if isinstance(encoder, (Integers, Float8, Float8Blocks)) else FileCodes
     return chosen(encoder, shape, dtype=dtype)

@@ -2,7 +2,8 @@
 
 A weight [in, out] is level(code) * scale. int8 codes are levels themselves, [in, out]. 4-bit codes number the levels of
 a table; two rows share a row of bytes, [ceil(in / 2), out], the even row in the low half. E4M3 codes are the bits of
-such numbers, [in, out]. Scales are [groups, out], for in / groups inputs each. Weights of E experts are stacked; rows of x come sorted by expert, counts [E].
+such numbers, [in, out]. Scales are [groups, out], for in / groups inputs each. Weights of E experts are stacked; rows
+of x come sorted by expert, counts [E].
 """
 
 from __future__ import annotations
