@@ -37,8 +37,9 @@ def quantise_folder(
         }
         for field, (_, size) in fields[tensor].items():
             if field not in made:
-                largest = LARGEST_KEPT if "cache" in field else LARGEST_INPUT
-                made[field] = np.float32(largest) * draw.uniform(0.9, 1.1, size).astype(np.float32)
+                scale = LARGEST_KEPT if "cache" in field else LARGEST_INPUT
+                scale /= 448 if scheme.kind_of(tensor) == "fp8" and "cache" not in field else 1
+                made[field] = np.float32(scale) * draw.uniform(0.9, 1.1, size).astype(np.float32)
         assert shape == folder.shapes[tensor]
     target.mkdir()
     for file in source.iterdir():

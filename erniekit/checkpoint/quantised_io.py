@@ -23,7 +23,7 @@ from erniekit.config.cut import WHOLE, Cut
 from erniekit.models.cache import Kept
 from erniekit.models.decoder import ErnieForCausalLM
 from erniekit.parallel.part import hold_part
-from erniekit.precision.inputs import FixedRounding, Int8Cache, rounded_rows, steps_of
+from erniekit.precision.inputs import FixedRounding, Int8Cache, int8_steps, rounded_rows
 from erniekit.precision.packed import Rounding, Store, packed_weights, use_stores
 from erniekit.precision.stored import StoredCodes, store_of
 
@@ -75,8 +75,8 @@ def build_quantised(
         layer.rounding = _rounding(name, origins[name], folder)
     for number, block in enumerate(model.model.layers):
         if (scales := folder.cache_scales(number)) is not None:
-            shape = [-1, cfg.head_dim]
-            block.self_attn.kept = Kept(*(Int8Cache(steps_of(s, "int8").reshape(shape), dtype=dtype) for s in scales))
+            steps = [int8_steps(largest).reshape(-1, cfg.head_dim) for largest in scales]
+            block.self_attn.kept = Kept(*(Int8Cache(steps_Kd, dtype=dtype) for steps_Kd in steps))
     model.eval()
     return model
 
@@ -124,6 +124,7 @@ def _rounding(name: str, origins: Sequence[Origin], folder: QuantisedFolder) -> 
         return rounded_rows(name)
     if not folder.scheme.rounds_inputs(origins[0].tensor):
         return None
-    largest = np.concatenate([folder.arrays(tensor)[ACTIVATION_SCALE].reshape(-1) for tensor, _ in origins])
-    codes = "int8" if kind == "w4a8" else "e4m3"
-    return FixedRounding(steps_of(largest, codes), codes, name=name)
+    scales_E = np.concatenate([folder.arrays(tensor)[ACTIVATION_SCALE].reshape(-1) for tensor, _ in origins])
+    if kind == "w4a8":  # the largest number; of fp8 the step between codes
+        return FixedRounding(int8_steps(scales_E), "int8", name=name)
+    return FixedRounding(scales_E, "e4m3", name=name)

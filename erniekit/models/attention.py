@@ -86,6 +86,7 @@ class Attention(nn.Layer):
         q, k, v = (t.reshape([b, s, -1, self.head_dim]) for t in (q, k, v))
         q, k = (rotate(t, positions.cos_BSJ, positions.sin_BSJ) for t in (q, k))
         if cache is None:
+            assert self.kept is not None
             seen = q, self.kept.keys.rounded(k), self.kept.values.rounded(v)
             return self.o_proj(self.core_attn(*(t.flatten(2) for t in seen), positions.turned_by_none()))
         k_BKTd, v_BKTd = cache.append(k, v)

@@ -14,21 +14,20 @@ import paddle
 from erniekit.ops.float8 import Rows, Tensor, dense, quantise, rounded
 from erniekit.precision.packed import Rounding
 
-Codes = Literal["int8", "e4m3"]
-_LARGEST: dict[Codes, float] = {"int8": 127.0, "e4m3": 448.0}
+_LARGEST = 127.0  # of int8, without -128
 _BLOCK = 128  # inputs that share a scale which is made on the way
 
 
-def steps_of(largest: np.ndarray, codes: Codes) -> np.ndarray:
+def int8_steps(largest: np.ndarray) -> np.ndarray:
     """The steps that let these numbers fit; where all were zero, the smallest that can be divided by."""
-    return np.maximum(largest.astype(np.float32) / np.float32(_LARGEST[codes]), np.finfo(np.float32).tiny)
+    return np.maximum(largest.astype(np.float32) / np.float32(_LARGEST), np.finfo(np.float32).tiny)
 
 
 class FixedRounding:
     """Rows as int8 or E4M3 numbers times a step, one for each weight that they meet: what a product of 8-bit operands
     sees, as fp32 sums of such products are exact in the same places."""
 
-    def __init__(self, steps_E: np.ndarray, kind: Codes, *, name: str) -> None:
+    def __init__(self, steps_E: np.ndarray, kind: Literal["int8", "e4m3"], *, name: str) -> None:
         self.steps_E, self.kind, self.name = paddle.to_tensor(steps_E.astype(np.float32)), kind, name
 
     def __call__(self, x_TD: paddle.Tensor, counts: list[int]) -> paddle.Tensor:
@@ -51,8 +50,8 @@ def rounded_rows(name: str) -> Rounding:
 
 
 def _whole(scaled: paddle.Tensor) -> paddle.Tensor:
-    """To the nearest integer, to even from the middle, within int8 without -128."""
-    return paddle.round(scaled).clip(-_LARGEST["int8"], _LARGEST["int8"])
+    """To the nearest integer, to even from the middle, within the format."""
+    return paddle.round(scaled).clip(-_LARGEST, _LARGEST)
 
 
 class Int8Cache:

@@ -60,7 +60,7 @@ class Reference:
         """eval_kl: the mean over trained tokens of KL(reference || model), in nats; eval_same_best_token: the share of
         them for which both find the same token the likeliest. All ranks call this."""
         model.eval()
-        divergence, same, tokens = 0.0, 0, 0
+        divergence, same, tokens = 0.0, 0.0, 0.0
         for theirs_MD, (mine_MD, counts) in zip(self.states, self._rows.hidden(model), strict=True):
             if not counts:
                 continue
