@@ -37,6 +37,10 @@ class TrainingStopped(ErnieKitError):
     """Training cannot go on (a non-finite loss); what was saved before stands."""
 
 
+class NotFinite(ErnieKitError):
+    """NaN or infinity is about to be cast to a number format that has neither."""
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """" Did you mean 'x'?" for the nearest known name, or an empty string."""
     import difflib  # only an error path needs it

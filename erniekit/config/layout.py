@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, cast
 
 from erniekit.base.errors import MeshError
+from erniekit.config.fp8 import fp8_misfits
 from erniekit.config.layout_rules import degrees_of, model_misfits, optimizer_misfits, world_misfits
 
 if TYPE_CHECKING:
@@ -123,6 +124,8 @@ def layout_of(
         problems += optimizer_misfits(cfg, sharding)
     if arch is not None:
         problems += model_misfits(cfg, arch, data)
+        if verb == "train":
+            problems += fp8_misfits(cfg, arch, asked)
     if problems:
         raise MeshError(problems)
     return Layout(

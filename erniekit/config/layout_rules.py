@@ -126,7 +126,7 @@ def model_misfits(cfg: RunConfig, arch: ErnieConfig, data: int) -> Iterator[str]
         if cfg.parallel.expert_parallel_degree > 1:
             yield f"{quote(cfg, 'expert_parallel_degree')}: the model has no experts to share; delete the key"
         return
-    over, total = asked.expert or data, _text_value(arch.moe_num_experts)
+    over, total = asked.expert or data, text_value(arch.moe_num_experts)
     if total % over:
         by = "moe_group" if cfg.parallel.moe_group == "data" else "use_expert_parallel"
         yield (
@@ -157,13 +157,13 @@ def _larger_vocabulary(arch: ErnieConfig, ranks: int) -> str:
 
 def _uneven(arch: ErnieConfig, ranks: int, *, experts: bool) -> list[str]:
     """The dimensions of a model that so many tensor ranks cannot share evenly; `experts`: they share these, too."""
-    width = _text_value(arch.moe_intermediate_size)
+    width = text_value(arch.moe_intermediate_size)
     sizes = {
         "attention heads": arch.num_attention_heads,
         "words (vocab_size)": arch.vocab_size,
         "width of MLPs (intermediate_size)": arch.intermediate_size,
         "width of shared experts": arch.shared_intermediate_size,
-        "experts": _text_value(arch.moe_num_experts) if experts else 0,
+        "experts": text_value(arch.moe_num_experts) if experts else 0,
         "width of experts (moe_intermediate_size)": 0 if experts else width,
     }
     if len(arch.moe_layers) == arch.num_hidden_layers:
@@ -173,7 +173,7 @@ def _uneven(arch: ErnieConfig, ranks: int, *, experts: bool) -> list[str]:
     return [*found, f"{heads} key and value heads"] if heads % ranks and ranks % heads else found
 
 
-def _text_value(value: int | tuple[int, int]) -> int:
+def text_value(value: int | tuple[int, int]) -> int:
     """Of a pair, what counts for text."""
     return value if isinstance(value, int) else value[0]
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from erniekit.base.errors import did_you_mean
 from erniekit.config.data import CHAT_TEMPLATES
+from erniekit.config.fp8 import fp8_problems
 from erniekit.config.keys import INERT, SPEED, Key
 from erniekit.config.layout_rules import contradictions
 from erniekit.config.lora_rules import adapters
@@ -32,13 +33,18 @@ def fill_defaults(values: dict[str, Any], origins: dict[str, str]) -> None:
     if values["loss_type"] == "orpo" and origins["sft_loss_ratio"].startswith(DEFAULT):
         values["sft_loss_ratio"] = 1.0
         origins["sft_loss_ratio"] = f"{DEFAULT} for loss_type orpo"
+    if values["compute_type"] == "fp8" and values["fp8_recipe"] is None:
+        rotated = values["apply_hadamard"] and not origins["apply_hadamard"].startswith(DEFAULT)
+        stage = values["stage"]
+        values["fp8_recipe"] = "blockwise" if stage == "PT" and not rotated else "qat"
+        origins["fp8_recipe"] = f"{DEFAULT} for {'apply_hadamard' if rotated else f'stage {stage}'}"
 
 
 def problems(config: RunConfig, failed: Collection[str]) -> list[str]:
     """Every contradiction between keys. Keys in `failed` have no readable value, so nothing is said about them."""
     kinds = (
         _template, _shares, _learning_rate, _schedule_steps, _patterns, _endless, _data_sets, _unjudged, _quantised,
-        adapters, preference_problems, contradictions,
+        adapters, preference_problems, fp8_problems, contradictions,
     )  # fmt: skip
     found = [finding for kind in kinds for finding in kind(config)]
     return [text for names, text in found if not set(names) & set(failed)]
@@ -214,10 +220,9 @@ def _without_effect(config: RunConfig) -> Iterator[str]:
     names = [name for name, key in KEYS.items() if key.effect == INERT and _asks(config.value(name), key)]
     conditional: dict[str, list[str]] = {}
     for name, key in KEYS.items():
-        if key.only is None or config.has_effect(name) or not config.given(name):
-            continue
-        if not key.asks_for_nothing(config.value(name)):
-            because = f"{key.only[0]}: {text_of(config.value(key.only[0]))}"
+        deciding = config.silenced_by(name)
+        if deciding and config.given(name) and not key.asks_for_nothing(config.value(name)):
+            because = f"{deciding}: {text_of(config.value(deciding))}"
             conditional.setdefault(because, []).append(name)
     if config.parallel.sequence_parallel and config.parallel.tensor_parallel_degree <= 1:
         degree = config.parallel.tensor_parallel_degree

@@ -66,8 +66,15 @@ class RunConfig:
 
     def has_effect(self, name: str) -> bool:
         """Whether the other settings leave the key something to decide."""
+        return self.silenced_by(name) is None
+
+    def silenced_by(self, name: str) -> str | None:
+        """The key whose value leaves this one nothing to decide; None if it has an effect."""
         condition = KEYS[name].only
-        return condition is None or self.value(condition[0]) in condition[1]
+        if condition is None:
+            return None
+        deciding, values = condition
+        return self.silenced_by(deciding) or (None if self.value(deciding) in values else deciding)
 
     def _told(self, key: Key) -> bool:
         """Whether another key decides what this one's default would."""

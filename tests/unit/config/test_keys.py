@@ -24,6 +24,7 @@ OWN = {  # ours, or of ERNIEKit versions after 1.3
     "validation_split", "max_dropped_fraction", "check_leaks", "cache_data", "data_cache_dir",
     "share_prompt",
     "lora_dropout", "lora_target_modules", "modules_to_save", "dora", "lora_init", "group_size",
+    "fp8_recipe", "fp8_modules", "fp8_emulate", "fp8_check_every",
     "kto_desirable_weight", "kto_undesirable_weight", "merge_tolerance", "merge_proof",
 }  # fmt: skip
 
@@ -86,7 +87,7 @@ def test_a_declaration_is_sound(key):
 
 
 def test_every_built_key_is_read_by_the_program():
-    readers = ("layout.py", "layout_rules.py", "preferences.py", "readiness.py", "rules.py")
+    readers = ("fp8.py", "layout.py", "layout_rules.py", "preferences.py", "readiness.py", "rules.py")
     sources = "\n".join(
         path.read_text(encoding="utf-8")
         for path in (ROOT / "erniekit").rglob("*.py")

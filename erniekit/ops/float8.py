@@ -1,0 +1,255 @@
+"""FP8 numbers: quantised, dense again, and multiplied. Knows neither layers nor when to use them.
+
+A matrix [R, C], or a stack of them [E, R, C] each by itself, becomes codes of one byte and a scale for every block
+(arrays/float8.py says how scales are made and blocks cut). With `counts`, the rows of a matrix are sorted by expert,
+and blocks of several rows begin anew with every expert.
+
+The cast is treacherous: Paddle 3.3.1 on a CPU makes NaN of E4M3's 464 to 480, and 448 of NaN and infinity. So numbers
+are tested for finiteness and clamped before every cast; within the range all casts agree bit for bit (to nearest, to
+even from the middle, subnormals too). Clamping can only happen where the caller brings its own scale.
+
+A product multiplies the dense operands and sums in fp32. Numbers of 4 significant bits times a power of two are bf16
+numbers, so processors that multiply bf16 do so without another rounding. Results are rounded to bf16, as the GPU's
+kernels give them, except for a weight's gradient, which is added up in fp32.
+Shapes: T rows (tokens), D inputs, F outputs, E experts, R rows, C columns, G blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import paddle
+import paddle.nn.functional as F
+
+from erniekit.base.errors import NotFinite
+from erniekit.ops.arrays.float8 import E4M3, E5M2, Blocks, Columns, Kind, Rows, Scheme, Tensor
+
+__all__ = [
+    "E4M3", "E5M2", "Blocks", "Columns", "Float8", "Kind", "Rows", "Scheme", "Statistics", "Tensor", "bf16_numbers",
+    "dense", "has_float8", "power_of_two", "product", "quantise", "requantise", "rounded", "statistics",
+    "weight_product",
+]  # fmt: skip
+
+Result = Literal["bf16", "fp32"]  # how exact a product is; either way its dtype is that of the model
+_MANTISSA, _THREE_QUARTERS, _BIAS = 1 << 23, 0x600000, 127  # of fp32
+
+
+@dataclass(frozen=True)
+class Float8:
+    """A quantised matrix or stack of matrices."""
+
+    codes: paddle.Tensor  # uint8, [R, C] or [E, R, C]
+    scales: paddle.Tensor  # fp32, [G, G] or [E, G, G]; with counts, the blocks of all experts one below the other
+    scheme: Scheme
+    kind: Kind
+    counts: list[int]  # rows of each matrix, or of each expert
+
+
+class Statistics(NamedTuple):
+    """What a cast does to a tensor."""
+
+    amax: float
+    underflow: float  # share of the numbers that become zero and were not
+    overflow: float  # share of the numbers beyond the format
+
+
+def power_of_two(amax: paddle.Tensor, *, kind: Kind = E4M3) -> paddle.Tensor:
+    """The smallest power of two by which `amax` (fp32, finite) fits into the format; 1 for 0, never a subnormal."""
+    bits = amax.contiguous().view("int32")
+    exponent = bits // _MANTISSA - _BIAS - kind.top + (bits % _MANTISSA > _THREE_QUARTERS).astype("int32")
+    scale = ((exponent.clip(min=1 - _BIAS) + _BIAS) * _MANTISSA).view("float32")
+    return paddle.where(amax == 0, paddle.ones_like(amax), scale)
+
+
+def _counts(shape: Sequence[int], counts: list[int] | None) -> list[int]:
+    """Rows of every matrix, or expert."""
+    if len(shape) == 3:
+        assert counts is None, "a stack of matrices has no counts"
+        return [shape[1]] * shape[0]
+    assert len(shape) == 2, f"a matrix [R, C] or a stack [E, R, C] is quantised, not {list(shape)}"
+    assert counts is None or sum(counts) == shape[0], f"{counts} are not the rows of {list(shape)}"
+    return [shape[0]] if counts is None else counts
+
+
+def _blocks_of(x_RC: paddle.Tensor, block: tuple[int, int]) -> paddle.Tensor:
+    """A matrix as its blocks, filled up with zeros: [G, block rows, G, block columns]."""
+    (rows, columns), (high, wide) = x_RC.shape, block
+    padded = F.pad(x_RC, [0, -rows % high, 0, -columns % wide], pad_from_left_axis=True)
+    return padded.reshape([-(-rows // high), high, -(-columns // wide), wide])
+
+
+def _spread(scales_GG: paddle.Tensor, shape: Sequence[int], block: tuple[int, int]) -> paddle.Tensor:
+    """The scale of every number of a matrix."""
+    by_row = scales_GG.repeat_interleave(block[0], 0)[: shape[0]]
+    return by_row.repeat_interleave(block[1], 1)[:, : shape[1]]
+
+
+def _each(x: paddle.Tensor, counts: list[int]) -> list[paddle.Tensor]:
+    """The matrices of a stack, or the rows of every expert that has any."""
+    flat_RC, out, start = x.reshape([-1, x.shape[-1]]), [], 0
+    for count in counts:
+        if count:
+            out.append(flat_RC[start : start + count])
+        start += count
+    return out
+
+
+def _joined(parts: list[paddle.Tensor], like: Sequence[int], width: int, dtype: str) -> paddle.Tensor:
+    """Matrices one below the other; a stack's as a stack."""
+    if not parts:
+        return paddle.zeros([*like[:-2], 0, width], dtype)
+    joined = paddle.concat(parts)
+    return joined.reshape([like[0], -1, width]) if len(like) == 3 else joined
+
+
+def quantise_plain(
+    x: paddle.Tensor, scheme: Scheme, *, kind: Kind, counts: list[int], scale: paddle.Tensor | None, name: str
+) -> Float8:
+    """The plain twin of `quantise`."""
+    if not bool(paddle.isfinite(x).all()):
+        raise _not_finite(name, kind)
+    codes, scales, block = [], [], (1, 1)
+    for index, part_RC in enumerate(_each(x, counts)):
+        block = scheme.block(*part_RC.shape)
+        blocks = _blocks_of(part_RC, block)
+        own_GG = power_of_two(blocks.abs().amax([1, 3]), kind=kind) if scale is None else _given(scale, index)
+        fitting = (part_RC / _spread(own_GG, part_RC.shape, block)).clip(-kind.largest, kind.largest)
+        codes.append(fitting.astype(kind.name).view("uint8"))
+        scales.append(own_GG)
+    width = -(-x.shape[-1] // scheme.block(1, x.shape[-1])[1])
+    return Float8(
+        _joined(codes, x.shape, x.shape[-1], "uint8"), _joined(scales, x.shape, width, "float32"), scheme, kind, counts
+    )  # fmt: skip
+
+
+def _given(scale: paddle.Tensor, index: int) -> paddle.Tensor:
+    flat = scale.astype("float32").reshape([-1])
+    return flat[index if flat.shape[0] > 1 else 0].reshape([1, 1])
+
+
+def _not_finite(name: str, kind: Kind) -> NotFinite:
+    return NotFinite(
+        f"{name} holds NaN or infinity, for which {kind.name} has no number: the run has gone astray before this cast. "
+        "Lower learning_rate, or go on from an earlier checkpoint; compute_type: bf16 shows whether FP8 is the cause."
+    )
+
+
+def quantise(
+    x: paddle.Tensor, scheme: Scheme, *, kind: Kind = E4M3, counts: list[int] | None = None,
+    scale: paddle.Tensor | None = None, short: bool = False, name: str = "a tensor",
+) -> Float8:  # fmt: skip
+    """`x` in FP8. Under the scheme Tensor the caller may bring a `scale` (one, or one for each matrix), which need not
+    be a power of two; what it does not cover is clamped. `short` lets rows and blocks of features end in a short
+    block; tokens always may.
+
+    Raises NotFinite with the `name` of x if it holds NaN or infinity.
+    """
+    counts = _counts(x.shape, counts)
+    assert scale is None or isinstance(scheme, Tensor), "a scale from outside goes with the scheme Tensor"
+    assert short or _fits(x.shape, scheme), f"{name}: {list(x.shape)} is no multiple of {scheme}"
+    return quantise_plain(x.astype("float32"), scheme, kind=kind, counts=counts, scale=scale, name=name)
+
+
+def _fits(shape: Sequence[int], scheme: Scheme) -> bool:
+    if isinstance(scheme, Rows):
+        return shape[-1] % scheme.size == 0
+    return not isinstance(scheme, Blocks) or not (shape[-2] % scheme.rows or shape[-1] % scheme.columns)
+
+
+def dense_plain(x: Float8) -> paddle.Tensor:
+    """The plain twin of `dense`."""
+    numbers, scales = x.codes.view(x.kind.name).astype("float32"), x.scales.reshape([-1, x.scales.shape[-1]])
+    parts, start = [], 0
+    for part_RC in _each(numbers, x.counts):
+        block = x.scheme.block(*part_RC.shape)
+        stop = start - (-part_RC.shape[0] // block[0])
+        parts.append(part_RC * _spread(scales[start:stop], part_RC.shape, block))
+        start = stop
+    return paddle.concat(parts).reshape(x.codes.shape) if parts else numbers
+
+
+def dense(x: Float8) -> paddle.Tensor:
+    """The fp32 numbers that codes and scales stand for."""
+    return dense_plain(x)
+
+
+def rounded(
+    x: paddle.Tensor, scheme: Scheme, *, kind: Kind = E4M3, counts: list[int] | None = None, short: bool = False,
+    name: str = "a tensor",
+) -> paddle.Tensor:  # fmt: skip
+    """What is left of `x` after it was in FP8: dense(quantise(x)), in its own dtype."""
+    return dense(quantise(x, scheme, kind=kind, counts=counts, short=short, name=name)).astype(x.dtype)
+
+
+def requantise(x: Float8, scheme: Scheme, *, counts: list[int] | None = None) -> Float8:
+    """The same numbers under another scheme: for a weight's gradient, rows in blocks along the tokens."""
+    return quantise(dense(x), scheme, kind=x.kind, counts=counts, short=True)
+
+
+def bf16_numbers(x: paddle.Tensor) -> paddle.Tensor:
+    """`x` in its own dtype, every number rounded to the nearest that bf16 has."""
+    return x.astype("bfloat16").astype(x.dtype)
+
+
+def product_plain(x: Float8, weight: Float8, *, turned: bool, counts: list[int], out: Result) -> paddle.Tensor:
+    """The plain twin of `product`."""
+    x_TD, weight_EDF = dense_plain(x), dense_plain(weight)
+    weight_EDF = weight_EDF if weight_EDF.ndim == 3 else weight_EDF.unsqueeze(0)
+    parts, start = [], 0
+    for expert, count in enumerate(counts):
+        if count:
+            parts.append(paddle.matmul(x_TD[start : start + count], weight_EDF[expert], transpose_y=turned))
+        start += count
+    y_TF = paddle.concat(parts) if parts else paddle.zeros([0, weight_EDF.shape[1 if turned else 2]])
+    return bf16_numbers(y_TF) if out == "bf16" else y_TF
+
+
+def product(
+    x: Float8, weight: Float8, *, turned: bool = False, counts: list[int] | None = None, out: Result = "bf16"
+) -> paddle.Tensor:
+    """x @ weight, or x @ weight^T if `turned`: [T, F] in fp32 storage. Of a stack of weights, expert e has the next
+    counts[e] rows."""
+    counts = [x.codes.shape[0]] if counts is None else counts
+    return product_plain(x, weight, turned=turned, counts=counts, out=out)
+
+
+def weight_product_plain(x: Float8, grad: Float8, *, counts: list[int]) -> paddle.Tensor:
+    """The plain twin of `weight_product`."""
+    x_TD, grad_TF = dense_plain(x), dense_plain(grad)
+    parts, start = [], 0
+    for count in counts:
+        rows = slice(start, start + count)
+        parts.append(paddle.matmul(x_TD[rows], grad_TF[rows], transpose_x=True))
+        start += count
+    return paddle.stack(parts)
+
+
+def weight_product(x: Float8, grad: Float8, *, counts: list[int] | None = None) -> paddle.Tensor:
+    """x^T @ grad in fp32: [D, F], or with counts [E, D, F], summed over each expert's rows."""
+    if counts is None:
+        return weight_product_plain(x, grad, counts=[x.codes.shape[0]])[0]
+    return weight_product_plain(x, grad, counts=counts)
+
+
+def statistics(x: paddle.Tensor, cast: Float8) -> Statistics:
+    """What the cast of `x` to `cast` did; worth its time at logging steps only."""
+    x = x.astype("float32")
+    if not x.size:
+        return Statistics(0.0, 0.0, 0.0)
+    limit = _scale_of_every_number(cast) * cast.kind.largest
+    lost = ((dense(cast) == 0) & (x != 0)).astype("float32").mean()
+    return Statistics(float(x.abs().max()), float(lost), float((x.abs() > limit).astype("float32").mean()))
+
+
+def _scale_of_every_number(x: Float8) -> paddle.Tensor:
+    ones = paddle.full(x.codes.shape, 0x38 if x.kind is E4M3 else 0x3C, "uint8")  # the codes of 1
+    return dense_plain(Float8(ones, x.scales, x.scheme, x.kind, x.counts))
+
+
+def has_float8() -> bool:
+    """Whether this build of Paddle and this device multiply FP8 (Hopper and later). Not run on a GPU."""
+    if not (paddle.device.is_compiled_with_cuda() and paddle.get_device().startswith("gpu")):
+        return False
+    return paddle.device.cuda.get_device_capability() >= (9, 0)
