@@ -1,6 +1,6 @@
 """Products of rows sorted by expert, each with its own expert's weight, in FP8 and in bf16, and the two products of
-their backward pass. The plain twins are `product` and `weight_product` of ops/float8.py and the loops of ops/grouped.py.
-Knows neither routers nor activations.
+their backward pass. The plain twins are `product` and `weight_product` of ops/float8.py and the loops of
+ops/grouped.py. Knows neither routers nor activations.
 
 FP8: operands are codes under fp32 scales, of 1x128 numbers for rows and 128x128 for weights; a weight's gradient takes
 both operands 1x128 along the tokens (`quantise_columns`). Tensor cores sum FP8 products with some 14 bits, so each 128
@@ -31,7 +31,8 @@ class Setting(NamedTuple):
     stages: int = 3  # tiles on their way from memory
 
 
-FLOAT8 = (Setting(), Setting(stages=4), Setting(high=64, warps=4, stages=4))  # wide: 128, so that a weight's scale is one number
+# In FP8 a tile is as wide as a weight's block, so that its scale is one number.
+FLOAT8 = (Setting(), Setting(stages=4), Setting(high=64, warps=4, stages=4))
 BF16 = (Setting(), Setting(stages=4), Setting(wide=256), Setting(high=64, warps=4, stages=4))
 _NEIGHBOURS = tl.constexpr(8)  # tiles one below the other that run together and share a weight in the L2 cache
 
@@ -65,7 +66,7 @@ def _product8(
     at_w_scales = w_scales + expert.to(tl.int64) * w_scales_expert + tile_n * WIDE // BLOCK * w_scales_n
     rows_inside, columns_inside = (row < end)[:, None], (column < n_size)[None, :]
     total = tl.zeros([HIGH, WIDE], tl.float32)
-    for block in range(0, tl.cdiv(k_size, BLOCK)):
+    for block in range(tl.cdiv(k_size, BLOCK)):
         inside = k < k_size - block * BLOCK
         a = tl.load(at_x + block * BLOCK, mask=rows_inside & inside[None, :], other=0.0)
         b = tl.load(at_w + block * BLOCK, mask=inside[:, None] & columns_inside, other=0.0)
@@ -124,7 +125,7 @@ def _product16(
     at_w = w + expert.to(tl.int64) * w_expert + k[:, None] * w_k + column[None, :] * w_column
     rows_inside, columns_inside = (row < end)[:, None], (column < n_size)[None, :]
     total = tl.zeros([HIGH, WIDE], tl.float32)
-    for block in range(0, tl.cdiv(k_size, DEEP)):
+    for block in range(tl.cdiv(k_size, DEEP)):
         inside = k < k_size - block * DEEP
         a = tl.load(at_x, mask=rows_inside & inside[None, :], other=0.0)
         b = tl.load(at_w, mask=inside[:, None] & columns_inside, other=0.0)

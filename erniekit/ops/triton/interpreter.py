@@ -1,5 +1,5 @@
-"""Triton's interpreter, put right where it is wrong, for tests and for `scripts/bench_kernels.py --interpret`. Import it
-after Triton has been imported with TRITON_INTERPRET=1; never on a GPU.
+"""Triton's interpreter, put right where it is wrong, for tests and for `scripts/bench_kernels.py --interpret`. To be
+imported after Triton has been imported with TRITON_INTERPRET=1; never on a GPU.
 
 What was found in Triton 3.9: casts from fp32 to bf16 cut the lower bits off, and to FP8 round to even only sometimes
 (2 % of normal numbers differ), so the kernels round by bits themselves; the FP8 codes of NaN decode as numbers, which
@@ -29,15 +29,15 @@ def _numbers(handle: Any) -> np.ndarray:
     return bits.astype(np.float32)
 
 
-def _dot(self: Any, a: Any, b: Any, d: Any, *unused: Any) -> Any:
-    return interpreter.TensorHandle(np.matmul(_numbers(a), _numbers(b)) + d.data, d.dtype.scalar)
+def _dot(_builder: Any, a: Any, b: Any, start: Any, *_precision: Any) -> Any:
+    return interpreter.TensorHandle(np.matmul(_numbers(a), _numbers(b)) + start.data, start.dtype.scalar)
 
 
-def _as_they_are(self: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
+def _as_they_are(_executor: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
     return args, kwargs
 
 
-def _nothing(self: Any, *unused: Any) -> None:
+def _nothing(_executor: Any, *_args: Any) -> None:
     return None
 
 

@@ -12,7 +12,15 @@ import triton
 import triton.language as tl
 
 from erniekit.ops.triton.device import (
-    BLOCK, bytes_at, encode, magnitude_bits, numbers_at, reciprocal, scale_field, scale_of, tile_of,
+    BLOCK,
+    bytes_at,
+    encode,
+    magnitude_bits,
+    numbers_at,
+    reciprocal,
+    scale_field,
+    scale_of,
+    tile_of,
 )  # fmt: skip
 from erniekit.ops.triton.launch import cdiv, is_dense, slots_for, strides
 
@@ -126,9 +134,9 @@ def quantise_rows(x: Any, codes: Any, scales: Any, *, places: Any = None, e5m2: 
     """x [T, D] -> codes [T, D] and scales [T, ceil(D/128)] (any strides). With `places` [M, C], x is [M, D]: row m goes
     to each of the sorted rows places[m], read once and quantised once."""
     rows, size = x.shape
-    assert is_dense(x) and is_dense(codes)
     if not rows:
         return
+    assert is_dense(x) and is_dense(codes)
     _rows[(cdiv(rows, _ROWS), cdiv(size, 128))](
         x, codes, scales, places, rows, size, strides(x)[0], strides(codes)[0], *strides(scales),
         CHOICES=0 if places is None else places.shape[1], ROWS=_ROWS, E5M2=e5m2, num_warps=_WARPS,

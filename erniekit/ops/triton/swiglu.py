@@ -11,7 +11,15 @@ import triton
 import triton.language as tl
 
 from erniekit.ops.triton.device import (
-    BLOCK, as_bf16, bytes_at, encode, magnitude_bits, reciprocal, scale_field, scale_of, stored_as,
+    BLOCK,
+    as_bf16,
+    bytes_at,
+    encode,
+    magnitude_bits,
+    reciprocal,
+    scale_field,
+    scale_of,
+    stored_as,
 )  # fmt: skip
 from erniekit.ops.triton.launch import cdiv, is_dense, strides
 
@@ -53,7 +61,7 @@ def _backward(
     weight = tl.load(weights + row, mask=row < rows, other=0.0).to(tl.float32)[:, None]
     of_weight = tl.zeros([ROWS, BLOCK], tl.float32)
     blocks = tl.cdiv(width, BLOCK)
-    for block in range(0, blocks):
+    for block in range(blocks):
         column = block * BLOCK + tl.arange(0, BLOCK)
         inside = (row < rows)[:, None] & (column < width)[None, :]
         at = hidden + row[:, None] * hidden_row + column[None, :]
