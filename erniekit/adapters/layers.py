@@ -91,7 +91,7 @@ class DoraAdapter(LinearAdapter):
         if self._base_squares_F is None:
             self._base_squares_F = self.base_squares(layer)
         a_DR, b_RF = (factor.astype("float32") for factor in self.factors())
-        crossed_RF = layer.product(a_DR.t().contiguous().astype(self.lora_A.dtype)).astype("float32")
+        crossed_RF = layer.multiplied(a_DR.t().contiguous().astype(self.lora_A.dtype)).astype("float32")
         gram_RR = paddle.matmul(a_DR, a_DR, transpose_x=True)
         if self.add_up is not None:
             crossed_RF, gram_RR = self.add_up(crossed_RF), self.add_up(gram_RR)

@@ -26,9 +26,10 @@ def parameter(layer: nn.Layer, shape: list[int], *, dtype: str, trainable: bool 
 class Linear(nn.Layer):
     """x @ weight (+ bias); weight [in, out].
 
-    Three slots are filled from outside: `packed`, a layer that holds the weight in fewer bits and makes the product in
-    its stead (`weight` is None then); `adapter`, which is shown the input and the product without bias and returns the
-    product that counts; and `leave`, through which that product goes before the bias is added.
+    Four slots are filled from outside: `product`, which makes x @ weight from the two in its own way; `packed`, a layer
+    that holds the weight in fewer bits and makes the product in its stead (`weight` is None then); `adapter`, which is
+    shown the input and the product without bias and returns the product that counts; and `leave`, through which that
+    product goes before the bias is added.
     """
 
     bf16_products = False  # precision/products.py
@@ -38,23 +39,26 @@ class Linear(nn.Layer):
         self.num_in, self.num_out = num_in, num_out
         self.weight = parameter(self, [num_in, num_out], dtype=dtype)
         self.bias = parameter(self, [num_out], dtype=dtype) if bias else None
+        self.product: Callable[[paddle.Tensor, paddle.Tensor], paddle.Tensor] | None = None
         self.packed: nn.Layer | None = None
         self.adapter: nn.Layer | None = None
         self.leave: Callable[[paddle.Tensor], paddle.Tensor] | None = None
 
     def forward(self, x: paddle.Tensor) -> paddle.Tensor:
         """[..., in] -> [..., out]."""
-        if self.packed is None and self.adapter is None and self.leave is None:
+        if all(slot is None for slot in (self.product, self.packed, self.adapter, self.leave)):
             return linear(x, self.weight, self.bias, bf16=self.bf16_products)
-        y = self.product(x)
+        y = self.multiplied(x)
         if self.adapter is not None:
             y = self.adapter(x, y, self)
         if self.leave is not None:
             y = self.leave(y)
         return y if self.bias is None else y + self.bias
 
-    def product(self, x: paddle.Tensor) -> paddle.Tensor:
+    def multiplied(self, x: paddle.Tensor) -> paddle.Tensor:
         """x @ weight of the base, without bias and adapter."""
+        if self.product is not None:
+            return self.product(x, self.weight)
         return linear(x, self.weight, None, bf16=self.bf16_products) if self.packed is None else self.packed(x)
 
 

@@ -16,8 +16,19 @@ from paddle import nn
 
 from erniekit.config.architecture import ErnieConfig
 from erniekit.models.layers import MLP, parameter
-from erniekit.ops.grouped import combine, grouped_linear, grouped_mlp, permute, sort_by_expert
+from erniekit.ops.grouped import (
+    add_up,
+    combine,
+    grouped_linear,
+    grouped_mlp,
+    permute,
+    permute_weights,
+    sort_by_expert,
+)
 from erniekit.ops.mlp import gated
+
+ExpertProduct = Callable[[paddle.Tensor, paddle.Tensor, list[int]], paddle.Tensor]
+ExpertMLP = Callable[[paddle.Tensor, paddle.Tensor, paddle.Tensor, list[int], paddle.Tensor | None], paddle.Tensor]
 
 
 class Routing(NamedTuple):
@@ -63,11 +74,18 @@ class Router(nn.Layer):
 class Experts(nn.Layer):
     """All routed experts as two stacked weights; gate first.
 
-    Each weight has the two slots of a Linear (layers.py): `packed(rows, counts)` makes the product in place of the
-    weight, which is None then; `adapter(rows, product, counts)` returns the product that counts.
+    Each weight has slots of a Linear (layers.py): `product(rows, weight, counts)` makes the product in its own way;
+    `packed(rows, counts)` makes it in place of the weight, which is None then; `adapter(rows, product, counts)` returns
+    the product that counts. Where there is nothing to do between the products, the slot `mlp(rows, gate_up, down,
+    counts, weights)` may make all of it at once.
+
+    A token's sum of outputs is weighted, and down is linear: so weights may as well be multiplied in before it.
+    `weighs_rows`, set from outside, says that the rows are to come with their weights, and that their outputs are
+    simply added up.
     """
 
     bf16_products = False  # precision/products.py
+    weighs_rows = False
 
     def __init__(self, cfg: ErnieConfig, *, dtype: str) -> None:
         super().__init__()
@@ -75,27 +93,40 @@ class Experts(nn.Layer):
         self.num_experts, self.size, self.width = e, d, i
         self.gate_up_proj = parameter(self, [e, d, 2 * i], dtype=dtype)
         self.down_proj = parameter(self, [e, i, d], dtype=dtype)
+        self.mlp: ExpertMLP | None = None
+        self.gate_up_product: ExpertProduct | None = None
         self.gate_up_packed: nn.Layer | None = None
         self.gate_up_adapter: nn.Layer | None = None
+        self.down_product: ExpertProduct | None = None
         self.down_packed: nn.Layer | None = None
         self.down_adapter: nn.Layer | None = None
 
-    def forward(self, x_TD: paddle.Tensor, counts: list[int]) -> paddle.Tensor:
-        """Rows sorted by expert -> their outputs."""
-        slots = (self.gate_up_packed, self.gate_up_adapter, self.down_packed, self.down_adapter)
+    def forward(
+        self, x_TD: paddle.Tensor, counts: list[int], weights_T: paddle.Tensor | None = None
+    ) -> paddle.Tensor:  # fmt: skip
+        """Rows sorted by expert -> their outputs, times their weights if these are given."""
+        between = (self.gate_up_packed, self.gate_up_adapter, self.down_packed, self.down_adapter)
+        if self.mlp is not None and all(slot is None for slot in between):
+            return self.mlp(x_TD, self.gate_up_proj, self.down_proj, counts, weights_T)
+        slots = (*between, self.gate_up_product, self.down_product, weights_T)
         if all(slot is None for slot in slots):
             return grouped_mlp(x_TD, self.gate_up_proj, self.down_proj, counts=counts, bf16=self.bf16_products)
-        hidden_T2I = self._product(x_TD, counts, self.gate_up_proj, self.gate_up_packed, self.gate_up_adapter)
-        return self._product(gated(hidden_T2I), counts, self.down_proj, self.down_packed, self.down_adapter)
+        hidden_T2I = self._product(x_TD, counts, "gate_up")
+        inner_TI = gated(hidden_T2I)
+        if weights_T is not None:
+            inner_TI = inner_TI * weights_T.unsqueeze(-1).astype(inner_TI.dtype)
+        return self._product(inner_TI, counts, "down")
 
-    def _product(
-        self, rows: paddle.Tensor, counts: list[int], weight: paddle.Tensor | None, packed: nn.Layer | None,
-        adapter: nn.Layer | None,
-    ) -> paddle.Tensor:  # fmt: skip
-        if packed is None:
-            made = grouped_linear(rows, weight, counts=counts, bf16=self.bf16_products)
-        else:
+    def _product(self, rows: paddle.Tensor, counts: list[int], which: str) -> paddle.Tensor:
+        weight, product, packed, adapter = (
+            getattr(self, f"{which}_{slot}") for slot in ("proj", "product", "packed", "adapter")
+        )
+        if packed is not None:
             made = packed(rows, counts)
+        elif product is not None:
+            made = product(rows, weight, counts)
+        else:
+            made = grouped_linear(rows, weight, counts=counts, bf16=self.bf16_products)
         return made if adapter is None else adapter(rows, made, counts)
 
 
@@ -106,7 +137,11 @@ class LocalDispatcher(nn.Layer):
         """Bring x [M, D] on its way. What is returned waits for it, lets the experts work and gives their sum [M, D]:
         whatever else there is to compute has its place in between."""
         order = sort_by_expert(routing.experts_MK, num_experts=experts.num_experts)
-        x_TD, weights_MK = permute(x_MD, order), routing.weights_MK.astype(x_MD.dtype)
+        x_TD = permute(x_MD, order)
+        if experts.weighs_rows:
+            weights_T = permute_weights(routing.weights_MK, order)
+            return lambda: add_up(experts(x_TD, order.counts, weights_T), order)
+        weights_MK = routing.weights_MK.astype(x_MD.dtype)
         return lambda: combine(experts(x_TD, order.counts), weights_MK, order)
 
 

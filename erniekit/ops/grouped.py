@@ -45,6 +45,12 @@ def sort_by_expert(experts_MC: paddle.Tensor, *, num_experts: int) -> Order:
     return sort_by_expert_plain(experts_MC, num_experts=num_experts)
 
 
+def _sums(rows_TD: paddle.Tensor, order: Order) -> paddle.Tensor:
+    """Every token's rows added up: [M, D]."""
+    m, c = order.place_MC.shape
+    return paddle.gather(rows_TD, order.place_MC.reshape([-1])).reshape([m, c, rows_TD.shape[-1]]).sum(1)
+
+
 class _Permute(paddle.autograd.PyLayer):
     @staticmethod
     def forward(ctx, x_MD, order: Order):
@@ -53,8 +59,7 @@ class _Permute(paddle.autograd.PyLayer):
 
     @staticmethod
     def backward(ctx, grad_TD):
-        m, c = ctx.order.place_MC.shape
-        return paddle.gather(grad_TD, ctx.order.place_MC.reshape([-1])).reshape([m, c, -1]).sum(1)
+        return _sums(grad_TD, ctx.order)
 
 
 def permute_plain(x_MD: paddle.Tensor, order: Order) -> paddle.Tensor:
@@ -98,6 +103,36 @@ def combine(y_TD: paddle.Tensor, weights_MC: paddle.Tensor, order: Order) -> pad
     """Weighted sum of each token's expert outputs: [M, D]."""
     chosen = experts.combine if backend(y_TD, weights_MC) == "cpu" else combine_plain
     return chosen(y_TD, weights_MC, order)
+
+
+def permute_weights(weights_MC: paddle.Tensor, order: Order) -> paddle.Tensor:
+    """The weight of every sorted row, [T]."""
+    place_T = order.place_MC.reshape([-1])
+    choice_T = paddle.scatter(paddle.empty_like(place_T), place_T, paddle.arange(place_T.size, dtype=place_T.dtype))
+    choices = Order(token_T=choice_T, place_MC=place_T.unsqueeze(-1), counts=order.counts)
+    return permute(weights_MC.reshape([-1, 1]), choices).squeeze(-1)
+
+
+class _AddUp(paddle.autograd.PyLayer):
+    @staticmethod
+    def forward(ctx, y_TD, order: Order):
+        ctx.order = order
+        return _sums(y_TD, order)
+
+    @staticmethod
+    def backward(ctx, grad_MD):
+        return paddle.gather(grad_MD, ctx.order.token_T)
+
+
+def add_up_plain(y_TD: paddle.Tensor, order: Order) -> paddle.Tensor:
+    """The plain twin of `add_up`."""
+    return _AddUp.apply(y_TD, order)
+
+
+def add_up(y_TD: paddle.Tensor, order: Order) -> paddle.Tensor:
+    """Sum of each token's rows, [M, D]: the way back from `permute`, without weights."""
+    chosen = experts.add_up if backend(y_TD) == "cpu" else add_up_plain
+    return chosen(y_TD, order)
 
 
 def rows_of_experts(counts: list[int]) -> Iterator[tuple[int, slice]]:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import paddle
 
-from erniekit.ops.arrays.packed import INT8, LEVELS
+from erniekit.ops.arrays.ccq import GROUP, WINT2_SHIFTS, WINT25_SHIFTS, WORDS
+from erniekit.ops.arrays.packed import E4M3, INT8, LEVELS, WINT2, WINT25
 from erniekit.ops.cpu import packed as cpu
 from erniekit.ops.dispatch import backend
 
@@ -17,13 +18,38 @@ from erniekit.ops.dispatch import backend
 def unpack_plain(codes_CF: paddle.Tensor, scales_GF: paddle.Tensor, *, num_in: int, kind: int) -> paddle.Tensor:
     """The plain twin of `unpack`."""
     groups, num_out = scales_GF.shape
+    if kind in (WINT2, WINT25):
+        windows, local_GF = (_wint2 if kind == WINT2 else _wint25)(codes_CF, scales_GF, num_in)
+        scales_G1F = (local_GF.astype("float32") * scales_GF[-1]).unsqueeze(1)
+        return (windows.astype("float32") * scales_G1F).reshape([num_in, num_out])
     if kind == INT8:
         levels_DF = codes_CF.astype("float32")
+    elif kind == E4M3:
+        levels_DF = paddle.to_tensor(LEVELS[kind])[codes_CF.astype("int32")]
     else:
         pairs_CF = codes_CF.astype("int32")
         places_DF = paddle.stack([pairs_CF % 16, pairs_CF // 16], 1).reshape([-1, num_out])[:num_in]
         levels_DF = paddle.to_tensor(LEVELS[kind])[places_DF]
     return (levels_DF.reshape([groups, -1, num_out]) * scales_GF.unsqueeze(1)).reshape([num_in, num_out])
+
+
+def _wint2(codes_CF: paddle.Tensor, scales_3F: paddle.Tensor, num_in: int) -> tuple[paddle.Tensor, paddle.Tensor]:
+    """Weights as whole numbers [groups, 64, F], and local scales [groups, F]."""
+    bytes_CF = codes_CF.astype("float32")[: num_in // 4]
+    places_CF = (bytes_CF * scales_3F[0] + scales_3F[1] + 0.5).floor().astype("int32")
+    windows = paddle.stack([places_CF // 2**shift % 64 - 32 for shift in WINT2_SHIFTS.tolist()], 1)
+    pairs_CF = codes_CF.astype("int32")[num_in // 4 :]
+    local_GF = paddle.stack([pairs_CF // 16, pairs_CF % 16], 1).reshape([-1, codes_CF.shape[1]])
+    return windows.reshape([-1, GROUP, codes_CF.shape[1]]), local_GF[: num_in // GROUP]
+
+
+def _wint25(codes_CF: paddle.Tensor, scales_1F: paddle.Tensor, num_in: int) -> tuple[paddle.Tensor, paddle.Tensor]:
+    """As `_wint2`."""
+    pairs = codes_CF.reshape([num_in // GROUP, WORDS, scales_1F.shape[1], 2]).astype("int32")
+    words = pairs[..., 0] + pairs[..., 1] * 256
+    windows = paddle.stack([words[:, :9] // 2**shift % 8 for shift in WINT25_SHIFTS.tolist()], 2)
+    last = words[:, 9:] // 2**13
+    return paddle.concat([windows.reshape([len(words), 63, -1]), last], 1) - 4, words[:, 9] % 2**13
 
 
 def unpack(codes_CF: paddle.Tensor, scales_GF: paddle.Tensor, *, num_in: int, kind: int) -> paddle.Tensor:

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import importlib.util
 from pathlib import Path
-
-import paddle
 
 from erniekit.base import runtime
 
-LIBRARIES = Path(paddle.__file__).parent / "libs"
+_PADDLE = importlib.util.find_spec("paddle")  # its place, without loading it: numpy's threads serve those who never do
+LIBRARIES = Path(_PADDLE.origin if _PADDLE and _PADDLE.origin else "paddle/__init__.py").parent / "libs"
 OPENMP, ONEDNN = "libiomp5.so", "libdnnl.so"
 SGEMM, BF16_GEMM = "dnnl_sgemm", "dnnl_gemm_bf16bf16f32"
 

@@ -121,6 +121,9 @@ def _expert_sums(x_RD: Tensor, weights_RK: Tensor, trip: _Trip, experts: Experts
     here_T2 = paddle.nonzero(trip.chosen_RK >= 0)  # token, choice
     here_T2 = here_T2[paddle.argsort(paddle.gather_nd(trip.chosen_RK, here_T2), stable=True)]
     token_T = here_T2[:, 0].contiguous()
-    y_TD = experts(paddle.gather(x_RD, token_T), trip.counts)
-    weighted_TD = y_TD.astype("float32") * paddle.gather_nd(weights_RK, here_T2).unsqueeze(-1)
+    x_TD, weights_T = paddle.gather(x_RD, token_T), paddle.gather_nd(weights_RK, here_T2)
+    if experts.weighs_rows:
+        weighted_TD = experts(x_TD, trip.counts, weights_T).astype("float32")
+    else:
+        weighted_TD = experts(x_TD, trip.counts).astype("float32") * weights_T.unsqueeze(-1)
     return paddle.zeros(x_RD.shape, "float32").index_add(token_T, 0, weighted_TD).astype(x_RD.dtype)

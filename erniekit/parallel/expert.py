@@ -3,7 +3,7 @@
 A rank sorts its routed rows by expert, so that they lie in the order of the ranks that hold the experts. The ranks tell
 each other how many rows they send to every expert (one small exchange), then exactly those rows travel; on arrival they
 are sorted by expert once more, and the outputs go back the same way. Nothing is padded or dropped; a rank may send
-nothing, or get nothing.
+nothing, or get nothing. Where experts weigh their rows (models/moe.py), the weights travel beside the rows, in fp32.
 
     experts over data ranks     every rank has rows of its own. Where there are tensor ranks besides, each of them holds
                                 a slice of the width of its experts and sends whole rows along its own data axis; the
@@ -27,7 +27,7 @@ import paddle
 from paddle import Tensor, nn
 
 from erniekit.models.moe import Experts, MoE, Routing
-from erniekit.ops.grouped import Order, combine, permute, sort_by_expert
+from erniekit.ops.grouped import Order, add_up, combine, permute, permute_weights, sort_by_expert
 from erniekit.parallel.collectives import Axis
 from erniekit.parallel.deep_ep import DeepEP, serves
 from erniekit.parallel.mesh import Mesh
@@ -92,20 +92,28 @@ class Rows:
         self, x_MD: Tensor, chosen_MK: Tensor, weights_MK: Tensor, experts: Experts
     ) -> Callable[[], Tensor]:  # fmt: skip
         """See Way."""
-        axis, weights_MK = self._axis, weights_MK.astype(x_MD.dtype)
+        axis, weighed = self._axis, experts.weighs_rows
         order = sort_by_expert(chosen_MK, num_experts=experts.num_experts * axis.size)
-        x_TD = permute(x_MD, order)
+        going = [permute(x_MD, order)]
+        if weighed:
+            going.append(permute_weights(weights_MK, order).unsqueeze(-1))
+
+        def work(counts: list[int], x_RD: Tensor, *weights_R1: Tensor) -> Tensor:
+            return experts(x_RD, counts, *(weights.squeeze(-1) for weights in weights_R1))
+
+        def summed(y_TD: Tensor) -> Tensor:
+            return add_up(y_TD, order) if weighed else combine(y_TD, weights_MK.astype(y_TD.dtype), order)
+
         if axis.size == 1:
-            return lambda: combine(experts(x_TD, order.counts), weights_MK, order)
+            return lambda: summed(work(order.counts, *going))
         plan = Plan.of(order.counts, axis)
-        arriving = exchange(x_TD, axis, send=plan.send, receive=plan.receive)
+        arriving = [exchange(rows, axis, send=plan.send, receive=plan.receive) for rows in going]
 
         def back() -> Tensor:
             by_expert = plan.by_expert()
-            y_RD = experts(permute(arriving(), by_expert), by_expert.counts)
+            y_RD = work(by_expert.counts, *(permute(arrived(), by_expert) for arrived in arriving))
             y_RD = permute(y_RD, _undone(by_expert))
-            y_TD = exchange(y_RD, axis, send=plan.receive, receive=plan.send)()
-            return combine(y_TD, weights_MK, order)
+            return summed(exchange(y_RD, axis, send=plan.receive, receive=plan.send)())
 
         return back
 

@@ -80,9 +80,19 @@ def put(block: Any, mesh: Mesh) -> None:
     block.dispatcher = ExpertDispatcher(mesh, DeepEP(mesh.axis("expert"), Buffer))
 
 
+def put_weighing(block: Any, mesh: Mesh) -> None:
+    """The same, with experts that weigh their rows."""
+    put(block, mesh)
+    block.experts.weighs_rows = True
+
+
 def test_tokens_go_deep_ep_s_way() -> None:
     assert_equal(Layout(2, expert=2), tokens(5, 12), put)
     assert_equal(Layout(2, tensor=2, expert=2, experts_over="tensor"), tokens(7), put)
+
+
+def test_rows_that_bring_their_weights_are_added_up() -> None:
+    assert_equal(Layout(2, expert=2), tokens(5, 12), put_weighing)
 
 
 def test_it_is_not_for_a_cpu() -> None:

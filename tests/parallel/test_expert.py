@@ -146,12 +146,28 @@ def test_exactly_the_routed_rows_travel_in_both_directions(sizes: tuple[int, ...
         assert set(everything) == {"expert/all_to_all", "expert/all_gather"}
 
 
+def weighing(block: nn.Layer, mesh: Mesh) -> None:
+    """Let rows bring their weights to the experts."""
+    use_expert_parallel(block, mesh)
+    block.experts.weighs_rows = True
+
+
+@pytest.mark.parametrize("sizes", [(5, 12), (1, 1)], ids=str)
+def test_weights_travel_beside_their_rows(sizes: tuple[int, ...]) -> None:
+    """The numbers are those of sums that are weighted at the end; the price is an fp32 number for every row."""
+    sent = assert_equal(Layout(2, expert=2), tokens(*sizes), weighing)
+    rows = sum(sizes) * CHOSEN
+    assert sum(forward["expert/all_to_all"] for forward, _ in sent) == rows * (2 * SIZE + 1) * 4
+    assert sum(everything["expert/all_to_all"] for _, everything in sent) == 2 * rows * (2 * SIZE + 1) * 4
+
+
 @pytest.mark.parametrize("size", [7, 1])
 def test_tensor_ranks_share_tokens_and_experts(size: int) -> None:
     """Each token goes through the experts of one rank only; of a single token, the second rank sends nothing."""
     layout = Layout(2, tensor=2, expert=2, experts_over="tensor")
     sent = assert_equal(layout, tokens(size))
     assert sum(forward["expert/all_to_all"] for forward, _ in sent) == 2 * size * CHOSEN * SIZE * 4
+    assert_equal(layout, tokens(size), weighing)
 
 
 def test_shared_experts_work_while_rows_are_under_way() -> None:

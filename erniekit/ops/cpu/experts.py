@@ -27,21 +27,39 @@ def sort_by_expert(experts_MC: paddle.Tensor, *, num_experts: int) -> tuple[padd
     return token_T, place_MC, counts_E.tolist()
 
 
+def _copied(x_MD: paddle.Tensor, token_T: paddle.Tensor) -> paddle.Tensor:
+    y_TD = paddle.empty([token_T.shape[0], x_MD.shape[1]], "float32")
+    call("permute", x_MD.contiguous(), token_T, y_TD, *y_TD.shape)
+    return y_TD
+
+
+def _sums(rows_TD: paddle.Tensor, place_MC: paddle.Tensor) -> paddle.Tensor:
+    sizes = (*place_MC.shape, rows_TD.shape[1])
+    sum_MD = paddle.empty([sizes[0], sizes[2]], "float32")
+    call("combine", rows_TD.contiguous(), None, place_MC, sum_MD, *sizes)
+    return sum_MD
+
+
 class _Permute(paddle.autograd.PyLayer):
     @staticmethod
     def forward(ctx, x_MD, token_T, place_MC):
-        y_TD = paddle.empty([token_T.shape[0], x_MD.shape[1]], "float32")
-        call("permute", x_MD.contiguous(), token_T, y_TD, *y_TD.shape)
         ctx.save_for_backward(place_MC)
-        return y_TD
+        return _copied(x_MD, token_T)
 
     @staticmethod
     def backward(ctx, grad_TD):
-        (place_MC,) = ctx.saved_tensor()
-        sizes = (*place_MC.shape, grad_TD.shape[1])
-        grad_MD = paddle.empty([sizes[0], sizes[2]], "float32")
-        call("combine", grad_TD.contiguous(), None, place_MC, grad_MD, *sizes)
-        return grad_MD, None, None
+        return _sums(grad_TD, *ctx.saved_tensor()), None, None
+
+
+class _AddUp(paddle.autograd.PyLayer):
+    @staticmethod
+    def forward(ctx, y_TD, token_T, place_MC):
+        ctx.save_for_backward(token_T)
+        return _sums(y_TD, place_MC)
+
+    @staticmethod
+    def backward(ctx, grad_MD):
+        return _copied(grad_MD, *ctx.saved_tensor()), None, None
 
 
 class _Combine(paddle.autograd.PyLayer):
@@ -108,6 +126,11 @@ class _GroupedLinear(paddle.autograd.PyLayer):
 def permute(x_MD: paddle.Tensor, order: Order) -> paddle.Tensor:
     """Rows copied once per choice, sorted by expert."""
     return _Permute.apply(x_MD, order.token_T, order.place_MC)
+
+
+def add_up(y_TD: paddle.Tensor, order: Order) -> paddle.Tensor:
+    """Sum of every token's rows."""
+    return _AddUp.apply(y_TD, order.token_T, order.place_MC)
 
 
 def combine(y_TD: paddle.Tensor, weights_MC: paddle.Tensor, order: Order) -> paddle.Tensor:

@@ -7,6 +7,8 @@ import paddle
 import pytest
 
 from erniekit.ops.grouped import (
+    add_up,
+    add_up_plain,
     combine,
     combine_plain,
     grouped_linear,
@@ -15,6 +17,7 @@ from erniekit.ops.grouped import (
     grouped_mlp_plain,
     permute,
     permute_plain,
+    permute_weights,
     sort_by_expert,
     sort_by_expert_plain,
 )
@@ -62,6 +65,25 @@ def test_combine(sizes, frozen):
     assert_twins(
         lambda y, weights: combine(y, weights, order), lambda y, weights: combine_plain(y, weights, order), arrays,
         frozen=frozen,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("sizes", SIZES)
+def test_add_up(sizes):
+    tokens, choices, experts, size, _ = sizes
+    order = sort_by_expert(routed(tokens, choices, experts), num_experts=experts)
+    arrays = {"y": drawn(tokens * choices, size)}
+    assert_twins(lambda y: add_up(y, order), lambda y: add_up_plain(y, order), arrays)
+
+
+@pytest.mark.parametrize("sizes", SIZES)
+def test_rows_times_their_weights_added_up_are_the_weighted_sum(sizes):
+    tokens, choices, experts, size, _ = sizes
+    order = sort_by_expert(routed(tokens, choices, experts), num_experts=experts)
+    arrays = {"y": drawn(tokens * choices, size), "weights": drawn(tokens, choices, seed=1)}
+    assert_twins(
+        lambda y, weights: add_up(y * permute_weights(weights, order).unsqueeze(-1), order),
+        lambda y, weights: combine(y, weights, order), arrays,
     )  # fmt: skip
 
 

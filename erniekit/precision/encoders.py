@@ -1,0 +1,184 @@
+"""Formats of a stored weight: from fp32 [in, out] to named arrays and back, in numpy.
+
+An encoder knows one weight at a time: no model, no file and no other format. Its arrays have shapes that sizes alone
+tell, so that a file can be laid out before anything is encoded. Convolutional codes of 2 and 2.5 bits: ccq.py.
+
+    weight       arrays                                        the weight again
+    Integers     quant_weight, weight_scale [groups, out]      code * scale
+    W4A8         quant_weight, weight_scale [out]              code * (scale / 7): the scale is the largest number, as
+                                                               the published folders' reader takes it
+    Float8       quant_weight, weight_scale [1]                E4M3(code) * scale
+    Float8Blocks quant_weight, weight_scale [in/128, out/128]  E4M3(code) * scale, a power of two
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Literal, NamedTuple, Protocol
+
+import ml_dtypes
+import numpy as np
+
+from erniekit.ops.arrays.threads import spread_rows
+from erniekit.precision.quantize import code_rows, dense, pack, require_finite
+
+WEIGHT, SCALE = "quant_weight", "weight_scale"
+E4M3, LARGEST = np.dtype(ml_dtypes.float8_e4m3fn), np.float32(448)
+BLOCK = 128
+_LEAST = np.finfo(np.float32).tiny  # the scale of zeros: nothing is divided by zero, and zeros stay zeros
+
+
+class Field(NamedTuple):
+    """An array of an encoded weight."""
+
+    dtype: np.dtype
+    shape: tuple[int, ...]
+
+
+class Encoder(Protocol):
+    """One format."""
+
+    @property
+    def multiple(self) -> int:
+        """The inputs of a weight come in multiples of this."""
+
+    def fields(self, num_in: int, num_out: int) -> dict[str, Field]:
+        """What `encode` makes of a weight [in, out], by name."""
+
+    def encode(
+        self, weight_DF: np.ndarray, *, name: str, hessian_diag: np.ndarray | None = None
+    ) -> dict[str, np.ndarray]:
+        """The arrays of an fp32 weight. `hessian_diag` [in], the mean square of each input, says which errors count
+        most; formats without a choice ignore it. Raises CheckpointError with the weight's `name` if it holds NaN or
+        infinity."""
+
+    def decode(self, arrays: Mapping[str, np.ndarray], *, num_in: int) -> np.ndarray:
+        """The fp32 weight [in, out] that the arrays stand for."""
+
+
+class Integers:
+    """int8 or int4 codes, symmetric, with a scale for each output or each `group_size` inputs of it."""
+
+    def __init__(self, kind: Literal["int8", "int4"], group_size: int | None = None) -> None:
+        self.kind, self.group_size = kind, group_size
+
+    @property
+    def multiple(self) -> int:
+        """See Encoder."""
+        return self.group_size or 1
+
+    def fields(self, num_in: int, num_out: int) -> dict[str, Field]:
+        """See Encoder."""
+        code = np.dtype(np.int8 if self.kind == "int8" else np.uint8)
+        groups = num_in // (self.group_size or num_in)
+        return {
+            WEIGHT: Field(code, (code_rows(self.kind, num_in), num_out)),
+            SCALE: Field(np.dtype(np.float32), (groups, num_out) if self.group_size else (num_out,)),
+        }
+
+    def encode(
+        self, weight_DF: np.ndarray, *, name: str, hessian_diag: np.ndarray | None = None  # noqa: ARG002 - no choice
+    ) -> dict[str, np.ndarray]:  # fmt: skip
+        """See Encoder."""
+        codes, scales = pack(weight_DF, self.kind, self.group_size, name=name)
+        return {WEIGHT: codes, SCALE: scales if self.group_size else scales[0]}
+
+    def decode(self, arrays: Mapping[str, np.ndarray], *, num_in: int) -> np.ndarray:
+        """See Encoder."""
+        scales = arrays[SCALE]
+        return dense(arrays[WEIGHT], np.atleast_2d(scales), self.kind, num_in)
+
+
+class W4A8(Integers):
+    """int4 codes for products with int8 activations; the scale is the largest number of an output."""
+
+    def __init__(self) -> None:
+        super().__init__("int4")
+
+    def encode(
+        self, weight_DF: np.ndarray, *, name: str, hessian_diag: np.ndarray | None = None  # noqa: ARG002 - no choice
+    ) -> dict[str, np.ndarray]:  # fmt: skip
+        """See Encoder."""
+        return super().encode(weight_DF, name=name) | {SCALE: np.abs(weight_DF).max(0)}
+
+    def decode(self, arrays: Mapping[str, np.ndarray], *, num_in: int) -> np.ndarray:
+        """See Encoder."""
+        return super().decode({**arrays, SCALE: self.steps(arrays[SCALE])}, num_in=num_in)
+
+    def steps(self, largest: np.ndarray) -> np.ndarray:
+        """What a code of 1 stands for."""
+        return np.maximum(largest / np.float32(7), _LEAST)
+
+
+class Float8:
+    """E4M3 codes (as int8: their bits) with one scale for the weight."""
+
+    multiple = 1
+
+    def fields(self, num_in: int, num_out: int) -> dict[str, Field]:
+        """See Encoder."""
+        return {WEIGHT: Field(np.dtype(np.int8), (num_in, num_out)), SCALE: Field(np.dtype(np.float32), (1,))}
+
+    def encode(
+        self, weight_DF: np.ndarray, *, name: str, hessian_diag: np.ndarray | None = None  # noqa: ARG002 - no choice
+    ) -> dict[str, np.ndarray]:  # fmt: skip
+        """See Encoder."""
+        scale = np.maximum(_amax(weight_DF, name=name) / LARGEST, _LEAST)
+        return {WEIGHT: _codes(weight_DF, lambda _rows: scale), SCALE: scale.reshape(1)}
+
+    def decode(self, arrays: Mapping[str, np.ndarray], *, num_in: int) -> np.ndarray:
+        """See Encoder."""
+        assert len(arrays[WEIGHT]) == num_in
+        return arrays[WEIGHT].view(E4M3).astype(np.float32) * arrays[SCALE]
+
+
+class Float8Blocks:
+    """E4M3 codes with a power of two for every 128 x 128 of them: the smallest that lets the largest fit."""
+
+    multiple = BLOCK
+
+    def fields(self, num_in: int, num_out: int) -> dict[str, Field]:
+        """See Encoder."""
+        blocks = (num_in // BLOCK, -(-num_out // BLOCK))
+        return {WEIGHT: Field(np.dtype(np.int8), (num_in, num_out)), SCALE: Field(np.dtype(np.float32), blocks)}
+
+    def encode(
+        self, weight_DF: np.ndarray, *, name: str, hessian_diag: np.ndarray | None = None  # noqa: ARG002 - no choice
+    ) -> dict[str, np.ndarray]:  # fmt: skip
+        """See Encoder."""
+        starts = np.arange(0, weight_DF.shape[1], BLOCK)
+        rows = np.abs(weight_DF).reshape(-1, BLOCK, weight_DF.shape[1]).max(1)
+        largest = np.maximum.reduceat(rows, starts, axis=1)
+        require_finite(largest, name=name)
+        mantissa, exponent = np.frexp(largest / LARGEST)
+        scales = np.ldexp(np.float32(1), np.where(mantissa == 0.5, exponent - 1, exponent))
+        scales = np.where(largest > 0, np.maximum(scales, _LEAST), np.float32(1)).astype(np.float32)
+        return {WEIGHT: _codes(weight_DF, lambda rows: _spread(scales, rows, weight_DF.shape[1])), SCALE: scales}
+
+    def decode(self, arrays: Mapping[str, np.ndarray], *, num_in: int) -> np.ndarray:
+        """See Encoder."""
+        codes = arrays[WEIGHT]
+        return codes.view(E4M3).astype(np.float32) * _spread(arrays[SCALE], slice(0, num_in), codes.shape[1])
+
+
+def _spread(scales: np.ndarray, rows: slice, num_out: int) -> np.ndarray:
+    """The scale of every number in these rows."""
+    return np.repeat(scales[np.arange(rows.start, rows.stop) // BLOCK], BLOCK, axis=1)[:, :num_out]
+
+
+def _amax(weight: np.ndarray, *, name: str) -> np.ndarray:
+    largest = np.abs(weight).max()
+    require_finite(largest, name=name)
+    return np.asarray(largest)
+
+
+def _codes(weight: np.ndarray, scale: Callable[[slice], np.ndarray]) -> np.ndarray:
+    """E4M3 of weight / scale, nearest even. What a rounded scale lifts over the largest is cut: the cast makes NaN."""
+    codes = np.empty(weight.shape, np.int8)
+
+    def work(rows: slice) -> None:
+        scaled = np.clip(weight[rows] / scale(rows), -LARGEST, LARGEST)
+        codes[rows] = scaled.astype(E4M3).view(np.int8)
+
+    spread_rows(len(weight), weight.shape[1], work)
+    return codes
