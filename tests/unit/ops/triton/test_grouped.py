@@ -11,8 +11,8 @@ import pytest
 
 from erniekit.ops import float8
 
-grouped = pytest.importorskip("erniekit.ops.triton.grouped", reason="needs triton: bash scripts/run_tests.sh --parity")
-quantise = pytest.importorskip("erniekit.ops.triton.quantise", reason="needs triton: bash scripts/run_tests.sh --parity")
+grouped = pytest.importorskip("erniekit.ops.triton.grouped", reason="needs triton (extra parity)")
+quantise = pytest.importorskip("erniekit.ops.triton.quantise", reason="needs triton (extra parity)")
 pytestmark = pytest.mark.parity
 COUNTS = [5, 0, 130, 1]  # fewer rows than a tile, none, more than one tile
 ROWS, K, N, EXPERTS = sum(COUNTS), 256, 160, len(COUNTS)

@@ -6,7 +6,7 @@ import numpy as np
 import paddle
 import pytest
 
-moves = pytest.importorskip("erniekit.ops.triton.moves", reason="needs triton: bash scripts/run_tests.sh --parity")
+moves = pytest.importorskip("erniekit.ops.triton.moves", reason="needs triton (extra parity)")
 pytestmark = pytest.mark.parity
 TOKENS, CHOICES, SIZE = 11, 3, 300
 

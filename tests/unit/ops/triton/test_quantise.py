@@ -10,7 +10,7 @@ import pytest
 from erniekit.ops import float8, hadamard
 from erniekit.ops.arrays import float8 as arrays
 
-quantise = pytest.importorskip("erniekit.ops.triton.quantise", reason="needs triton: bash scripts/run_tests.sh --parity")
+quantise = pytest.importorskip("erniekit.ops.triton.quantise", reason="needs triton (extra parity)")
 pytestmark = pytest.mark.parity
 KINDS = (float8.E4M3, float8.E5M2)
 

@@ -9,7 +9,7 @@ import pytest
 
 from erniekit.ops import float8
 
-swiglu = pytest.importorskip("erniekit.ops.triton.swiglu", reason="needs triton: bash scripts/run_tests.sh --parity")
+swiglu = pytest.importorskip("erniekit.ops.triton.swiglu", reason="needs triton (extra parity)")
 pytestmark = pytest.mark.parity
 ROWS, WIDTH = 21, 256
 
