@@ -10,6 +10,7 @@ from erniekit.checkpoint.adapter_folder import AdapterFolder
 from erniekit.checkpoint.adapter_forms import is_adapter
 from erniekit.checkpoint.folder import Folder
 from erniekit.checkpoint.manifest import MANIFEST_FILE, check_manifest
+from erniekit.checkpoint.quantised_folder import open_to_answer
 
 
 def verify(path: str | Path) -> list[str]:
@@ -22,7 +23,7 @@ def verify(path: str | Path) -> list[str]:
         if is_adapter(path):
             _verify_adapter(AdapterFolder.open(path))
         else:
-            Folder.open(path).check()
+            open_to_answer(path).check()
     except CheckpointError as error:
         problems += error.problems
     return problems

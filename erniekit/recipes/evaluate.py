@@ -23,6 +23,7 @@ from erniekit.checkpoint.chosen import adapter_of
 from erniekit.checkpoint.download import locate_model
 from erniekit.checkpoint.folder import Folder
 from erniekit.checkpoint.load import load_for_answers
+from erniekit.checkpoint.quantised_folder import open_to_answer
 from erniekit.config.layout import layout_of
 from erniekit.config.model import PREFERENCE_STAGES
 from erniekit.config.packing import packing_of
@@ -58,18 +59,19 @@ _READ = {
 _NUM_SHOWN = 10  # answers that are printed; all of them are in answers.jsonl
 
 
-def evaluate(cfg: RunConfig) -> dict[str, float]:
+def evaluate(cfg: RunConfig, *, reference: str | None = None) -> dict[str, float]:
     """Measure `cfg.model.model_name_or_path`, with the adapter of lora_path or of a finished run, on
     `eval_dataset_path`; prints the figures and returns them.
 
     Several ranks share the model as the degrees say, and the rows of the eval set; together they give the same answers.
+    `reference` is a model folder with whose predictions the model's are compared (rollout/fidelity.py).
     """
     place = runtime.rank_place()
     require_ready(cfg, "eval", world=place.world)
     for text in (*cfg.notices, *_unread(cfg)):
         notice(text)
     assert cfg.model.model_name_or_path  # require_ready saw to it
-    folder = Folder.open(locate_model(cfg.model.model_name_or_path, cfg.model.download_hub))
+    folder = open_to_answer(locate_model(cfg.model.model_name_or_path, cfg.model.download_hub))
     adapter = adapter_of(cfg)
     _check_kind(cfg, folder, adapter)
     tokenizer = Tokenizer.from_folder(folder.path)
@@ -85,8 +87,11 @@ def evaluate(cfg: RunConfig) -> dict[str, float]:
         notice(f"measured with the adapter {adapter}")
     elif cfg.model.fine_tuning == "LoRA":
         notice("neither output_dir nor lora_path names an adapter; the base is measured by itself")
+    against = reference_of(folder, cfg, reference)
+    kept = kept_of(against, cfg, data, mesh) if against else None
     model = load_for_answers(folder.path, adapter=adapter, pack=packing_of(cfg), mesh=mesh)
     metrics = _measured(cfg, model, data, mesh=mesh)
+    metrics |= (kept.against(model) if kept else {}) | folder_figures(folder, model, against)
     judged = _answered(cfg, model, tokenizer, data, folder=folder.path, mesh=mesh)
     metrics |= _of_answers(judged, data.source_names)
     _print_table(metrics)
