@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import paddle
 from numpy.lib.stride_tricks import as_strided
+from paddle import nn
 
 from erniekit.base.console import notice
 from erniekit.checkpoint.ernie45 import CORRECTION_BIAS, HEAD_BIAS, Table, Tensor, memory_table
@@ -120,6 +121,14 @@ def fill_model(
             _fill_packed(packed[name], source, atoms, path=folder.path)
         else:
             _fill_parameter(parameters[name], source, atoms)
+
+
+def fill_layer(layer: nn.Layer, prefix: str, source: Source, *, table: Table, stored: Container[str]) -> None:
+    """Fill a part of a model, whose names begin with `prefix`, from atoms; what is not in `stored` stays as it is."""
+    for name, p in layer.named_parameters():
+        tensor = table.tensors[prefix + name]
+        if all(atom in stored for atom, _ in tensor.parts):
+            _fill_parameter(p, tensor, source)
 
 
 def _fill_parameter(p: paddle.Tensor, source: Tensor | np.ndarray, atoms: Source) -> None:

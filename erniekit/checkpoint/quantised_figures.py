@@ -9,6 +9,7 @@ import json
 import math
 import re
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 
@@ -39,11 +40,11 @@ def layer_errors(folder: QuantisedFolder, reference: Folder | None) -> dict[str,
     """error/LAYER: |decoded - weight| / |weight| (Frobenius) over the quantised weights of a layer, and `error` of all
     of them; nothing if there is neither a report nor a reference. Raises CheckpointError if the reference is another
     kind of model."""
-    rows = _reported(folder)
-    if rows is None and reference is None:
+    report = report_of(folder)
+    if report is None and reference is None:
         return {}
     sums: dict[str, tuple[float, float]] = {}
-    for tensor, error, whole in rows if rows is not None else _measured(folder, reference):
+    for tensor, error, whole in report.rows if report else _measured(folder, reference):
         layer = match[0] if (match := _LAYER.match(tensor)) else "other"
         for key in (f"error/{layer}", "error"):
             before = sums.get(key, (0.0, 0.0))
@@ -51,17 +52,27 @@ def layer_errors(folder: QuantisedFolder, reference: Folder | None) -> dict[str,
     return {key: math.sqrt(error / whole) if whole else 0.0 for key, (error, whole) in sums.items()}
 
 
-def _reported(folder: QuantisedFolder) -> list[tuple[str, float, float]] | None:
-    """Of each tensor the squares of its error and of itself, as the report has them; None: there is no report."""
+class Report(NamedTuple):
+    """What the export left beside the weights."""
+
+    model: str | None  # the high-precision folder
+    rows: list[tuple[str, float, float]]  # of each tensor the squares of its error and of itself
+
+
+def report_of(folder: QuantisedFolder) -> Report | None:
+    """The report of a folder, if there is one."""
     path = folder.path / REPORT_FILE
     if not path.is_file():
         return None
     try:
-        rows = json.loads(path.read_bytes())["tensors"]
-        found = [(row["tensor"], row["mse"] * math.prod(row["shape"]), float(row["relative_error"])) for row in rows]
-    except (ValueError, KeyError, TypeError) as error:
+        values = json.loads(path.read_bytes())
+        model = values.get("model")
+        found = values["tensors"]
+        rows = [(str(r["tensor"]), r["mse"] * math.prod(r["shape"]), float(r["relative_error"])) for r in found]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path}: is not a report of a quantisation. Remove it, or quantise again.") from error
-    return [(tensor, square, square / share**2 if share else 0.0) for tensor, square, share in found]
+    squares = [(tensor, square, square / share**2 if share else 0.0) for tensor, square, share in rows]
+    return Report(model if isinstance(model, str) else None, squares)
 
 
 def _measured(folder: QuantisedFolder, reference: Folder | None) -> Iterator[tuple[str, float, float]]:
