@@ -1,8 +1,8 @@
 """How near a model's predictions stay to those of another: mean KL divergence, and how often both find the same token
 the likeliest. And what a quantised folder costs and saves.
 
-The two models are never in memory together: of the reference its last hidden states on the eval set stay, a row of fp32 for
-each trained token, and its head, which makes every log-probability of the vocabulary again when it is asked. So the
+The two models are never in memory together: of the reference its last hidden states on the eval set stay, a row of fp32
+for each trained token, and its head, which makes every log-probability of the vocabulary again when it is asked. So the
 divergence is exact, over the whole vocabulary, and costs tokens x hidden size of memory, not tokens x vocabulary.
 """
 
