@@ -18,7 +18,12 @@ from erniekit.checkpoint.quantised_folder import QuantisedFolder
 from erniekit.config import families
 
 ROOT = Path(__file__).parents[2]
-SMALL = families.FAMILIES["micro-moe"] | {"hidden_size": 128, "moe_intermediate_size": 128, "intermediate_size": 256}
+SMALL = families.FAMILIES["micro-moe"] | {
+    "hidden_size": 128,
+    "moe_intermediate_size": 128,
+    "intermediate_size": 256,
+    "head_dim": 32,
+}
 
 
 @pytest.fixture(scope="module")
