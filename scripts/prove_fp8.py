@@ -47,8 +47,8 @@ def train(name: str, *, work: Path, quickstart: Path, steps: int) -> Path:
         "disable_tqdm": "true", "moe_health_steps": 0,
     }  # fmt: skip
     words = [f"{key}={value}" for key, value in keys.items()]
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "output.txt").open("a", encoding="utf-8") as file:
+    work.mkdir(parents=True, exist_ok=True)
+    with (work / f"{name}.txt").open("a", encoding="utf-8") as file:
         done = subprocess.run(
             erniekit("train", str(CONFIG), *words, *FORMATS[name]), env=environment(), stdout=file,
             stderr=subprocess.STDOUT, check=False,

@@ -1,7 +1,7 @@
 """THE order in which a model for training comes together; the only file that knows all the parts.
 
-    build, each rank its part -> weights, quantised while they are read -> adapters -> freezing -> number formats of
-    products -> tensor and expert shards -> recomputation -> (pipeline) -> optimizer, sharded as the mesh says
+    build, each rank its part -> weights, quantised while they are read -> adapters -> freezing -> bf16 products ->
+    tensor and expert shards -> recomputation -> (pipeline) -> FP8 -> optimizer, sharded as the mesh says
 
 The step in parentheses is a later room; it takes its place here.
 """
