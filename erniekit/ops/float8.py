@@ -17,6 +17,7 @@ Shapes: T rows (tokens), D inputs, F outputs, E experts, R rows, C columns, G bl
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
@@ -214,10 +215,16 @@ def bf16_numbers(x: paddle.Tensor) -> paddle.Tensor:
 
 
 def _operand(x: Float8) -> tuple[paddle.Tensor, paddle.Tensor | None]:
-    """Numbers that bf16 holds exactly, and the scales that their product is still to be multiplied by, if any."""
+    """Numbers that bf16 holds exactly, and what their product is still to be multiplied by, if anything: a scale, or
+    one for each part."""
     if not isinstance(x.scheme, Tensor) or not x.codes.size:
         return dense(x), None
-    return dense(replace(x, scales=paddle.ones_like(x.scales))), x.scales.reshape([-1])
+    flat = x.scales.reshape([-1])
+    numbers = dense(replace(x, scales=paddle.ones_like(x.scales)))
+    if flat.shape[0] in (1, len(x.counts)):
+        return numbers, flat
+    ordinals = itertools.accumulate(map(bool, x.counts))  # parts without rows have no scale; they get a neighbour's
+    return numbers, flat[paddle.to_tensor([max(ordinal - 1, 0) for ordinal in ordinals])]
 
 
 def _factors(*scales: paddle.Tensor | None, parts: int) -> paddle.Tensor | None:
@@ -271,9 +278,9 @@ def weight_product(x: Float8, grad: Float8, *, counts: list[int] | None = None) 
     (x_TD, x_scale), (grad_TF, grad_scale) = _operand(x), _operand(grad)
     chosen = cpu.weight_product if backend(x_TD, grad_TF) == "cpu" else weight_product_plain
     grad_EDF = chosen(x_TD, grad_TF, counts=of_rows)
-    factors = _factors(x_scale, grad_scale, parts=1)
+    factors = _factors(x_scale, grad_scale, parts=len(of_rows))
     if factors is not None:
-        grad_EDF = grad_EDF * factors
+        grad_EDF = grad_EDF * factors.reshape([-1, 1, 1])
     return grad_EDF if counts is not None else grad_EDF[0]
 
 
