@@ -45,6 +45,7 @@ from erniekit.training.assemble import (
     router_upkeep,
     step_hooks,
 )
+from erniekit.training.fp8 import attached
 from erniekit.training.objective import LanguageModelObjective
 from erniekit.training.preference import Reference, preference_objective
 from erniekit.training.reference import Follower, PolicyCopy, base_log_probs
@@ -157,6 +158,8 @@ def train(mesh: Mesh, case: Case) -> Outcome:
                 model, optimizer, batches=batches_of(step, mesh), objective=objective, upkeep=upkeep, mesh=mesh,
                 learning_rate=case.rate, row_length=1024, before_update=keep,
             )  # fmt: skip
+            if fp8 := attached(model):
+                fp8.after_update()
             outcome.figures.append({"loss": made.loss, "gradient norm": made.grad_norm, **made.parts})
     with optimizer.whole_weights():
         outcome.weights = _held(model)
