@@ -73,8 +73,14 @@ VERBS = {
         ),
         Verb(
             "eval", "loss, perplexity and token accuracy on the evaluation set; how good its answers are",
-            home="runs:evaluate", places=("CFG",), overrides=True, needs_paddle=True, takes_ranks=True, options=RANKS,
-            doc="eval_generate=N answers N prompts (-1: all) and compares them with their references.",
+            home="runs:evaluate", places=("DIR_OR_CFG",), overrides=True, needs_paddle=True, takes_ranks=True,
+            options=(
+                Option("reference", "model to compare with (of a quantised folder: its origin)", metavar="DIR"),
+                *RANKS,
+            ),
+            doc="eval_generate=N answers N prompts (-1: all) and compares them with their references. A folder wants "
+            "eval_dataset_path=FILE. Of a quantised one its size and errors are shown; --reference none compares "
+            "with nothing.",
         ),
         Verb(
             "export", "write the trained model of output_dir as a folder to deploy", home="runs:export",
@@ -87,10 +93,16 @@ VERBS = {
                 Option("merge", "merge these adapters, each with a weight, into one model", metavar="DIR=W", many=True),
                 Option("method", "how several are merged: linear, ties, dare or dare_ties (linear)", metavar="NAME"),
                 Option("density", "share of each adapter's changes that ties and dare keep (0.5)", metavar="X"),
+                Option("quantize", "in few bits: wint8, wint4, w4a8, w4a8c8, fp8, wint2 or wint2.5", metavar="KIND"),
+                Option("group-size", "inputs that share a scale (wint8, wint4); 128: fp8 by blocks", metavar="N"),
+                Option("int4-layers", "first layers of wint2 whose experts are int4 (7 of 54)", metavar="N"),
+                Option("calibration", "text for scales of inputs (train_dataset_path)", metavar="FILE", many=True),
+                Option("calibration-tokens", "tokens of it (4096)", metavar="N"),
                 *RANKS,
             ),
             doc="An adapter is merged into its base, in its precision, and the merged model compared with base "
-            "and adapter (merge_tolerance). max_shard_size=N sets the largest file in GB.",
+            "and adapter (merge_tolerance). max_shard_size=N sets the largest file in GB. With --quantize, CFG may be "
+            "a model folder; an export that was cut goes on when it is asked for again.",
         ),
         Verb(
             "chat", "talk to a model; /help lists commands", home="runs:chat",

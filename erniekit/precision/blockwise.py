@@ -13,6 +13,9 @@ Experts in one piece keep the codes of x, o1 = x w_gate_up and the weights p of 
     o2 = swiglu(o1) * p,  y = o2 w_down        p is multiplied in before the cast: then y is simply added up
     do2 = g w_down^T,  dp = sum(do2 * swiglu(o1)),  do1 = swiglu'(o1, do2 * p)
 
+Rows that travel to experts elsewhere do so as codes and scales, in one message. What comes back, and all gradients,
+travel as they are.
+
 With adapters between the products these are made one by one, and a frozen weight keeps nothing of x.
 
 Codes of weights are made when a step first needs them and serve all its micro-batches and all that is computed again;
@@ -39,7 +42,7 @@ from paddle import nn
 
 from erniekit.base.console import warn
 from erniekit.base.errors import NotFinite
-from erniekit.config.fp8 import Fp8
+from erniekit.config.fp8 import BLOCK, Fp8
 from erniekit.models.layers import Linear
 from erniekit.models.moe import ExpertMLP, ExpertProduct, Experts
 from erniekit.ops.float8 import (
@@ -59,7 +62,7 @@ from erniekit.ops.gradients import wanted
 from erniekit.ops.mlp import weighted_gated, weighted_gated_backward
 from erniekit.precision.watch import Role, Watch
 
-_NAN = 0x7F  # its code
+_NAN, _SCALE = 0x7F, 4  # its code; bytes of a scale
 _TOLD: dict[Role, str] = {"x": "the input of", "w": "the weight of", "g": "the gradient of the output of"}
 
 
@@ -242,6 +245,32 @@ def _expert_mlp(modules: tuple[Module, Module]) -> ExpertMLP:
     return compute
 
 
+class _Wire:
+    """Rows as bytes: the codes of a row, then its scales: 1 + 4 / 128 bytes for a number.
+
+    What arrives is cast once more, which is exact: numbers that came out of a cast fit the scale that they get, be it
+    the same or half of it. So results are those of rows that travel in full.
+    """
+
+    def __init__(self, module: Module) -> None:
+        self._module = module
+
+    def encode(self, x_TD: paddle.Tensor) -> paddle.Tensor:
+        """See Wire."""
+        made, groups = self._module.cast(x_TD, Rows(), "x"), x_TD.shape[1] // BLOCK
+        if not x_TD.size:
+            return paddle.zeros([0, x_TD.shape[1] + _SCALE * groups], "uint8")
+        return paddle.concat([made.codes, made.scales.contiguous().clone().view("uint8")], axis=1)
+
+    def decode(self, bytes_TB: paddle.Tensor) -> paddle.Tensor:
+        """See Wire."""
+        width = bytes_TB.shape[1] // (BLOCK + _SCALE) * BLOCK
+        if not bytes_TB.size:
+            return paddle.zeros([0, width])
+        codes_TD, scales_TB = (part.contiguous().clone() for part in (bytes_TB[:, :width], bytes_TB[:, width:]))
+        return _rows(codes_TD, scales_TB.view("float32"))
+
+
 # ---------------------------------------------------------------------- a model
 class BlockwiseTraining:
     """The FP8 modules of a model: their copies of weights, and what is seen of their casts (`watch`)."""
@@ -272,6 +301,6 @@ def use_blockwise(model: nn.Layer, settings: Fp8, *, keep: bool = True) -> Block
         layers[name].product = _linear_product(modules[name])
     for name in stacks:
         experts, pair = layers[name], (modules[f"{name}.gate_up_proj"], modules[f"{name}.down_proj"])
-        experts.mlp, experts.weighs_rows = _expert_mlp(pair), True
+        experts.mlp, experts.weighs_rows, experts.wire = _expert_mlp(pair), True, _Wire(pair[0])
         experts.gate_up_product, experts.down_product = map(_expert_product, pair)
     return BlockwiseTraining(list(modules.values()), watch)

@@ -266,6 +266,19 @@ def test_gate_and_up_share_the_cast_of_their_input(monkeypatch: pytest.MonkeyPat
     assert inputs == ["the input of layer.mlp.gate_proj", "the input of layer.mlp.down_proj"]
 
 
+@pytest.mark.parametrize("rows", [0, 1, 5])
+def test_rows_on_the_wire_are_cast_rows(rows: int) -> None:
+    """A byte for a number and four for 128 of them; casting what arrives again changes nothing."""
+    block = part("experts")
+    use_blockwise(named(block), SETTINGS)
+    x = paddle.randn([rows, 256]) * paddle.logspace(-20, 20, 256)
+    written = block.experts.wire.encode(x)
+    assert written.dtype == paddle.uint8 and written.shape == [rows, 256 + 4 * 2]
+    arrived = block.experts.wire.decode(written)
+    np.testing.assert_array_equal(arrived.numpy(), dense(quantise(x, Rows())).numpy())
+    np.testing.assert_array_equal(dense(quantise(arrived, Rows())).numpy(), arrived.numpy())
+
+
 @pytest.mark.parametrize("where", ["input", "gradient of the output"])
 def test_infinity_is_told_once_and_becomes_nan(where: str, capsys: pytest.CaptureFixture[str]) -> None:
     mlp = part("dense")
