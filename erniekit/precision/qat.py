@@ -175,12 +175,12 @@ class SharedScales:
         rotated_TD = rotate(rows_TD) if self._qat.rotate else rows_TD
         scale_E = self.input.of(_largest(rotated_TD, counts), training=training, name=module)
         scaled_TD = rotated_TD / per_row(scale_E, counts)
-        made = quantise(scaled_TD, Tensor(), counts=counts, scale=paddle.ones([1]), name=f"the input of {module}")
+        made = quantise(scaled_TD, Tensor(), scale=paddle.ones([1]), name=f"the input of {module}")
         if self._watch.looking:
-            there = [expert for expert, count in enumerate(counts) if count]
-            scales = scale_E.reshape([-1, 1])[paddle.to_tensor(there, "int64")] if there else made.scales
-            self._watch.saw(module, "x", given=rotated_TD, cast=replace(made, scales=scales))
-        made = replace(made, scales=scale_E)
+            there = paddle.to_tensor([expert for expert, count in enumerate(counts) if count], "int64")
+            scales = scale_E.gather(there).unsqueeze(-1)  # experts without rows have no block
+            self._watch.saw(module, "x", given=rotated_TD, cast=replace(made, scales=scales, counts=counts))
+        made = replace(made, scales=scale_E, counts=counts)
         if len(self._members) > 1:
             self._last = (weakref.ref(x), training, made)
         return made

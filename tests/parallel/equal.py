@@ -39,13 +39,13 @@ from erniekit.training import optimizer as optimizers
 from erniekit.training.assemble import (
     adapter_of,
     architecture,
+    assemble_fp8,
     assemble_model,
     assemble_optimizer,
     loss_weights,
     router_upkeep,
     step_hooks,
 )
-from erniekit.training.fp8 import attached
 from erniekit.training.objective import LanguageModelObjective
 from erniekit.training.preference import Reference, preference_objective
 from erniekit.training.reference import Follower, PolicyCopy, base_log_probs
@@ -138,6 +138,7 @@ def sgd(p: paddle.Tensor, gradient: paddle.Tensor, *, update: Update, **_others:
 def train(mesh: Mesh, case: Case) -> Outcome:
     """On this rank."""
     model = case.model(mesh)
+    fp8 = assemble_fp8(model, case.cfg, mesh=mesh)
     copy = PolicyCopy(model, every=case.cfg.align.ref_model_update_steps)
     objective = case.objective(mesh, copy)
     model.train()
@@ -158,7 +159,7 @@ def train(mesh: Mesh, case: Case) -> Outcome:
                 model, optimizer, batches=batches_of(step, mesh), objective=objective, upkeep=upkeep, mesh=mesh,
                 learning_rate=case.rate, row_length=1024, before_update=keep,
             )  # fmt: skip
-            if fp8 := attached(model):
+            if fp8:
                 fp8.after_update()
             outcome.figures.append({"loss": made.loss, "gradient norm": made.grad_norm, **made.parts})
     with optimizer.whole_weights():

@@ -1,7 +1,7 @@
 """Quantisation-aware training over ranks: as in one process, the scales too.
 
-A sum in another order is off by 1e-7, which sometimes takes a number over the middle between two FP8 numbers: then it is
-off by 6 %, in one place. So what ranks have to agree on is compared number by number while products are not rounded
+A sum in another order is off by 1e-7, which sometimes takes a number over the middle between two FP8 numbers: then it
+is off by 6 %, in one place. So what ranks have to agree on is compared number by number while products are not rounded
 (their scales are made all the same), and with rounding losses and scales are close.
 """
 
@@ -21,7 +21,7 @@ from erniekit.config.layout import Layout
 from erniekit.ops.grouped import grouped_linear
 from erniekit.parallel.mesh import Mesh
 from erniekit.precision import qat
-from erniekit.training.fp8 import attached
+from erniekit.training import assemble
 from tests.parallel.equal import Case, Outcome, assert_equal, together, train
 from tests.parallel.ranks import run_ranks
 from tests.parallel.samples import packed_row, steps_of, write_model
@@ -40,15 +40,16 @@ Scales = dict[str, np.ndarray]
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Layers without experts and with them."""
     folder = tmp_path_factory.mktemp("models")
-    return {kind: write_model(folder / kind, sparse=kind == "sparse", **SIZES) for kind in ("dense", "sparse")}
+    kinds = {"dense": False, "sparse": True}
+    return {kind: write_model(folder / kind, sparse=sparse, spread=0.05, **SIZES) for kind, sparse in kinds.items()}
 
 
 def _unrounded(x: paddle.Tensor, weight: paddle.Tensor, codes: qat.Float8, *_: Any, **__: Any) -> paddle.Tensor:
     return paddle.matmul(x, weight) if weight.ndim == 2 else grouped_linear(x, weight, counts=codes.counts)
 
 
-def _train(mesh: Mesh, cases: Sequence[Case], rounds: bool) -> list[tuple[Outcome, Scales]]:
-    return [_trained(mesh, case, rounds=rounds) for case in cases]
+def _train(mesh: Mesh, cases: Sequence[Case], *rounds: bool) -> list[tuple[Outcome, Scales]]:
+    return [_trained(mesh, case, rounds=rounds[0]) for case in cases]
 
 
 def _case(folder: Path, **keys: Any) -> Case:
@@ -58,11 +59,11 @@ def _case(folder: Path, **keys: Any) -> Case:
 
 def _trained(mesh: Mesh, case: Case, *, rounds: bool) -> tuple[Outcome, Scales]:
     """What training gave, and the scales: kept ones of inputs, and those of the weights as they are in the end."""
-    built: list[Any] = []
-    make, product = Case.model, nullcontext() if rounds else mock.patch.object(qat, "straight_through", _unrounded)
-    with product, mock.patch.object(Case, "model", lambda self, on: built.append(make(self, on)) or built[0]):
+    product = nullcontext() if rounds else mock.patch.object(qat, "straight_through", _unrounded)
+    kept: list[qat.QatTraining] = []
+    with product, mock.patch.object(assemble, "use_qat", lambda *a, **k: kept.append(qat.use_qat(*a, **k)) or kept[0]):
         outcome = train(mesh, case)
-    memory = attached(built[0]).memory
+    (memory,) = kept
     scales = {name: tensor.numpy().astype(np.float64) for name, tensor in memory.state().items()}
     for name, group in memory.groups.items():
         found = np.zeros(len(scales[f"activation_scale/{name}"]))
@@ -98,6 +99,6 @@ def test_five_steps_are_those_of_one_process(models: dict[str, Path], layout: La
     outcome, scales = _trained(Mesh.single(), case, rounds=True)
     found = together(case, layout, [part[0] for part in parts])
     for mine, its in zip(found.figures, outcome.figures, strict=True):
-        assert mine["loss"] == pytest.approx(its["loss"], rel=5e-4)
+        assert mine["loss"] == pytest.approx(its["loss"], rel=1e-4)
     for key, expected in scales.items():
-        np.testing.assert_allclose(_over([part[1] for part in parts], key), expected, rtol=0.02, err_msg=key)
+        np.testing.assert_allclose(_over([part[1] for part in parts], key), expected, rtol=0.01, err_msg=key)
