@@ -16,7 +16,7 @@ from erniekit.base.console import notice
 from erniekit.base.errors import MeshError
 from erniekit.checkpoint.ernie45 import Tensor, memory_table
 from erniekit.checkpoint.model_io import Packed, fill_model
-from erniekit.checkpoint.quantised import ACTIVATION_SCALE
+from erniekit.checkpoint.quantised import ACTIVATION_SCALE, TRAINED
 from erniekit.checkpoint.quantised_folder import QuantisedFolder
 from erniekit.config.architecture import ErnieConfig
 from erniekit.config.cut import WHOLE, Cut
@@ -122,7 +122,7 @@ def _rounding(name: str, origins: Sequence[Origin], folder: QuantisedFolder) -> 
     kind = folder.scheme.kind_of(origins[0].tensor)
     if kind == "fp8_blocks":
         return rounded_rows(name)
-    if not folder.scheme.rounds_inputs(origins[0].tensor):
+    if kind in TRAINED or not folder.scheme.rounds_inputs(origins[0].tensor):  # those round by themselves
         return None
     scales_E = np.concatenate([folder.arrays(tensor)[ACTIVATION_SCALE].reshape(-1) for tensor, _ in origins])
     if kind == "w4a8":  # the largest number; of fp8 the step between codes

@@ -14,10 +14,24 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 import paddle
 
+from erniekit.ops import float8
 from erniekit.ops.arrays.packed import E4M3, INT4, INT8
+from erniekit.ops.hadamard import rotate, rotate_inputs
 from erniekit.ops.mlp import linear
 from erniekit.ops.packed import packed_product, unpack
-from erniekit.precision.encoders import BLOCK, SCALE, W4A8, WEIGHT, Encoder, Float8, Float8Blocks, Integers
+from erniekit.ops.straight_through import rounded_product, rounded_rows
+from erniekit.precision.encoders import (
+    BLOCK,
+    INPUT,
+    SCALE,
+    W4A8,
+    WEIGHT,
+    Encoder,
+    Float8,
+    Float8Blocks,
+    Float8Qat,
+    Integers,
+)
 from erniekit.precision.packed import Store, put
 
 
@@ -80,6 +94,41 @@ class KernelCodes:
         return sum(int(x.size) * x.element_size() for x in (self.codes, self.scales))
 
 
+class QatCodes:
+    """Codes of quantisation-aware training with the fixed scales of their inputs: products as training made them."""
+
+    def __init__(self, encoder: Float8Qat, shape: tuple[int, int, int], *, dtype: str) -> None:
+        self.shape, self.dtype, self.encoder = shape, dtype, encoder
+        self.codes, self.scales_E = paddle.empty(list(shape), "uint8"), paddle.ones([shape[0]])
+        self.inputs_E = paddle.ones([shape[0]])
+
+    def take(self, index: int, arrays: Mapping[str, np.ndarray], columns: np.ndarray | None) -> None:
+        """See StoredCodes."""
+        codes = arrays[WEIGHT] if columns is None else arrays[WEIGHT][:, columns]
+        put(self.codes[index], np.ascontiguousarray(codes).view(np.uint8))
+        for stored, name in ((self.scales_E, SCALE), (self.inputs_E, INPUT)):
+            stored[index] = float(arrays[name].item())
+
+    def dense(self, index: int) -> paddle.Tensor:
+        """See StoredCodes."""
+        scale = self.scales_E[index].reshape([1, 1])
+        held = float8.Float8(self.codes[index], scale, float8.Tensor(), float8.E4M3, [self.shape[1]])
+        made = float8.dense(held)
+        return (rotate_inputs(made) if self.encoder.rotated else made).astype(self.dtype)
+
+    def product(self, x_TD: paddle.Tensor, counts: list[int], *, bf16: bool) -> paddle.Tensor:  # noqa: ARG002 - FP8
+        """See StoredCodes."""
+        rows_TD = rotate(x_TD) if self.encoder.rotated else x_TD
+        codes = rounded_rows(rows_TD, self.inputs_E, counts, name="an input")
+        scales = self.scales_E.reshape([-1, 1, 1])
+        held = float8.Float8(self.codes, scales, float8.Tensor(), float8.E4M3, [self.shape[1]] * self.shape[0])
+        return rounded_product(codes, held).astype(x_TD.dtype)
+
+    def num_bytes(self) -> int:
+        """See StoredCodes."""
+        return sum(int(x.size) * x.element_size() for x in (self.codes, self.scales_E, self.inputs_E))
+
+
 class FileCodes:
     """What only its encoder decodes, as it lies in the file."""
 
@@ -115,5 +164,7 @@ class FileCodes:
 
 def store_of(encoder: Encoder, shape: tuple[int, int, int], *, dtype: str) -> StoredCodes:
     """An empty store for weights of an encoder."""
+    if isinstance(encoder, Float8Qat):
+        return QatCodes(encoder, shape, dtype=dtype)
     chosen = KernelCodes if isinstance(encoder, (Integers, Float8, Float8Blocks)) else FileCodes
     return chosen(encoder, shape, dtype=dtype)
