@@ -28,7 +28,6 @@ from erniekit.checkpoint.ernie45 import memory_table
 from erniekit.checkpoint.folder import Folder
 from erniekit.config.architecture import ErnieConfig
 from erniekit.config.cut import WHOLE, Cut
-from erniekit.config.fp8 import fp8_of
 from erniekit.config.layout import Layout
 from erniekit.config.load import load_config
 from erniekit.config.run import RunConfig
@@ -36,11 +35,11 @@ from erniekit.data.batch import Batch, Row, make_batch
 from erniekit.models.decoder import ErnieForCausalLM
 from erniekit.ops.adamw import Update
 from erniekit.parallel.mesh import Mesh
-from erniekit.precision.blockwise import BlockwiseTraining, use_blockwise
 from erniekit.training import optimizer as optimizers
 from erniekit.training.assemble import (
     adapter_of,
     architecture,
+    assemble_fp8,
     assemble_model,
     assemble_optimizer,
     loss_weights,
@@ -95,11 +94,6 @@ class Case:
         adapter = adapter_of(self.weights, self.arch, self.cfg)
         return assemble_model(self.weights, self.arch, self.cfg, mesh=mesh, adapter=adapter)
 
-    def fp8(self, model: ErnieForCausalLM, mesh: Mesh) -> BlockwiseTraining | None:
-        """What FP8 keeps beside a rank's model, if the run computes in FP8."""
-        settings = fp8_of(self.cfg)
-        return settings and use_blockwise(model, settings, keep=mesh.layout.stage != 3)
-
     def objective(self, mesh: Mesh, copy: PolicyCopy | None = None) -> Objective:
         """What the stage minimises; once there is something in `copy`, beside that."""
         weights, stage = loss_weights(self.arch, self.cfg, mesh=mesh), self.cfg.model.stage
@@ -148,7 +142,7 @@ def train(mesh: Mesh, case: Case) -> Outcome:
     objective = case.objective(mesh, copy)
     model.train()
     optimizer, upkeep = assemble_optimizer(model, case.cfg, mesh=mesh), router_upkeep(model, case.cfg, mesh=mesh)
-    outcome, hooks, fp8 = Outcome(), step_hooks(model, case.cfg), case.fp8(model, mesh)
+    outcome, hooks, fp8 = Outcome(), step_hooks(model, case.cfg), assemble_fp8(model, case.cfg, mesh=mesh)
 
     def keep(_loss: float) -> None:
         pieces = {piece.name: Held(piece.tensor.numpy().ravel().copy(), piece.start) for piece in optimizer.gradients()}
