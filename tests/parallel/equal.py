@@ -138,11 +138,12 @@ def sgd(p: paddle.Tensor, gradient: paddle.Tensor, *, update: Update, **_others:
 def train(mesh: Mesh, case: Case) -> Outcome:
     """On this rank."""
     model = case.model(mesh)
+    fp8 = assemble_fp8(model, case.cfg, mesh=mesh)
     copy = PolicyCopy(model, every=case.cfg.align.ref_model_update_steps)
     objective = case.objective(mesh, copy)
     model.train()
     optimizer, upkeep = assemble_optimizer(model, case.cfg, mesh=mesh), router_upkeep(model, case.cfg, mesh=mesh)
-    outcome, hooks, fp8 = Outcome(), step_hooks(model, case.cfg), assemble_fp8(model, case.cfg, mesh=mesh)
+    outcome, hooks = Outcome(), step_hooks(model, case.cfg)
 
     def keep(_loss: float) -> None:
         pieces = {piece.name: Held(piece.tensor.numpy().ravel().copy(), piece.start) for piece in optimizer.gradients()}

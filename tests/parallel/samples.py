@@ -35,8 +35,8 @@ def write_model(
     })  # fmt: skip
     model, rng = ErnieForCausalLM(cfg, lm_head_bias=head_bias), np.random.default_rng(seed)
     for name, p in model.named_parameters():
-        width = 0.05 if name.endswith("bias") else spread
-        drawn = rng.normal(0, width, p.shape).astype("float32") + float("norm" in name)
+        own = 0.05 if name.endswith("bias") else spread
+        drawn = rng.normal(0, own, p.shape).astype("float32") + float("norm" in name)
         if name.endswith("e_score_correction_bias"):
             drawn[:, list(idle)] = -10.0
         p.set_value(drawn)
