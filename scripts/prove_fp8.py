@@ -43,8 +43,8 @@ def train(name: str, *, work: Path, quickstart: Path, steps: int) -> Path:
     keys = {
         "model_name_or_path": quickstart / "base", "train_dataset_path": quickstart / "data" / "train.jsonl",
         "eval_dataset_path": quickstart / "data" / "eval.jsonl", "output_dir": folder, "max_steps": steps,
-        "eval_steps": max(steps // 6, 1), "save_steps": max(steps // 15, 1), "report_samples": 0, "logging_steps": max(steps // 15, 1),
-        "disable_tqdm": "true", "moe_health_steps": 0,
+        "eval_steps": max(steps // 6, 1), "save_steps": max(steps // 15, 1), "logging_steps": max(steps // 15, 1),
+        "report_samples": 0, "disable_tqdm": "true", "moe_health_steps": 0,
     }  # fmt: skip
     words = [f"{key}={value}" for key, value in keys.items()]
     work.mkdir(parents=True, exist_ok=True)
