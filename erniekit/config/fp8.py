@@ -96,7 +96,8 @@ def fp8_problems(config: RunConfig) -> Iterator[Finding]:
     if config.model.cpu_bf16_matmul:
         yield _both(config, "cpu_bf16_matmul", "each says how products are rounded; set cpu_bf16_matmul to false")
     if config.parallel.sharding == "stage3" and keys.fp8_recipe == "qat":
-        yield _both(config, "sharding", "a scale is one for a tensor, of which devices hold parts; set it to stage2")
+        why = "qat keeps FP8 copies of weights for a step, and stage3 lets go of them by layer; set sharding to stage2"
+        yield _both(config, "sharding", why)
     if keys.fp8_recipe == "qat" and config.align.ref_model_update_steps > 0 and config.has_effect(_UPDATES):
         yield _both(config, _UPDATES, "the codes that are kept are those of the policy's weights; set it to -1")
     if keys.fp8_recipe == "blockwise" and keys.apply_hadamard and config.given("apply_hadamard"):
