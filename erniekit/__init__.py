@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "Sampling": "erniekit.rollout.sampling:Sampling",
     "generate": "erniekit.rollout.generate:generate",
-    "load_model": "erniekit.checkpoint.model_io:load_model",
+    "load_model": "erniekit.checkpoint.load:load_model",
     "load_tokenizer": "erniekit.data.tokenizer:Tokenizer.from_folder",
     "save_model": "erniekit.checkpoint.model_io:save_model",
     "train": "erniekit.recipes:train",

@@ -27,7 +27,7 @@ import paddle  # noqa: E402
 from paddlenlp.trainer import Trainer, TrainerCallback, TrainingArguments  # noqa: E402
 
 from erniekit.checkpoint.create import create  # noqa: E402
-from erniekit.checkpoint.model_io import load_model  # noqa: E402
+from erniekit.checkpoint.load import load_model  # noqa: E402
 from erniekit.config.load import load_config  # noqa: E402
 from erniekit.data.batch import Batch  # noqa: E402
 from erniekit.data.build import build_train_data  # noqa: E402

@@ -91,18 +91,28 @@ class Gpu:
 
 def gpus() -> list[Gpu]:
     """The GPUs that nvidia-smi lists; empty where there is none."""
+    rows = _ask_driver("name,memory.total")
+    return [Gpu(row[0], int(row[1]) * 2**20) for row in rows if len(row) == 2 and row[1].isdecimal()]
+
+
+def capabilities() -> list[tuple[int, int]]:
+    """The compute capability of every GPU: (9, 0) is Hopper."""
+    found = [re.fullmatch(r"(\d+)\.(\d+)", row[0]) for row in _ask_driver("compute_cap")]
+    return [(int(match[1]), int(match[2])) for match in found if match]
+
+
+def _ask_driver(fields: str) -> list[list[str]]:
     tool = shutil.which("nvidia-smi")
     if tool is None:
         return []
+    command = [tool, f"--query-gpu={fields}", "--format=csv,noheader,nounits"]
     try:
-        done = subprocess.run(
-            [tool, "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"],
-            capture_output=True, text=True, check=False, timeout=20,
-        )  # fmt: skip
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=20)
     except (OSError, subprocess.TimeoutExpired):
         return []
-    rows = [line.rsplit(",", 1) for line in done.stdout.splitlines()] if done.returncode == 0 else []
-    return [Gpu(row[0].strip(), int(row[1]) * 2**20) for row in rows if len(row) == 2 and row[1].strip().isdecimal()]
+    count = fields.count(",")
+    lines = done.stdout.splitlines() if done.returncode == 0 else []
+    return [[cell.strip() for cell in line.rsplit(",", count)] for line in lines]
 
 
 def driver() -> tuple[int, ...] | None:

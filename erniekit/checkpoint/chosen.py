@@ -1,4 +1,4 @@
-"""Which adapter a config means, and which model it stands beside."""
+"""Which model or adapter a config means, and which model an adapter stands beside."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from erniekit.base.errors import CheckpointError, ConfigError
 from erniekit.checkpoint.adapter_folder import AdapterFolder
 from erniekit.checkpoint.adapter_forms import is_adapter
 from erniekit.checkpoint.download import locate_model
+from erniekit.config.readiness import require_ready
 from erniekit.config.run import RunConfig
 
 
@@ -33,3 +34,30 @@ def base_of(adapter: Path, cfg: RunConfig) -> Path:
         says = f"names '{base}' as its model, which is not here" if base else "does not say which model it is for"
         raise CheckpointError(f"{adapter}: is an adapter and {says}. Name the model: model_name_or_path=DIR.")
     return Path(base)
+
+
+def trained_model(cfg: RunConfig, *, step: int | None = None) -> Path:
+    """The folder of a run's finished model, or of its checkpoint after `step`; raises ConfigError if absent."""
+    require_ready(cfg, "export")
+    assert cfg.train.output_dir  # require_ready saw to it
+    run = Path(cfg.train.output_dir)
+    source = run if step is None else run / f"checkpoint-{step}"
+    if is_adapter(source):
+        raise ConfigError(f"{source} holds an adapter, not a model; merge it first: erniekit export ...")
+    if not (source / "config.json").is_file():
+        raise ConfigError(_absent(run, step))
+    return source
+
+
+def _absent(run: Path, step: int | None) -> str:
+    if not run.is_dir():
+        return f"output_dir {run} does not exist: there is nothing to export. Train first."
+    steps = sorted(int(n) for p in run.glob("checkpoint-*") if p.is_dir() and (n := p.name[11:]).isdecimal())
+    if not steps:
+        return f"output_dir {run} holds no finished model and no checkpoint: there is nothing to export."
+    if step is not None:
+        return f"output_dir {run} holds no checkpoint-{step}; there are {', '.join(map(str, steps))}."
+    return (
+        f"output_dir {run} holds no finished model. Finish the run (the same train command resumes it), or export its "
+        f"newest checkpoint: erniekit export ... --checkpoint {steps[-1]}"
+    )

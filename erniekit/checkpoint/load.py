@@ -11,12 +11,15 @@ import numpy as np
 import paddle
 
 from erniekit.adapters.lora import add_adapters
+from erniekit.base.errors import ConfigError
 from erniekit.checkpoint.adapter_folder import AdapterFolder
 from erniekit.checkpoint.adapter_io import check_base, load_adapter
 from erniekit.checkpoint.ernie45 import memory_table
 from erniekit.checkpoint.folder import Folder
 from erniekit.checkpoint.merge import Merged
 from erniekit.checkpoint.model_io import build_model
+from erniekit.checkpoint.quantised_folder import QuantisedFolder, is_quantised
+from erniekit.checkpoint.quantised_io import build_quantised
 from erniekit.checkpoint.source import made
 from erniekit.config.cut import Cut
 from erniekit.config.packing import Packing
@@ -27,18 +30,26 @@ from erniekit.parallel.tensor import use_tensor_parallel
 from erniekit.parallel.whole import Wholes
 
 
+def load_model(path: str | Path, dtype: str | None = None) -> ErnieForCausalLM:
+    """A model for inference from a folder in either layout, or a quantised one; see `ErnieForCausalLM.forward`.
+
+    `dtype` is "float32" or "bfloat16"; None: fp32 on a CPU (which computes in nothing else), the folder's on a GPU.
+    """
+    return load_for_answers(path, dtype=dtype)
+
+
 def load_for_answers(
     path: str | Path, *, adapter: Path | None = None, pack: Packing | None = None, dtype: str | None = None,
     mesh: Mesh = Mesh.single(),
 ) -> ErnieForCausalLM:  # fmt: skip
-    """The model in `path` in evaluation mode, with the adapter folder `adapter`; what `pack` names is quantised. Each
-    rank of the `mesh` gets its part, and all of them have to be asked the same.
-
-    `dtype` is "float32" or "bfloat16"; None: fp32 on a CPU (which computes in nothing else), the folder's on a GPU.
+    """The model in `path` in evaluation mode, with the adapter folder `adapter`; what `pack` names is quantised, and of
+    a quantised folder everything stays so. Each rank of the `mesh` gets its part, and all of them have to be asked the
+    same. `dtype` as in `load_model`.
     """
+    if is_quantised(path):
+        return _load_quantised(QuantisedFolder.open(path), adapter=adapter, pack=pack, dtype=dtype, mesh=mesh)
     folder = Folder.open(path)
-    if dtype is None:
-        dtype = folder.config.dtype if paddle.device.is_compiled_with_cuda() else "float32"
+    dtype = dtype or _dtype(folder)
     opened = AdapterFolder.open(adapter) if adapter else None
     if opened:
         check_base(opened, folder)
@@ -53,6 +64,30 @@ def load_for_answers(
     use_tensor_parallel(model, mesh)
     use_expert_parallel(model, mesh)
     model.eval()
+    return model
+
+
+def _dtype(folder: Folder) -> str:
+    """What is computed in when nobody says."""
+    return folder.config.dtype if paddle.device.is_compiled_with_cuda() else "float32"
+
+
+def _load_quantised(
+    folder: QuantisedFolder, *, adapter: Path | None, pack: Packing | None, dtype: str | None, mesh: Mesh
+) -> ErnieForCausalLM:
+    where = f"{folder.path}: is quantised ({folder.scheme.format.name}) for inference"
+    if adapter:
+        raise ConfigError(
+            f"{where}, and {adapter} belongs to the high-precision folder: answer with that, or merge the adapter into "
+            "it (`erniekit export`) and quantise the result."
+        )
+    if pack:
+        raise ConfigError(f"{where} already; leave compute_type: {pack.compute_type} out, or take the high-precision "
+                          "folder.")
+    model = build_quantised(
+        folder, folder.config, dtype=dtype or _dtype(folder), cut=Cut.of(mesh.layout, mesh.rank)
+    )
+    use_expert_parallel(model, mesh)
     return model
 
 

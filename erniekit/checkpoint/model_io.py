@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import paddle
 from numpy.lib.stride_tricks import as_strided
+from paddle import nn
 
 from erniekit.base.console import notice
 from erniekit.checkpoint.ernie45 import CORRECTION_BIAS, HEAD_BIAS, Table, Tensor, memory_table
@@ -27,7 +28,7 @@ from erniekit.config.packing import Packing
 from erniekit.models.decoder import ErnieForCausalLM
 from erniekit.models.reward import ErnieForReward
 from erniekit.parallel.part import hold_part
-from erniekit.precision.packed import PackedExperts, PackedLinear, packed_weights, use_packed_weights
+from erniekit.precision.packed import Codes, GPUCodes, PackedExperts, PackedLinear, packed_weights, use_packed_weights
 from erniekit.precision.quantize import Greatest
 
 
@@ -99,20 +100,35 @@ def build_model(
     return model
 
 
+Packed = PackedLinear | PackedExperts
+
+
 def fill_model(
-    model: ErnieForCausalLM, folder: Folder, *, mtp_init: str | None = None, seed: int = 0, cut: Cut = WHOLE
-) -> None:
-    """Put the weights of `folder` in the place of the model's; see `build_model`."""
+    model: ErnieForCausalLM, folder: Folder, *, mtp_init: str | None = None, seed: int = 0, cut: Cut = WHOLE,
+    fill_packed: Callable[[str, Packed], None] | None = None,
+) -> None:  # fmt: skip
+    """Put the weights of `folder` in the place of the model's; see `build_model`. `fill_packed` gives a packed weight,
+    by its name, what the folder has for it, if that is no dense one."""
     parameters, packed, cfg = dict(model.named_parameters()), packed_weights(model), model.config
     shapes = {name: p.shape for name, p in parameters.items()} | {name: layer.shape for name, layer in packed.items()}
     table = memory_table(cfg, head_bias=HEAD_BIAS in shapes, cut=cut)
     atoms = Held(folder, table.held)
     for name, tensor in plan_load(folder, shapes, cfg=cfg, cut=cut, mtp_init=mtp_init).items():
         source = _absent(name, table, cfg, seed=seed, cut=cut) if tensor is None else tensor
-        if name in packed:
+        if name in packed and fill_packed:
+            fill_packed(name, packed[name])
+        elif name in packed:
             _fill_packed(packed[name], source, atoms, path=folder.path)
         else:
             _fill_parameter(parameters[name], source, atoms)
+
+
+def fill_layer(layer: nn.Layer, prefix: str, source: Source, *, table: Table, stored: Container[str]) -> None:
+    """Fill a part of a model, whose names begin with `prefix`, from atoms; what is not in `stored` stays as it is."""
+    for name, p in layer.named_parameters():
+        tensor = table.tensors[prefix + name]
+        if all(atom in stored for atom, _ in tensor.parts):
+            _fill_parameter(p, tensor, source)
 
 
 def _fill_parameter(p: paddle.Tensor, source: Tensor | np.ndarray, atoms: Source) -> None:
@@ -127,11 +143,11 @@ def _fill_parameter(p: paddle.Tensor, source: Tensor | np.ndarray, atoms: Source
         p.set_value(paddle.to_tensor(array).astype(p.dtype))
 
 
-def _fill_packed(
-    layer: PackedLinear | PackedExperts, source: Tensor | np.ndarray, atoms: Source, *, path: Path
-) -> None:
+def _fill_packed(layer: Packed, source: Tensor | np.ndarray, atoms: Source, *, path: Path) -> None:
     """One expert after the other goes through the same memory."""
-    count, *shape = layer.store.shape
+    store = layer.store
+    assert isinstance(store, (Codes, GPUCodes)), store
+    count, *shape = store.shape
     weight = np.empty(shape, np.float32)
     for index in range(count):
         names = "a drawn weight"
@@ -143,8 +159,8 @@ def _fill_packed(
             fill(stack, Tensor(source.shape, parts), atoms)
             names = f"{path}: {' or '.join(atom for atom, _ in parts)}"
         else:
-            weight[...] = source.reshape(layer.store.shape)[index]
-        layer.store.put(index, weight, name=names)
+            weight[...] = source.reshape(store.shape)[index]
+        store.put(index, weight, name=names)
 
 
 def _writable(p: paddle.Tensor) -> bool:
@@ -167,19 +183,6 @@ def _absent(name: str, table: Table, cfg: ErnieConfig, *, seed: int, cut: Cut) -
     array = np.empty(part.shape, np.float32)
     fill(array, part, Held(Memory(everything, {name: drawn}), table.held))
     return array
-
-
-def load_model(path: str | Path, dtype: str | None = None) -> ErnieForCausalLM:
-    """A model for inference from a folder in either layout; see `ErnieForCausalLM.forward`.
-
-    `dtype` is "float32" or "bfloat16"; None: fp32 on a CPU (which computes in nothing else), the folder's on a GPU.
-    """
-    folder = Folder.open(path)
-    if dtype is None:
-        dtype = folder.config.dtype if paddle.device.is_compiled_with_cuda() else "float32"
-    model = build_model(folder, folder.config, dtype=dtype)
-    model.eval()
-    return model
 
 
 Writer = Callable[[Path, Team | None], None]  # writes a folder, together with a team

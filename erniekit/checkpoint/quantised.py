@@ -15,9 +15,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
+
 from erniekit.base.errors import CheckpointError, ConfigError, did_you_mean, listed
 from erniekit.config.architecture import ErnieConfig
-from erniekit.precision.encoders import BLOCK, W4A8, Encoder, Float8, Float8Blocks, Integers
+from erniekit.precision.encoders import BLOCK, LARGEST, W4A8, Encoder, Float8, Float8Blocks, Integers
 
 QuantKind = Literal["wint8", "wint4", "w4a8", "fp8", "fp8_blocks", "wint2", "wint2.5"]
 QUANTIZATION, OURS, VERSION = "quantization_config", "erniekit", 1
@@ -25,6 +27,8 @@ ACTIVATION_SCALE = "activation_scale"
 CACHE_SCALES = ("cachek_matmul." + ACTIVATION_SCALE, "cachev_matmul." + ACTIVATION_SCALE)  # of keys, of values
 PUBLISHED_LAYERS, PUBLISHED_INT4_LAYERS = 54, 7  # of ERNIE-4.5-300B-A47B-2Bits: layers 0 to 6 of 54 are int4
 CCQ_GROUP = 64
+ROUNDS_INPUTS = ("w4a8", "fp8")  # kinds with a static activation scale
+WEIGHS_ERRORS = ("wint2", "wint2.5")  # kinds whose encoder asks which inputs count most
 
 _LAYER = re.compile(r"ernie\.(layers|mtp_block)\.(\d+)\.(.+)\.weight")
 _ATTENTION = re.compile(r"self_attn\.(qkv|o)_proj")
@@ -58,8 +62,14 @@ FORMATS = {
         Format("wint2.5", "wint8", "wint2.5", early="wint4"),
     )
 }
-ROUNDS_INPUTS = ("w4a8", "fp8")  # kinds with a static activation scale
-WEIGHS_ERRORS = ("wint2", "wint2.5")  # kinds whose encoder asks which inputs count most
+
+
+def format_of(name: str) -> Format:
+    """The format behind a word. Raises ConfigError if there is none."""
+    if name not in FORMATS:
+        near = did_you_mean(name, FORMATS)
+        raise ConfigError(f"--quantize: '{name}' is not known.{near} Known: {', '.join(FORMATS)}.")
+    return FORMATS[name]
 
 
 _ENCODERS: dict[QuantKind, Callable[[int | None], Encoder]] = {
@@ -93,11 +103,7 @@ class Scheme:
         cls, name: str, cfg: ErnieConfig, *, group_size: int | None = None, int4_layers: int | None = None
     ) -> Scheme:
         """The format `name` for a model. Raises ConfigError for what is unknown or does not belong to it."""
-        if name not in FORMATS:
-            raise ConfigError(
-                f"--quantize: '{name}' is not known.{did_you_mean(name, FORMATS)} Known: {', '.join(FORMATS)}."
-            )
-        form, layers = FORMATS[name], cfg.num_hidden_layers
+        form, layers = format_of(name), cfg.num_hidden_layers
         if group_size is not None and not form.groups:
             takers = ", ".join(known.name for known in FORMATS.values() if known.groups)
             raise ConfigError(f"--group-size is for {takers}; {name} has scales of its own. Leave it out.")
@@ -141,6 +147,17 @@ class Scheme:
         """The encoder of a tensor; None: it stays as it is."""
         kind = self.kind_of(tensor)
         return encoder_of(kind, group_size=self.group_size) if kind else None
+
+    @property
+    def needs_text(self) -> bool:
+        """Whether scales depend on what goes through the model."""
+        kinds = {self.format.dense, self.format.experts}
+        return self.format.int8_cache or (bool(kinds & {*ROUNDS_INPUTS}) and not self.group_size)
+
+    @property
+    def wants_text(self) -> bool:
+        """Whether the search for codes is better with it."""
+        return self.format.experts in WEIGHS_ERRORS
 
     def rounds_inputs(self, tensor: str) -> bool:
         """Whether the tensor's inputs have a static scale."""
@@ -217,6 +234,13 @@ class Scheme:
 
 def _layers(start: int, stop: int) -> dict[str, int]:
     return {"quant_start_layer": start, "quant_end_layer": stop - 1}
+
+
+def input_scale(kind: QuantKind | None, largest: float) -> np.ndarray:
+    """The static scale of inputs whose largest number was seen: that number for w4a8, as its published reader takes
+    it, and for fp8 what codes are multiplied by. Inputs that were always zero have 1."""
+    scale = largest / float(LARGEST) if kind == "fp8" else largest
+    return np.array([scale or 1.0], np.float32)
 
 
 def stored_name(tensor: str, field: str) -> str:

@@ -47,13 +47,15 @@ ORIGIN_FILE = "erniekit_origin.json"
 BF16_TAG = {"pt": "BF16", "paddle": "U16"}
 METADATA = {"pt": {"format": "pt"}, "paddle": {"format": "np"}}
 
-_STAGE = ".saving"
+STAGE = ".saving"  # inside the target, until the folder is whole
 _COMPANION_SUFFIXES = (".json", ".model", ".jinja", ".txt", ".md", ".py", ".ttf")
 RUN_FILE = "run.json"  # what a training run writes about itself; it is not the model's
 MERGE_FILE = "erniekit_merge.json"  # beside a merged model: of what, and how near it is to that
 ADAPTER_FILE = "erniekit_adapter.json"  # what only we know of an adapter: the mark of its base
+REPORT_FILE = "erniekit_quantisation.json"  # beside quantised weights: how far each is from what it was
 _NOT_COMPANIONS = {
-    "config.json", INDEX_FILE, MANIFEST_FILE, ORIGIN_FILE, RUN_FILE, MERGE_FILE, ADAPTER_FILE, ERNIEKIT_INDEX,
+    "config.json", INDEX_FILE, MANIFEST_FILE, ORIGIN_FILE, RUN_FILE, MERGE_FILE, ADAPTER_FILE, REPORT_FILE,
+    ERNIEKIT_INDEX,
     *CONFIG_FILES.values(),
 }  # fmt: skip
 _COMPANION_MAX_BYTES = 64_000_000
@@ -87,7 +89,7 @@ class Plan:
 # ---------------------------------------------------------------------- folders that are whole or absent
 def require_empty(path: str | Path) -> None:
     """Refuse to write a new model over anything."""
-    if Path(path).is_dir() and any(entry.name != _STAGE for entry in Path(path).iterdir()):
+    if Path(path).is_dir() and any(entry.name != STAGE for entry in Path(path).iterdir()):
         raise CheckpointError(f"{path}: is not empty. Choose another folder, or remove what is in it.")
 
 
@@ -100,14 +102,15 @@ def staged(path: str | Path) -> Iterator[Path]:
     folder = Path(path)
     if folder.exists() and not folder.is_dir():
         raise CheckpointError(f"{folder}: is a file; a model is saved as a folder. Choose another name.")
-    stage = folder / _STAGE
+    stage = folder / STAGE
     with writing(folder):
         created = [parent for parent in (folder, *folder.parents) if not parent.exists()]
         shutil.rmtree(stage, ignore_errors=True)  # what a killed process left
         try:
             stage.mkdir(parents=True)
             yield stage
-            _publish(stage, folder)
+            _drop_stale(stage, folder)
+            publish(stage, folder)
         except BaseException:
             shutil.rmtree(stage, ignore_errors=True)
             for parent in created:
@@ -116,15 +119,23 @@ def staged(path: str | Path) -> Iterator[Path]:
             raise
 
 
-def _publish(stage: Path, folder: Path) -> None:
-    names = sorted((path.name for path in stage.iterdir()), key=lambda name: (name == "config.json", name))
-    stale = {path.name for path in [*weight_files(folder), folder / INDEX_FILE]} - set(names)
-    for name in stale if any(weight_files(stage)) else ():
-        (folder / name).unlink(missing_ok=True)
+def publish(stage: Path, folder: Path) -> None:
+    """Move a whole model out of its stage, config.json last, and remove the stage with what is hidden in it."""
+    names = sorted(
+        (path.name for path in stage.iterdir() if not path.name.startswith(".")),
+        key=lambda name: (name == "config.json", name),
+    )
     for name in names:
         os.replace(stage / name, folder / name)
-    stage.rmdir()
+    shutil.rmtree(stage)
     fsync_folder(folder)
+
+
+def _drop_stale(stage: Path, folder: Path) -> None:
+    """Remove the weight files of an earlier model that new ones do not replace."""
+    stale = {path.name for path in [*weight_files(folder), folder / INDEX_FILE] if not (stage / path.name).exists()}
+    for name in stale if any(weight_files(stage)) else ():
+        (folder / name).unlink(missing_ok=True)
 
 
 def copy_companions(source: str | Path, target: str | Path) -> None:

@@ -1,5 +1,5 @@
-"""Judges a model folder: checksums, index against shards, names and shapes against config.json; and an adapter folder,
-against its base too where that is at hand. Changes nothing."""
+"""Judges a model folder, quantised or not: checksums, index against shards, names and shapes against config.json; and
+an adapter folder, against its base too where that is at hand. Changes nothing."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from erniekit.checkpoint.adapter_folder import AdapterFolder
 from erniekit.checkpoint.adapter_forms import is_adapter
 from erniekit.checkpoint.folder import Folder
 from erniekit.checkpoint.manifest import MANIFEST_FILE, check_manifest
+from erniekit.checkpoint.quantised_folder import QuantisedFolder, is_quantised
 
 
 def verify(path: str | Path) -> list[str]:
@@ -21,6 +22,8 @@ def verify(path: str | Path) -> list[str]:
     try:
         if is_adapter(path):
             _verify_adapter(AdapterFolder.open(path))
+        elif is_quantised(path):
+            QuantisedFolder.open(path).check()
         else:
             Folder.open(path).check()
     except CheckpointError as error:

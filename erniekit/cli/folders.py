@@ -19,10 +19,10 @@ def convert(arguments: Arguments) -> None:
 
 def split(arguments: Arguments) -> None:
     """Write a checkpoint in files of another size."""
+    from erniekit.checkpoint.chosen import trained_model
     from erniekit.checkpoint.save import GB
     from erniekit.checkpoint.split import parse_size, split
     from erniekit.config.load import load_config
-    from erniekit.recipes.export import trained_model
 
     place, size = arguments.places[0], arguments.text("max-shard-size")
     is_folder = Path(place).is_dir()

@@ -16,6 +16,7 @@ from erniekit.config.readiness import require_built
 
 if TYPE_CHECKING:
     from erniekit.recipes.export import Several
+    from erniekit.recipes.quantise import Settings
 
 
 def train(arguments: Arguments) -> None:
@@ -37,8 +38,17 @@ def evaluate(arguments: Arguments) -> None:
 
 def export(arguments: Arguments) -> None:
     """Write the trained model as a folder to deploy; files stream into files, which one of several ranks does."""
-    config = load_config(arguments.places[0], arguments.overrides)
+    place = Path(arguments.places[0])
+    folder = place if "quantize" in arguments.values and place.is_dir() else None
+    config = load_config({"model_name_or_path": str(place)} if folder else place, arguments.overrides)
     if runtime.rank_place().rank:
+        return
+    if settings := _quantised(arguments):
+        with runtime.keeping_sigterm():
+            from erniekit.recipes.quantise import quantise
+
+        out = arguments.text("out")
+        quantise(config, settings, folder=folder, out=Path(out) if out else None, step=arguments.number("checkpoint"))
         return
     with runtime.keeping_sigterm():
         from erniekit.recipes.export import export
@@ -51,6 +61,35 @@ def export(arguments: Arguments) -> None:
         adapter_only="adapter" in arguments.flags,
         several=_several(arguments),
     )
+
+
+def _quantised(arguments: Arguments) -> Settings | None:
+    """What follows --quantize; raises ConfigError for options that do not go together."""
+    kind, given = arguments.text("quantize"), {*arguments.values, *arguments.flags}
+    if kind is None:
+        alone = sorted(given & {"group-size", "int4-layers", "calibration", "calibration-tokens"})
+        if alone:
+            raise ConfigError(f"--{alone[0]} is about --quantize KIND; name the format, or leave it out.")
+        return None
+    problems = [
+        f"--quantize and --{name} exclude each other: {why}"
+        for name, why in (
+            ("adapter", "an adapter stays as it is; without --adapter it is merged on the way."),
+            ("merge", "merge first (erniekit export CFG --merge ...), then quantise that folder."),
+        )
+        if name in given
+    ]
+    if arguments.text("to") not in (None, "paddle"):
+        problems.append("--quantize writes the -Paddle form only; leave --to out.")
+    if problems:
+        raise ConfigError(problems)
+    from erniekit.recipes.quantise import CALIBRATION_TOKENS, Settings
+
+    tokens = arguments.number("calibration-tokens")
+    return Settings(
+        kind, arguments.number("group-size"), arguments.number("int4-layers"),
+        tuple(arguments.values.get("calibration", ())), CALIBRATION_TOKENS if tokens is None else tokens,
+    )  # fmt: skip
 
 
 def _several(arguments: Arguments) -> Several | None:

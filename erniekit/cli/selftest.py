@@ -149,7 +149,7 @@ class _Checks:
         import numpy as np
         import paddle
 
-        from erniekit.checkpoint.model_io import load_model
+        from erniekit.checkpoint.load import load_model
 
         ids = paddle.to_tensor([[5, 9, 42, 300, 7]])
         trained, exported = (load_model(path)(ids).numpy() for path in (self.whole, self.whole / "export"))

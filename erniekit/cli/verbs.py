@@ -87,10 +87,16 @@ VERBS = {
                 Option("merge", "merge these adapters, each with a weight, into one model", metavar="DIR=W", many=True),
                 Option("method", "how several are merged: linear, ties, dare or dare_ties (linear)", metavar="NAME"),
                 Option("density", "share of each adapter's changes that ties and dare keep (0.5)", metavar="X"),
+                Option("quantize", "in few bits: wint8, wint4, w4a8, w4a8c8, fp8, wint2 or wint2.5", metavar="KIND"),
+                Option("group-size", "inputs that share a scale (wint8, wint4); 128: fp8 by blocks", metavar="N"),
+                Option("int4-layers", "first layers of wint2 whose experts are int4 (7 of 54)", metavar="N"),
+                Option("calibration", "text for scales of inputs (train_dataset_path)", metavar="FILE", many=True),
+                Option("calibration-tokens", "tokens of it (4096)", metavar="N"),
                 *RANKS,
             ),
             doc="An adapter is merged into its base, in its precision, and the merged model compared with base "
-            "and adapter (merge_tolerance). max_shard_size=N sets the largest file in GB.",
+            "and adapter (merge_tolerance). max_shard_size=N sets the largest file in GB. With --quantize, CFG may be "
+            "a model folder; an export that was cut goes on when it is asked for again.",
         ),
         Verb(
             "chat", "talk to a model; /help lists commands", home="runs:chat",

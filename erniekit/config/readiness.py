@@ -8,6 +8,7 @@ from __future__ import annotations
 import glob
 import os
 
+from erniekit.base import packages, resources
 from erniekit.base.errors import CheckpointError, ConfigError, MeshError
 from erniekit.base.files import nearest_sibling
 from erniekit.config.architecture import ErnieConfig
@@ -54,6 +55,9 @@ _FEATURES = {
 }  # fmt: skip
 
 
+FP8_CAPABILITY = (9, 0)  # Hopper
+
+
 def not_built(config: RunConfig) -> list[str]:
     """Settings that change results and that this version does not know how to follow."""
     return [_unbuilt_line(config, name) for name in _unbuilt(config, tuple(_READS))]
@@ -67,7 +71,7 @@ def require_built(config: RunConfig, verb: str = "train") -> None:
 def not_checked_here(config: RunConfig) -> list[str]:
     """What can only be judged where the run takes place: models to download, absent files, layouts for several
     devices."""
-    return [*_repositories(config), *absent_files(config), *_degrees(config)]
+    return [*_repositories(config), *absent_files(config), *_degrees(config), *fp8_device(config)]
 
 
 def absent_files(config: RunConfig, verb: str = "train") -> list[str]:
@@ -103,9 +107,25 @@ def require_ready(config: RunConfig, verb: str = "train", *, world: int = 1, car
     """Raise ConfigError naming everything that keeps `verb` from starting on `world` ranks: not built, not set, not
     there, degrees of another number of ranks or for another model."""
     found = [*_refused(config, verb), *_unset(config, verb), *absent_files(config, verb)]
+    if verb == "train":
+        found += fp8_device(config)
     if "parallel" in _READS[verb]:
         found += _misfits(config, world, verb=verb, cards=cards)
     _refuse(found)
+
+
+def fp8_device(config: RunConfig) -> list[str]:
+    """What this machine lacks of what FP8 needs; nothing where FP8 is emulated."""
+    if config.model.compute_type != "fp8" or config.precision.fp8_emulate:
+        return []
+    build, found = packages.version("paddlepaddle-gpu"), resources.capabilities()
+    if build and found and min(found) >= FP8_CAPABILITY:
+        return []
+    here = "no GPU" if not found else "a GPU that is older" if build else "a build of Paddle for CPUs"
+    return [
+        f"{_place(config, 'compute_type')}: fp8 needs GPUs that multiply FP8 (Hopper or newer) and a build of Paddle "
+        f"for them; this machine has {here}. Set fp8_emulate: true: the same numbers on any device, slower."
+    ]
 
 
 def layout_problems(config: RunConfig) -> list[str]:

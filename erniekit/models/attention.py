@@ -12,7 +12,7 @@ import paddle
 from paddle import nn
 
 from erniekit.config.architecture import ErnieConfig
-from erniekit.models.cache import LayerCache
+from erniekit.models.cache import Kept, LayerCache
 from erniekit.models.layers import Linear
 from erniekit.ops.attention import attention
 from erniekit.ops.attention_dropout import attention_with_dropout
@@ -33,6 +33,10 @@ class Positions:
         """Build the tables for one batch; every layer shares them."""
         cos, sin = rope_tables(position_ids_BS, head_dim=cfg.head_dim, theta=cfg.rope_theta)
         return cls(cos, sin, end_rows_BS)
+
+    def turned_by_none(self) -> Positions:
+        """The same mask for queries and keys that are rotated already."""
+        return Positions(paddle.ones_like(self.cos_BSJ), paddle.zeros_like(self.sin_BSJ), self.end_rows_BS)
 
 
 class CoreAttention(nn.Layer):
@@ -60,7 +64,8 @@ class CoreAttention(nn.Layer):
 
 
 class Attention(nn.Layer):
-    """Projections around CoreAttention."""
+    """Projections around CoreAttention. `kept` is a slot: the form in which a cache holds rotated keys and values;
+    attention without a cache sees them as they would come out of one."""
 
     def __init__(self, cfg: ErnieConfig, *, dtype: str) -> None:
         super().__init__()
@@ -70,14 +75,19 @@ class Attention(nn.Layer):
         self.v_proj = Linear(cfg.hidden_size, cfg.kv_dim, bias=cfg.use_bias, dtype=dtype)
         self.o_proj = Linear(cfg.q_dim, cfg.hidden_size, bias=cfg.use_bias, dtype=dtype)
         self.core_attn = CoreAttention(cfg.head_dim)
+        self.kept: Kept | None = None
 
     def forward(self, x_BSD: paddle.Tensor, positions: Positions, cache: LayerCache | None = None) -> paddle.Tensor:
         """[B, S, D] -> [B, S, D]; with a cache, S new tokens of every row attend to all of their row."""
         q, k, v = self.q_proj(x_BSD), self.k_proj(x_BSD), self.v_proj(x_BSD)
-        if cache is None:
+        if cache is None and self.kept is None:
             return self.o_proj(self.core_attn(q, k, v, positions))
         b, s = x_BSD.shape[:2]
         q, k, v = (t.reshape([b, s, -1, self.head_dim]) for t in (q, k, v))
         q, k = (rotate(t, positions.cos_BSJ, positions.sin_BSJ) for t in (q, k))
+        if cache is None:
+            assert self.kept is not None
+            seen = q, self.kept.keys.rounded(k), self.kept.values.rounded(v)
+            return self.o_proj(self.core_attn(*(t.flatten(2) for t in seen), positions.turned_by_none()))
         k_BKTd, v_BKTd = cache.append(k, v)
         return self.o_proj(cached_attention(q, k_BKTd, v_BKTd, cache.rows.visible_BST))

@@ -199,7 +199,7 @@ class ErnieForCausalLM(nn.Layer):
 
     def new_cache(self) -> KVCache:
         """An empty cache of one row."""
-        return KVCache(len(self.model.layers))
+        return KVCache([layer.self_attn.kept for layer in self.model.layers])
 
     def forward(
         self,

@@ -8,7 +8,7 @@ Shapes: B batch, S positions, M = B*S tokens, D hidden size, E experts, K expert
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import paddle
 import paddle.nn.functional as F
@@ -29,6 +29,16 @@ from erniekit.ops.mlp import gated
 
 ExpertProduct = Callable[[paddle.Tensor, paddle.Tensor, list[int]], paddle.Tensor]
 ExpertMLP = Callable[[paddle.Tensor, paddle.Tensor, paddle.Tensor, list[int], paddle.Tensor | None], paddle.Tensor]
+
+
+class Wire(Protocol):
+    """How rows are written down where they travel to experts on other devices."""
+
+    def encode(self, x_TD: paddle.Tensor) -> paddle.Tensor:
+        """Rows as bytes, uint8 [T, bytes of a row]."""
+
+    def decode(self, bytes_TB: paddle.Tensor) -> paddle.Tensor:
+        """Rows again, fp32."""
 
 
 class Routing(NamedTuple):
@@ -81,11 +91,12 @@ class Experts(nn.Layer):
 
     A token's sum of outputs is weighted, and down is linear: so weights may as well be multiplied in before it.
     `weighs_rows`, set from outside, says that the rows are to come with their weights, and that their outputs are
-    simply added up.
+    simply added up. `wire` says how rows come that come from other devices; None: as they are.
     """
 
     bf16_products = False  # precision/products.py
     weighs_rows = False
+    wire: Wire | None = None
 
     def __init__(self, cfg: ErnieConfig, *, dtype: str) -> None:
         super().__init__()

@@ -16,8 +16,9 @@ Shapes: T rows (tokens), D inputs, F outputs, E experts, R rows, C columns, G bl
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 import paddle
@@ -25,6 +26,9 @@ import paddle.nn.functional as F
 
 from erniekit.base.errors import NotFinite
 from erniekit.ops.arrays.float8 import E4M3, E5M2, Blocks, Columns, Kind, Rows, Scheme, Tensor
+from erniekit.ops.cpu import float8 as cpu
+from erniekit.ops.dispatch import backend
+from erniekit.ops.grouped import rows_of_experts
 
 __all__ = [
     "E4M3", "E5M2", "Blocks", "Columns", "Float8", "Kind", "Rows", "Scheme", "Statistics", "Tensor", "bf16_numbers",
@@ -60,7 +64,7 @@ def power_of_two(amax: paddle.Tensor, *, kind: Kind = E4M3) -> paddle.Tensor:
     bits = amax.contiguous().view("int32")
     exponent = bits // _MANTISSA - _BIAS - kind.top + (bits % _MANTISSA > _THREE_QUARTERS).astype("int32")
     scale = ((exponent.clip(min=1 - _BIAS) + _BIAS) * _MANTISSA).view("float32")
-    return paddle.where(amax == 0, paddle.ones_like(amax), scale)
+    return paddle.where(bits == 0, paddle.ones_like(amax), scale)  # Paddle's == takes 1e-16 for 0
 
 
 def _counts(shape: Sequence[int], counts: list[int] | None) -> list[int]:
@@ -149,7 +153,14 @@ def quantise(
     counts = _counts(x.shape, counts)
     assert scale is None or isinstance(scheme, Tensor), "a scale from outside goes with the scheme Tensor"
     assert short or _fits(x.shape, scheme), f"{name}: {list(x.shape)} is no multiple of {scheme}"
-    return quantise_plain(x.astype("float32"), scheme, kind=kind, counts=counts, scale=scale, name=name)
+    x, whole = x.astype("float32"), isinstance(scheme, Tensor)
+    if backend(x) != "cpu":
+        return quantise_plain(x, scheme, kind=kind, counts=counts, scale=scale, name=name)
+    block = scheme.block(max(counts, default=0), x.shape[-1])
+    made = cpu.quantise(x, block=block, kind=kind, counts=counts, whole=whole, given=scale)
+    if made is None:
+        raise _not_finite(name, kind)
+    return Float8(*made, scheme, kind, counts)
 
 
 def _fits(shape: Sequence[int], scheme: Scheme) -> bool:
@@ -172,7 +183,10 @@ def dense_plain(x: Float8) -> paddle.Tensor:
 
 def dense(x: Float8) -> paddle.Tensor:
     """The fp32 numbers that codes and scales stand for."""
-    return dense_plain(x)
+    if backend(x.scales) != "cpu":
+        return dense_plain(x)
+    block = x.scheme.block(max(x.counts, default=0), x.codes.shape[-1])
+    return cpu.dense(x.codes, x.scales, block=block, kind=x.kind, counts=x.counts)
 
 
 def rounded(
@@ -185,7 +199,11 @@ def rounded(
 
 def requantise(x: Float8, scheme: Scheme, *, counts: list[int] | None = None) -> Float8:
     """The same numbers under another scheme: for a weight's gradient, rows in blocks along the tokens."""
-    return quantise(dense(x), scheme, kind=x.kind, counts=counts, short=True)
+    counts = _counts(x.codes.shape, counts)
+    if isinstance(x.scheme, Rows) and isinstance(scheme, Columns) and backend(x.scales) == "cpu":
+        made = cpu.turned(x.codes, x.scales, wide=x.scheme.size, high=scheme.size, kind=x.kind, counts=counts)
+        return Float8(*made, scheme, x.kind, counts)
+    return quantise(dense(x), scheme, kind=x.kind, counts=None if x.codes.ndim == 3 else counts, short=True)
 
 
 def bf16_numbers(x: paddle.Tensor) -> paddle.Tensor:
@@ -193,44 +211,68 @@ def bf16_numbers(x: paddle.Tensor) -> paddle.Tensor:
     return x.astype("bfloat16").astype(x.dtype)
 
 
-def product_plain(x: Float8, weight: Float8, *, turned: bool, counts: list[int], out: Result) -> paddle.Tensor:
-    """The plain twin of `product`."""
-    x_TD, weight_EDF = dense_plain(x), dense_plain(weight)
-    weight_EDF = weight_EDF if weight_EDF.ndim == 3 else weight_EDF.unsqueeze(0)
-    parts, start = [], 0
-    for expert, count in enumerate(counts):
-        if count:
-            parts.append(paddle.matmul(x_TD[start : start + count], weight_EDF[expert], transpose_y=turned))
-        start += count
-    y_TF = paddle.concat(parts) if parts else paddle.zeros([0, weight_EDF.shape[1 if turned else 2]])
-    return bf16_numbers(y_TF) if out == "bf16" else y_TF
+def _operand(x: Float8) -> tuple[paddle.Tensor, paddle.Tensor | None]:
+    """Numbers that bf16 holds exactly, and the scales that their product is still to be multiplied by, if any."""
+    if not isinstance(x.scheme, Tensor) or not x.codes.size:
+        return dense(x), None
+    return dense(replace(x, scales=paddle.ones_like(x.scales))), x.scales.reshape([-1])
+
+
+def _factors(*scales: paddle.Tensor | None, parts: int) -> paddle.Tensor | None:
+    """What each part of a product is multiplied by."""
+    found = [scale for scale in scales if scale is not None]
+    if not found:
+        return None
+    return functools.reduce(paddle.multiply, found).expand([parts]).contiguous()
+
+
+def product_plain(
+    x_TD: paddle.Tensor, weight_EDF: paddle.Tensor, *, counts: list[int], turned: bool
+) -> paddle.Tensor:  # fmt: skip
+    """Dense rows times their expert's dense weight: what the kernels do."""
+    parts = [
+        paddle.matmul(x_TD[rows], weight_EDF[expert], transpose_y=turned) for expert, rows in rows_of_experts(counts)
+    ]
+    return paddle.concat(parts) if parts else paddle.zeros([0, weight_EDF.shape[1 if turned else 2]])
 
 
 def product(
     x: Float8, weight: Float8, *, turned: bool = False, counts: list[int] | None = None, out: Result = "bf16"
 ) -> paddle.Tensor:
-    """x @ weight, or x @ weight^T if `turned`: [T, F] in fp32 storage. Of a stack of weights, expert e has the next
+    """x @ weight, or x @ weight^T if `turned`: [T, F], stored in fp32. Of a stack of weights, expert e has the next
     counts[e] rows."""
     counts = [x.codes.shape[0]] if counts is None else counts
-    return product_plain(x, weight, turned=turned, counts=counts, out=out)
+    (x_TD, x_scale), (weight_EDF, weight_scales) = _operand(x), _operand(weight)
+    weight_EDF = weight_EDF if weight_EDF.ndim == 3 else weight_EDF.unsqueeze(0)
+    assert len(counts) == weight_EDF.shape[0], f"{len(counts)} counts for {weight_EDF.shape[0]} weights"
+    factors = _factors(x_scale, weight_scales, parts=len(counts))
+    if backend(x_TD, weight_EDF) == "cpu":
+        y_TF = cpu.product(x_TD, weight_EDF, counts=counts, turned=turned)
+        return cpu.finish_(y_TF, factors, counts=counts, bf16=out == "bf16")
+    y_TF = product_plain(x_TD, weight_EDF, counts=counts, turned=turned)
+    if factors is not None:
+        y_TF = y_TF * factors.repeat_interleave(paddle.to_tensor(counts)).unsqueeze(-1)
+    return bf16_numbers(y_TF) if out == "bf16" else y_TF
 
 
-def weight_product_plain(x: Float8, grad: Float8, *, counts: list[int]) -> paddle.Tensor:
-    """The plain twin of `weight_product`."""
-    x_TD, grad_TF = dense_plain(x), dense_plain(grad)
-    parts, start = [], 0
-    for count in counts:
-        rows = slice(start, start + count)
-        parts.append(paddle.matmul(x_TD[rows], grad_TF[rows], transpose_x=True))
-        start += count
-    return paddle.stack(parts)
+def weight_product_plain(x_TD: paddle.Tensor, grad_TF: paddle.Tensor, *, counts: list[int]) -> paddle.Tensor:
+    """Each expert's dense rows, turned, times its gradients: what the kernels do."""
+    grad_EDF = paddle.zeros([len(counts), x_TD.shape[1], grad_TF.shape[1]])
+    for expert, rows in rows_of_experts(counts):
+        grad_EDF[expert] = paddle.matmul(x_TD[rows], grad_TF[rows], transpose_x=True)
+    return grad_EDF
 
 
 def weight_product(x: Float8, grad: Float8, *, counts: list[int] | None = None) -> paddle.Tensor:
-    """x^T @ grad in fp32: [D, F], or with counts [E, D, F], summed over each expert's rows."""
-    if counts is None:
-        return weight_product_plain(x, grad, counts=[x.codes.shape[0]])[0]
-    return weight_product_plain(x, grad, counts=counts)
+    """x^T @ grad, a weight's gradient in fp32: [D, F], or with counts [E, D, F], from each expert's rows."""
+    of_rows = [x.codes.shape[0]] if counts is None else counts
+    (x_TD, x_scale), (grad_TF, grad_scale) = _operand(x), _operand(grad)
+    chosen = cpu.weight_product if backend(x_TD, grad_TF) == "cpu" else weight_product_plain
+    grad_EDF = chosen(x_TD, grad_TF, counts=of_rows)
+    factors = _factors(x_scale, grad_scale, parts=1)
+    if factors is not None:
+        grad_EDF = grad_EDF * factors
+    return grad_EDF if counts is not None else grad_EDF[0]
 
 
 def statistics(x: paddle.Tensor, cast: Float8) -> Statistics:
@@ -239,7 +281,7 @@ def statistics(x: paddle.Tensor, cast: Float8) -> Statistics:
     if not x.size:
         return Statistics(0.0, 0.0, 0.0)
     limit = _scale_of_every_number(cast) * cast.kind.largest
-    lost = ((dense(cast) == 0) & (x != 0)).astype("float32").mean()
+    lost = ((x.abs() > 0) & ~(dense(cast).abs() > 0)).astype("float32").mean()  # == takes 1e-16 for 0
     return Statistics(float(x.abs().max()), float(lost), float((x.abs() > limit).astype("float32").mean()))
 
 

@@ -7,18 +7,11 @@ Shapes: D rotated, F left as it is.
 
 from __future__ import annotations
 
-import numpy as np
 import paddle
 
-SIZE = 32
-
-
-def sylvester() -> np.ndarray:
-    """The matrix H [32, 32] in fp32."""
-    h = np.ones([1, 1], np.float32)
-    while len(h) < SIZE:
-        h = np.block([[h, h], [h, -h]])
-    return h
+from erniekit.ops.arrays.hadamard import SIZE, sylvester
+from erniekit.ops.cpu import hadamard as cpu
+from erniekit.ops.dispatch import backend
 
 
 def rotate_plain(x_D: paddle.Tensor) -> paddle.Tensor:
@@ -30,7 +23,7 @@ def rotate_plain(x_D: paddle.Tensor) -> paddle.Tensor:
 def rotate(x_D: paddle.Tensor) -> paddle.Tensor:
     """x H along the last dimension [..., D], a multiple of 32; its gradient is the same rotation."""
     assert x_D.shape[-1] % SIZE == 0, f"{x_D.shape[-1]} numbers are not blocks of {SIZE}"
-    return rotate_plain(x_D)
+    return cpu.rotate(x_D) if backend(x_D) == "cpu" else rotate_plain(x_D)
 
 
 def rotate_inputs_plain(weight_DF: paddle.Tensor) -> paddle.Tensor:
@@ -42,4 +35,4 @@ def rotate_inputs_plain(weight_DF: paddle.Tensor) -> paddle.Tensor:
 def rotate_inputs(weight_DF: paddle.Tensor) -> paddle.Tensor:
     """H^T w along the inputs of a weight [D, F] or of stacked weights [E, D, F]; its gradient is the same rotation."""
     assert weight_DF.shape[-2] % SIZE == 0, f"{weight_DF.shape[-2]} inputs are not blocks of {SIZE}"
-    return rotate_inputs_plain(weight_DF)
+    return cpu.rotate_inputs(weight_DF) if backend(weight_DF) == "cpu" else rotate_inputs_plain(weight_DF)

@@ -41,3 +41,25 @@ def gated(hidden_2I: paddle.Tensor) -> paddle.Tensor:
     """silu(first half) * second half of rows [T, 2I] -> [T, I], as swiglu without cutting the rows apart."""
     chosen = {"cpu": dense.gated, "gpu": F.swiglu, "plain": gated_plain}[backend(hidden_2I)]
     return chosen(hidden_2I)
+
+
+def weighted_gated(hidden_T2I: paddle.Tensor, weights_T: paddle.Tensor | None) -> paddle.Tensor:
+    """`gated`, and every row times its weight, in fp32: what a kernel makes before it casts."""
+    inner_TI = gated(hidden_T2I.astype("float32"))
+    return inner_TI if weights_T is None else inner_TI * weights_T.astype("float32").unsqueeze(-1)
+
+
+def weighted_gated_backward(
+    hidden_T2I: paddle.Tensor, weights_T: paddle.Tensor | None, grad_TI: paddle.Tensor
+) -> tuple[paddle.Tensor, paddle.Tensor, paddle.Tensor | None]:
+    """(the result once more, gradient of hidden, gradient of the weights) of `weighted_gated`, in fp32."""
+    gate_TI, up_TI = hidden_T2I.astype("float32").chunk(2, axis=-1)
+    grad_TI, sigma_TI = grad_TI.astype("float32"), F.sigmoid(gate_TI)
+    silu_TI = gate_TI * sigma_TI
+    inner_TI, grad_T = silu_TI * up_TI, None
+    if weights_T is not None:
+        grad_T = (grad_TI * inner_TI).sum(-1).astype(weights_T.dtype)
+        weights_T1 = weights_T.astype("float32").unsqueeze(-1)
+        inner_TI, grad_TI = inner_TI * weights_T1, grad_TI * weights_T1
+    grad_gate_TI = grad_TI * up_TI * (sigma_TI + silu_TI * (1.0 - sigma_TI))
+    return inner_TI, paddle.concat([grad_gate_TI, grad_TI * silu_TI], axis=-1), grad_T

@@ -10,7 +10,7 @@ from __future__ import annotations
 import paddle
 
 from erniekit.ops.arrays.ccq import GROUP, WINT2_SHIFTS, WINT25_SHIFTS, WORDS
-from erniekit.ops.arrays.packed import INT8, LEVELS, WINT2, WINT25
+from erniekit.ops.arrays.packed import E4M3, INT8, LEVELS, WINT2, WINT25
 from erniekit.ops.cpu import packed as cpu
 from erniekit.ops.dispatch import backend
 
@@ -24,6 +24,8 @@ def unpack_plain(codes_CF: paddle.Tensor, scales_GF: paddle.Tensor, *, num_in: i
         return (windows.astype("float32") * scales_G1F).reshape([num_in, num_out])
     if kind == INT8:
         levels_DF = codes_CF.astype("float32")
+    elif kind == E4M3:
+        levels_DF = paddle.to_tensor(LEVELS[kind])[codes_CF.astype("int32")]
     else:
         pairs_CF = codes_CF.astype("int32")
         places_DF = paddle.stack([pairs_CF % 16, pairs_CF // 16], 1).reshape([-1, num_out])[:num_in]

@@ -2,7 +2,8 @@
 
 DeepEP sends a token once to every rank that holds one of its experts, not once for every expert, and adds up what the
 ranks send back. So the weights travel with the tokens, and a rank adds up what its experts make of a token before that
-goes back. The bytes are not counted as traffic: how many there are only the library knows.
+goes back. Rows travel as they are, whatever wire experts have. The bytes are not counted as traffic: how many there are
+only the library knows.
 
 The library itself was not run: it needs Hopper GPUs, and Paddle has it only in wheels for GPUs. What is called here is
 called in tests as well, on a stand-in for CPU ranks.

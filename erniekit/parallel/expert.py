@@ -3,7 +3,8 @@
 A rank sorts its routed rows by expert, so that they lie in the order of the ranks that hold the experts. The ranks tell
 each other how many rows they send to every expert (one small exchange), then exactly those rows travel; on arrival they
 are sorted by expert once more, and the outputs go back the same way. Nothing is padded or dropped; a rank may send
-nothing, or get nothing. Where experts weigh their rows (models/moe.py), the weights travel beside the rows, in fp32.
+nothing, or get nothing. Where experts weigh their rows (models/moe.py), the weights travel beside the rows, in fp32;
+where they have a wire, rows go out as it writes them, and come back as they are.
 
     experts over data ranks     every rank has rows of its own. Where there are tensor ranks besides, each of them holds
                                 a slice of the width of its experts and sends whole rows along its own data axis; the
@@ -107,7 +108,11 @@ class Rows:
         if axis.size == 1:
             return lambda: summed(work(order.counts, *going))
         plan = Plan.of(order.counts, axis)
-        arriving = [exchange(rows, axis, send=plan.send, receive=plan.receive) for rows in going]
+        wires = [experts.wire, None]
+        arriving = [
+            exchange(rows, axis, send=plan.send, receive=plan.receive, wire=wire)
+            for rows, wire in zip(going, wires, strict=False)
+        ]
 
         def back() -> Tensor:
             by_expert = plan.by_expert()

@@ -12,7 +12,7 @@
 "Alike" is the point: after `join` and `reduce_out` every rank computes the same numbers and the same gradients, so that
 these must not be added up. After `sum_over` every rank computes a share of the loss from the same figure: with n ranks
 each has to take 1/n of it. On an axis of one rank all of them do nothing.
-Parts are as even as can be (Axis.shares). Knows tensors and axes, no model.
+Parts are as even as can be (Axis.shares). Knows tensors and axes, no layer.
 """
 
 from __future__ import annotations
@@ -20,9 +20,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import paddle
 from paddle import Tensor
 from paddle.autograd import PyLayer
 
+from erniekit.models.moe import Wire
 from erniekit.parallel.collectives import Axis, Handle
 
 
@@ -62,15 +64,18 @@ def sum_over(x: Tensor, axis: Axis) -> Tensor:
     return x if axis.size == 1 else _SumOver.apply(x, axis)
 
 
-def exchange(x: Tensor, axis: Axis, *, send: Sequence[int], receive: Sequence[int]) -> Callable[[], Tensor]:
+def exchange(
+    x: Tensor, axis: Axis, *, send: Sequence[int], receive: Sequence[int], wire: Wire | None = None
+) -> Callable[[], Tensor]:  # fmt: skip
     """[sum of send, ...] -> [sum of receive, ...]: rows to every rank in order; gradients go the same way back.
 
     The rows are under way when this returns; what it returns waits for them. Backward as well: gradients set out when
-    they reach the second half and are waited for in the first.
+    they reach the second half and are waited for in the first. With a `wire` the rows travel as bytes; gradients pass
+    as if they had not.
     """
     if axis.size == 1:
         return lambda: x
-    way = _Way(axis, tuple(send), tuple(receive))
+    way = _Way(axis, tuple(send), tuple(receive), wire)
     coming = _Depart.apply(x, way)
     return lambda: _Arrive.apply(coming, way)
 
@@ -190,8 +195,8 @@ class _SumOver(PyLayer):
 class _Way:
     """An exchange under way, from its first half to its second and, with gradients, back."""
 
-    def __init__(self, axis: Axis, send: tuple[int, ...], receive: tuple[int, ...]) -> None:
-        self.axis, self._there, self._back = axis, (send, receive), (receive, send)
+    def __init__(self, axis: Axis, send: tuple[int, ...], receive: tuple[int, ...], wire: Wire | None) -> None:
+        self.axis, self.wire, self._there, self._back = axis, wire, (send, receive), (receive, send)
         self._going: tuple[Tensor, Handle] | None = None  # what is sent has to live until it is
 
     def start(self, rows: Tensor, *, back: bool) -> Tensor:
@@ -215,7 +220,8 @@ class _Depart(PyLayer):
     @staticmethod
     def forward(ctx: Any, x: Tensor, way: _Way) -> Tensor:
         ctx.way = way
-        return way.start(x, back=False)
+        coming = way.start(x if way.wire is None else way.wire.encode(x.detach()), back=False)
+        return coming if way.wire is None else paddle.empty([1], x.dtype)  # bytes have no gradient
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:  # noqa: ARG004 - it is what the way brings
@@ -226,9 +232,9 @@ class _Arrive(PyLayer):
     """The second half."""
 
     @staticmethod
-    def forward(ctx: Any, coming: Tensor, way: _Way) -> Tensor:  # noqa: ARG004
-        ctx.way = way
-        return way.arrived()
+    def forward(ctx: Any, coming: Tensor, way: _Way) -> Tensor:
+        ctx.way, rows = way, way.arrived()
+        return rows if way.wire is None else way.wire.decode(rows).astype(coming.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:

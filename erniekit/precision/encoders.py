@@ -103,8 +103,11 @@ class W4A8(Integers):
 
     def decode(self, arrays: Mapping[str, np.ndarray], *, num_in: int) -> np.ndarray:
         """See Encoder."""
-        scales = np.maximum(arrays[SCALE] / np.float32(7), _LEAST)
-        return super().decode({**arrays, SCALE: scales}, num_in=num_in)
+        return super().decode({**arrays, SCALE: self.steps(arrays[SCALE])}, num_in=num_in)
+
+    def steps(self, largest: np.ndarray) -> np.ndarray:
+        """What a code of 1 stands for."""
+        return np.maximum(largest / np.float32(7), _LEAST)
 
 
 class Float8:

@@ -26,18 +26,19 @@ _SLOTS = {"gate_up_proj": "gate_up_packed", "down_proj": "down_packed"}  # of Ex
 
 
 class Store(Protocol):
-    """Weights of one shape [D, F] in few bits; `shape` says how many as well."""
+    """Weights of one shape [D, F] in few bits; `shape` says how many as well. How they come in is each store's own:
+    those of this file are given fp32 weights, those of stored.py codes."""
 
     shape: tuple[int, int, int]
-
-    def put(self, index: int, weight_DF: np.ndarray, *, name: str) -> None:
-        """Take an fp32 weight. Raises CheckpointError with its `name` if it holds NaN or infinity."""
 
     def dense(self, index: int) -> paddle.Tensor:
         """A weight [D, F] again, in the model's number format."""
 
     def product(self, x_TD: paddle.Tensor, counts: list[int], *, bf16: bool) -> paddle.Tensor:
         """Rows times their weights, `counts` rows for each; `bf16` as in ops/mlp.py."""
+
+
+Rounding = Callable[[paddle.Tensor, list[int]], paddle.Tensor]  # of rows, `counts` for each weight
 
 
 class Codes:
@@ -55,10 +56,10 @@ class Codes:
         self.scales = paddle.empty([count, groups, num_out], "float32")
 
     def put(self, index: int, weight_DF: np.ndarray, *, name: str) -> None:
-        """See Store."""
+        """Take an fp32 weight. Raises CheckpointError with its `name` if it holds NaN or infinity."""
         codes, scales = pack(weight_DF, self.kind, self.group_size, name=name, greatest=self.greatest)
-        for stored, made in ((self.codes, codes), (self.scales, scales)):
-            stored[index].copy_(paddle.to_tensor(made), True)  # an assignment would copy once more
+        put(self.codes[index], codes)
+        put(self.scales[index], scales)
 
     def dense(self, index: int) -> paddle.Tensor:
         """See Store."""
@@ -71,6 +72,11 @@ class Codes:
         return packed_product(x_TD, self.codes, self.scales, counts=counts, kind=kind, bf16=bf16)
 
 
+def put(place: paddle.Tensor, numbers: np.ndarray) -> None:
+    """Copy numbers into a part of a tensor; an assignment would copy once more."""
+    place.copy_(paddle.to_tensor(numbers), True)
+
+
 class GPUCodes:
     """Codes and scales as Paddle's GPU kernels read them. Not run: see ops/weight_only.py."""
 
@@ -79,7 +85,7 @@ class GPUCodes:
         self.weights: dict[int, weight_only.WeightOnly] = {}
 
     def put(self, index: int, weight_DF: np.ndarray, *, name: str) -> None:
-        """See Store."""
+        """Take an fp32 weight, as Codes."""
         require_finite(weight_DF, name=name)
         weight = paddle.to_tensor(weight_DF).astype(self.dtype)
         self.weights[index] = weight_only.quantized(weight, self.kind, group_size=self.group_size)
@@ -94,9 +100,10 @@ class GPUCodes:
         return weight_only.weight_only_product(x_TD, weights, counts=counts)
 
 
-def _store(
-    kind: Kind, shape: tuple[int, int, int], *, group_size: int | None, dtype: str, greatest: Greatest | None
-) -> Store:
+def store_for(
+    kind: Kind, shape: tuple[int, int, int], *, group_size: int | None, dtype: str, greatest: Greatest | None = None
+) -> Codes | GPUCodes:
+    """An empty store for fp32 weights, which it quantises."""
     on_gpu = paddle.device.is_compiled_with_cuda() and paddle.get_device().startswith("gpu")
     own_scales = greatest is None or group_size is not None  # Paddle's kernels make theirs from what they see
     if on_gpu and dtype != "float32" and own_scales and weight_only.serves(kind, *shape[1:], group_size):
@@ -109,16 +116,16 @@ class PackedExperts(nn.Layer):
 
     bf16_products = False  # precision/products.py
 
-    def __init__(
-        self, kind: Kind, shape: tuple[int, int, int], *, group_size: int | None, dtype: str,
-        greatest: Greatest | None = None,
-    ) -> None:  # fmt: skip
+    def __init__(self, store: Store) -> None:
         super().__init__()
-        self.shape = shape
-        self.store = _store(kind, shape, group_size=group_size, dtype=dtype, greatest=greatest)
+        self.shape = store.shape
+        self.store = store
+        self.rounding: Rounding | None = None  # of the inputs
 
     def forward(self, x_TD: paddle.Tensor, counts: list[int]) -> paddle.Tensor:
         """Rows sorted by expert times their expert's weight: [T, F]."""
+        if self.rounding is not None:
+            x_TD = self.rounding(x_TD, counts)
         return self.store.product(x_TD, counts, bf16=self.bf16_products)
 
     def dense(self, expert: int) -> paddle.Tensor:
@@ -131,17 +138,17 @@ class PackedLinear(nn.Layer):
 
     bf16_products = False  # precision/products.py
 
-    def __init__(
-        self, kind: Kind, shape: tuple[int, int], *, group_size: int | None, dtype: str,
-        greatest: Greatest | None = None,
-    ) -> None:  # fmt: skip
+    def __init__(self, store: Store) -> None:
         super().__init__()
-        self.shape = shape
-        self.store = _store(kind, (1, *shape), group_size=group_size, dtype=dtype, greatest=greatest)
+        self.shape = store.shape[1:]
+        self.store = store
+        self.rounding: Rounding | None = None  # of the inputs
 
     def forward(self, x: paddle.Tensor) -> paddle.Tensor:
         """x @ weight: [..., D] -> [..., F]."""
         rows_TD = x.reshape([-1, x.shape[-1]])
+        if self.rounding is not None:
+            rows_TD = self.rounding(rows_TD, [rows_TD.shape[0]])
         y_TF = self.store.product(rows_TD, [rows_TD.shape[0]], bf16=self.bf16_products)
         return y_TF.reshape([*x.shape[:-1], y_TF.shape[-1]])
 
@@ -159,30 +166,43 @@ def use_packed_weights(
 
     Raises ConfigError where the group size does not fit.
     """
-    modules = dict(model.named_sublayers())
-    linears = {name: layer for name, layer in modules.items() if isinstance(layer, Linear)}
-    stacks = {
-        f"{name}.{part}": layer for name, layer in modules.items() if isinstance(layer, Experts) for part in _SLOTS
-    }
-    weights = {name: layer.weight for name, layer in linears.items()}
-    weights |= {name: getattr(layer, name.rpartition(".")[2]) for name, layer in stacks.items()}
-    packing.check({name: weight.shape for name, weight in weights.items()})
-    for name, weight in weights.items():
+    packing.check({name: tuple(weight.shape) for name, weight in _weights(model).items()})
+
+    def store(name: str, shape: tuple[int, int, int]) -> Store | None:
         kind = packing.kind_of(name)
         if kind is None:
+            return None
+        return store_for(kind, shape, group_size=packing.group_size, dtype=dtype, greatest=greatest(name))
+
+    use_stores(model, store)
+
+
+def use_stores(model: ErnieForCausalLM, store: Callable[[str, tuple[int, int, int]], Store | None]) -> None:
+    """Put what `store` makes for a module's name and the shape of its weights in place of its parameter; None leaves
+    it."""
+    modules = dict(model.named_sublayers())
+    for name, weight in _weights(model).items():
+        count, num_in, num_out = weight.shape if name not in modules else (1, *weight.shape)
+        made = store(name, (count, num_in, num_out))
+        if made is None:
             continue
-        if name in linears:
-            linears[name].weight = None
-            linears[name].packed = PackedLinear(
-                kind, tuple(weight.shape), group_size=packing.group_size, dtype=dtype, greatest=greatest(name)
-            )
+        if name in modules:
+            modules[name].weight, modules[name].packed = None, PackedLinear(made)
         else:
-            part = name.rpartition(".")[2]
-            setattr(stacks[name], part, None)
-            packed = PackedExperts(
-                kind, tuple(weight.shape), group_size=packing.group_size, dtype=dtype, greatest=greatest(name)
-            )
-            setattr(stacks[name], _SLOTS[part], packed)
+            path, _, part = name.rpartition(".")
+            setattr(modules[path], part, None)
+            setattr(modules[path], _SLOTS[part], PackedExperts(made))
+
+
+def _weights(model: ErnieForCausalLM) -> dict[str, paddle.Tensor]:
+    """The parameters that may be kept in few bits, by the names of their modules; stacks under names of their own."""
+    found: dict[str, paddle.Tensor] = {}
+    for name, layer in model.named_sublayers():
+        if isinstance(layer, Linear):
+            found[name] = layer.weight
+        elif isinstance(layer, Experts):
+            found |= {f"{name}.{part}": getattr(layer, part) for part in _SLOTS}
+    return found
 
 
 def packed_weights(model: ErnieForCausalLM) -> dict[str, PackedLinear | PackedExperts]:

@@ -17,7 +17,7 @@ from erniekit.base.errors import ConfigError
 from erniekit.base.files import write_json
 from erniekit.checkpoint.adapter_folder import AdapterFolder, mark_of
 from erniekit.checkpoint.adapter_forms import is_adapter
-from erniekit.checkpoint.chosen import base_of
+from erniekit.checkpoint.chosen import base_of, trained_model
 from erniekit.checkpoint.convert import convert, write_converted
 from erniekit.checkpoint.folder import Folder
 from erniekit.checkpoint.merge import Merged, Recipe
@@ -177,31 +177,3 @@ def _held_out(cfg: RunConfig, base: Folder) -> tuple[str, Sequence[Sequence[int]
     if files:
         notice("the evaluation data is not here; the proof takes texts of its own.")
     return "built-in texts", [tokenizer.encode(text) for text in TEXTS]
-
-
-# ---------------------------------------------------------------------- whole models
-def trained_model(cfg: RunConfig, *, step: int | None = None) -> Path:
-    """The folder of a run's finished model, or of its checkpoint after `step`; raises ConfigError if absent."""
-    require_ready(cfg, "export")
-    assert cfg.train.output_dir  # require_ready saw to it
-    run = Path(cfg.train.output_dir)
-    source = run if step is None else run / f"checkpoint-{step}"
-    if is_adapter(source):
-        raise ConfigError(f"{source} holds an adapter, not a model; merge it first: erniekit export ...")
-    if not (source / "config.json").is_file():
-        raise ConfigError(_absent(run, step))
-    return source
-
-
-def _absent(run: Path, step: int | None) -> str:
-    if not run.is_dir():
-        return f"output_dir {run} does not exist: there is nothing to export. Train first."
-    steps = sorted(int(n) for p in run.glob("checkpoint-*") if p.is_dir() and (n := p.name[11:]).isdecimal())
-    if not steps:
-        return f"output_dir {run} holds no finished model and no checkpoint: there is nothing to export."
-    if step is not None:
-        return f"output_dir {run} holds no checkpoint-{step}; there are {', '.join(map(str, steps))}."
-    return (
-        f"output_dir {run} holds no finished model. Finish the run (the same train command resumes it), or export its "
-        f"newest checkpoint: erniekit export ... --checkpoint {steps[-1]}"
-    )

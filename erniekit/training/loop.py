@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +21,7 @@ from erniekit.data.build import TrainData
 from erniekit.models.decoder import ErnieForCausalLM
 from erniekit.parallel.mesh import Mesh
 from erniekit.training.best import BestModel
+from erniekit.training.fp8 import Fp8Training
 from erniekit.training.metrics import Reporter
 from erniekit.training.optimizer import Optimizer
 from erniekit.training.preference import Reference
@@ -83,11 +84,16 @@ class Run:
     memory: Memory | None = None  # what the objective carries from step to step
     reference: Reference | None = None  # what it is compared with, if it is a preference
     best: BestModel = field(default_factory=BestModel)
+    fp8: Fp8Training | None = None
 
     def progress(self) -> dict[str, Any]:
         """What the run has found out so far, for a checkpoint."""
         health = self.upkeep.health
         return {"best": self.best.state(), "health": health.state() if health else None}
+
+    def other_weights(self) -> AbstractContextManager[None]:
+        """To be put around a block within which the model has other weights than before and afterwards."""
+        return self.fp8.other_weights() if self.fp8 else nullcontext()
 
     def resume(self, progress: dict[str, Any]) -> None:
         """Take over what `progress` returned."""
@@ -110,7 +116,8 @@ def train_loop(run: Run, *, start_step: int) -> int:
             result = _take(run, done)
             done += 1
             health = run.upkeep.health.report(done) if run.upkeep.health else {}
-            run.reporter.step(_row(done, run.schedule(done - 1), result) | health)
+            fp8, modules = run.fp8.report(done) if run.fp8 else ({}, {})
+            run.reporter.step(_row(done, run.schedule(done - 1), result) | health | fp8, modules)
             better = False
             if run.evaluate and _due(done, run.rhythm.eval_every, total):
                 figures = _evaluate(run, run.evaluate)
@@ -136,7 +143,7 @@ def _evaluate(run: Run, evaluate: Callable[[], dict[str, float]]) -> dict[str, f
     with run.mesh.pulse.phase("evaluating"):
         figures = evaluate()
         if run.optimizer.averages():
-            with run.optimizer.averaged():
+            with run.other_weights(), run.optimizer.averaged():
                 figures["ema_eval_loss"] = evaluate()["eval_loss"]
     return run.mesh.words.share("figures", figures)
 
@@ -160,6 +167,8 @@ def _step(run: Run, step: int) -> StepResult:
     paddle.seed(run.rhythm.seed * 1_000_003 + step + data.index * _STREAM)
     for prepare in run.before_step:
         prepare(step)
+    if run.fp8:
+        run.fp8.begin(step, logged=run.reporter.due(step + 1))
     if run.upkeep.health:
         run.upkeep.health.begin(step, last=step + 1 == run.rhythm.total_steps)
     size = run.rhythm.batch_size
@@ -192,6 +201,8 @@ def _step(run: Run, step: int) -> StepResult:
             f"step {step + 1}: {stop}. The update was not made; {kept}. Its first samples: {samples}. "
             "Try a lower learning_rate or a longer warm-up, or look at these samples."
         ) from None
+    if run.fp8:
+        run.fp8.after_update()
     run.keeper.add(result.loss)
     return result
 

@@ -7,7 +7,7 @@ import math
 import os
 import resource
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -21,6 +21,7 @@ from erniekit.training.health import heat_map
 from erniekit.training.loggers import Logger
 
 LOG_NAME = "train_log.jsonl"
+_GROUPS = ("moe", "fp8")  # of figures, apart from those of training
 
 
 def read_log(path: Path, *, last_step: int | None = None) -> list[dict[str, Any]]:
@@ -134,14 +135,17 @@ class Reporter:
             tqdm(total=total_steps, initial=start_step, unit="step", dynamic_ncols=True, desc="train") if bar else None
         )
 
-    def step(self, row: dict[str, Any]) -> None:
-        """A training step was taken."""
-        due = self._due(row["step"])
+    def step(self, row: dict[str, Any], modules: Mapping[str, Mapping[str, float]] | None = None) -> None:
+        """A training step was taken; `modules` are figures of FP8 modules, for the boards."""
+        due = self.due(row["step"])
         if due and self._display.memory:
             row |= {"memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
         self._record(row)
         if due:
             self._plot("train", row)
+        if modules:
+            values = {f"fp8_{name}/{module}": value for module, seen in modules.items() for name, value in seen.items()}
+            self._each(lambda logger: logger.scalars(values, row["step"]))
         if "moe_tokens" in row:
             pixels = heat_map(row["moe_tokens"])
             self._each(lambda logger: logger.picture("moe/tokens_per_expert", pixels, row["step"]))
@@ -195,7 +199,8 @@ class Reporter:
         self._each(lambda logger: logger.close())
         self._log.close()
 
-    def _due(self, step: int) -> bool:
+    def due(self, step: int) -> bool:
+        """Whether the 1-based step is shown."""
         every = self._display.every
         return every > 0 and (step % every == 0 or step == self._total or (step == 1 and self._display.first))
 
@@ -206,7 +211,7 @@ class Reporter:
 
     def _plot(self, group: str, row: dict[str, Any]) -> None:
         values = {
-            f"{'moe' if name.startswith('moe_') else group}/{name}": value
+            f"{next((part for part in _GROUPS if name.startswith(f'{part}_')), group)}/{name}": value
             for name, value in row.items()
             if name != "step" and isinstance(value, (int, float)) and math.isfinite(value)
         }

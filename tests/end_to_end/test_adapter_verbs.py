@@ -13,9 +13,8 @@ import pytest
 
 from erniekit.checkpoint.adapter_folder import AdapterFolder
 from erniekit.checkpoint.folder import Folder
-from erniekit.checkpoint.load import load_for_answers
+from erniekit.checkpoint.load import load_for_answers, load_model
 from erniekit.checkpoint.manifest import check_manifest
-from erniekit.checkpoint.model_io import load_model
 
 
 @pytest.fixture(scope="module")

@@ -13,8 +13,9 @@ import yaml
 from safetensors.numpy import load_file, save_file
 
 from erniekit.checkpoint.folder import Folder
+from erniekit.checkpoint.load import load_model
 from erniekit.checkpoint.manifest import check_manifest, write_manifest
-from erniekit.checkpoint.model_io import load_model, save_model
+from erniekit.checkpoint.model_io import save_model
 from erniekit.recipes.replay import replay
 from tests.end_to_end.conftest import dialogue, write_rows
 

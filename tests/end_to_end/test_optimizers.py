@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from erniekit.checkpoint.hf_files import SafetensorsFile
-from erniekit.checkpoint.model_io import load_model
+from erniekit.checkpoint.load import load_model
 
 CASES = {
     "wsd": {"lr_scheduler_type": "wsd", "decay_function": "1-sqrt", "steady_steps": 2, "min_lr": "1e-5"},

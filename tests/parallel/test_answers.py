@@ -10,7 +10,7 @@ import pytest
 from paddle import nn
 
 from erniekit.base.errors import ConfigError
-from erniekit.checkpoint.model_io import load_model
+from erniekit.checkpoint.load import load_model
 from erniekit.config.load import load_config
 from erniekit.recipes import evaluate as evaluation
 from erniekit.recipes import train

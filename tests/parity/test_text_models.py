@@ -19,7 +19,8 @@ from safetensors.numpy import load_file
 from erniekit.checkpoint.convert import convert
 from erniekit.checkpoint.ernie45 import Form, layout_table
 from erniekit.checkpoint.folder import Folder
-from erniekit.checkpoint.model_io import build_model, load_model
+from erniekit.checkpoint.load import load_model
+from erniekit.checkpoint.model_io import build_model
 from erniekit.checkpoint.source import Memory
 from erniekit.data.batch import Batch
 from erniekit.losses.router import balance_loss, orthogonal_loss, z_loss

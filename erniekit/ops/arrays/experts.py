@@ -131,16 +131,18 @@ def grouped_linear_forward(
 
 
 def grouped_linear_backward(
-    x: Wanted, weight: np.ndarray, counts: np.ndarray, grad: np.ndarray, grad_x: Wanted, grad_weight: Wanted,
+    x: Wanted, weight: Wanted, counts: np.ndarray, grad: np.ndarray, grad_x: Wanted, grad_weight: Wanted,
     _num_experts: int, _size: int, _width: int, bf16: bool,
 ) -> None:  # fmt: skip
-    """The gradients of the rows and of the stacked weight. x is there if the weight's gradient is wanted."""
+    """The gradients of the rows and of the stacked weight. x is there if the weight's gradient is wanted, and the
+    weight if that of the rows is."""
     x, grad = None if x is None else rounded(x, bf16), rounded(grad, bf16)
     for e, rows in rows_of_experts(counts):
         if grad_weight is not None:
             assert x is not None
             matmul(x[rows].T, grad[rows], grad_weight[e])
         if grad_x is not None:
+            assert weight is not None
             matmul(grad[rows], rounded(weight[e], bf16).T, grad_x[rows])
 
 

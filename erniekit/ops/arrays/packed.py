@@ -1,9 +1,9 @@
 """Products with weights kept in few bits: back to fp32 block by block, and multiplied (csrc/packed.cpp).
 
 A weight [in, out] is level(code) * scale. int8 codes are levels themselves, [in, out]. 4-bit codes number the levels of
-a table; two rows share a row of bytes, [ceil(in / 2), out], the even row in the low half. Scales are [groups, out],
-for in / groups inputs each. The convolutional codes lie as arrays/ccq.py says. Weights of E experts are stacked; rows
-of x come sorted by expert, counts [E].
+a table; two rows share a row of bytes, [ceil(in / 2), out], the even row in the low half. E4M3 codes are the bits of
+such numbers, [in, out]. Scales are [groups, out], for in / groups inputs each. The convolutional codes lie as
+arrays/ccq.py says. Weights of E experts are stacked; rows of x come sorted by expert, counts [E].
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from erniekit.ops.arrays.ccq import GROUP, wint2_dense, wint25_dense
 from erniekit.ops.arrays.product import matmul, rounded
 from erniekit.ops.arrays.threads import spread, spread_rows
 
-INT8, INT4, NF4, WINT2, WINT25 = range(5)  # the order of csrc/packed.cpp
+INT8, INT4, NF4, E4M3, WINT2, WINT25 = range(6)  # the order of csrc/packed.cpp
 
 # Quantiles of the normal distribution, exact at -1, 0 and 1 (arXiv 2305.14314, appendix E).
 NORMAL_FLOAT = np.array(
@@ -27,7 +27,9 @@ NORMAL_FLOAT = np.array(
     ],
     np.float32,
 )  # fmt: skip
-LEVELS = {INT4: np.arange(-8, 8, dtype=np.float32), NF4: NORMAL_FLOAT}
+# Of every code, bit 7 the sign; exponents begin at 2^-6, and the last code of each half would be NaN.
+_HALF = np.array([(8 * (e > 0) + m) * 2.0 ** (max(e, 1) - 10) for e in range(16) for m in range(8)], np.float32)
+LEVELS = {INT4: np.arange(-8, 8, dtype=np.float32), NF4: NORMAL_FLOAT, E4M3: np.concatenate([_HALF, -_HALF])}
 
 # Numbers that are dense at a time: for few rows a block stays in a core's cache, for many it feeds the product.
 FEW, MANY, MANY_ROWS = 1 << 18, 1 << 22, 32
@@ -47,6 +49,8 @@ def unpack(
         rows = np.arange(first + block.start, first + block.stop)
         if kind == INT8:
             out[block] = codes_CF[rows]
+        elif kind == E4M3:
+            np.take(LEVELS[kind], codes_CF[rows], out=out[block])
         else:
             shift = (rows % 2 * 4).astype(np.uint8)[:, None]
             np.take(LEVELS[kind], codes_CF[rows // 2] >> shift & 15, out=out[block])

@@ -22,7 +22,18 @@ import paddle
 
 from erniekit.base import runtime
 from erniekit.base.console import notice
-from erniekit.ops.arrays import attention, ccq, cross_entropy, dense, experts, low_rank, optimizer, packed
+from erniekit.ops.arrays import (
+    attention,
+    ccq,
+    cross_entropy,
+    dense,
+    experts,
+    float8_casts,
+    hadamard,
+    low_rank,
+    optimizer,
+    packed,
+)
 from erniekit.ops.arrays.threads import product_threads
 from erniekit.ops.wheel import BF16_GEMM, ONEDNN, OPENMP, SGEMM, product, wheel_library
 
@@ -33,7 +44,9 @@ FLAGS = (
     "-fvisibility=hidden",
 )  # fmt: skip
 
-_NUMPY_MODULES = (attention, ccq, cross_entropy, dense, experts, low_rank, optimizer, packed)
+_NUMPY_MODULES = (
+    attention, ccq, cross_entropy, dense, experts, float8_casts, hadamard, low_rank, optimizer, packed,
+)  # fmt: skip
 _NUMPY_TYPES = {
     paddle.float32: "<f4", paddle.int64: "<i8", paddle.int32: "<i4", paddle.bool: "|b1",
     paddle.int8: "|i1", paddle.uint8: "|u1",

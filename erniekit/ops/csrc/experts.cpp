@@ -155,7 +155,7 @@ EXPORT void grouped_linear_forward(const float* x, const float* weight, const in
     }
 }
 
-// x is there if the weight's gradient is wanted.
+// x is there if the weight's gradient is wanted, and the weight if that of the rows is.
 EXPORT void grouped_linear_backward(const float* x, const float* weight, const int64_t* counts, const float* grad,
                                     float* grad_x, float* grad_weight, Size num_experts, Size size, Size width,
                                     Size bf16) {

@@ -4,6 +4,8 @@
 #include "cross_entropy.cpp"
 #include "dense.cpp"
 #include "experts.cpp"
+#include "float8.cpp"
+#include "hadamard.cpp"
 #include "low_rank.cpp"
 #include "optimizer.cpp"
 #include "packed.cpp"

@@ -1,14 +1,14 @@
 // Products with weights kept in few bits: back to fp32 block by block, and multiplied.
 //
 // A weight [in, out] is level(code) * scale. int8 codes are levels themselves, [in, out]. 4-bit codes number the levels
-// of a table; two rows share a row of bytes, [ceil(in / 2), out], the even row in the low half. Scales are
-// [groups, out], for in / groups inputs each. The convolutional codes lie as arrays/ccq.py says. Weights of experts are
-// stacked; rows of x come sorted by expert.
+// of a table; two rows share a row of bytes, [ceil(in / 2), out], the even row in the low half. E4M3 codes are the bits
+// of such numbers, [in, out]. Scales are [groups, out], for in / groups inputs each. The convolutional codes lie as
+// arrays/ccq.py says. Weights of experts are stacked; rows of x come sorted by expert.
 #include "ccq.h"
 
 namespace {
 
-enum Kind : Size { kInt8, kInt4, kNormalFloat, kWint2, kWint25 };
+enum Kind : Size { kInt8, kInt4, kNormalFloat, kE4M3, kWint2, kWint25 };
 
 // Quantiles of the normal distribution, exact at -1, 0 and 1 (arXiv 2305.14314, appendix E).
 constexpr float kQuantiles[16] = {
@@ -28,7 +28,7 @@ struct Packed {
     Size code_bytes() const {
         if (kind == kWint2) return (in / 4 + (in + 127) / 128) * out;
         if (kind == kWint25) return in / ccq::kGroup * ccq::kWords * 2 * out;
-        return (kind == kInt8 ? in : (in + 1) / 2) * out;
+        return (kind == kInt8 || kind == kE4M3 ? in : (in + 1) / 2) * out;
     }
     Packed expert(Size e) const {
         Packed one = *this;
@@ -40,6 +40,15 @@ struct Packed {
         return std::max((rows >= kManyRows ? kMany : kFew) / out / least, Size(1)) * least;
     }
 };
+
+// The number of E4M3 bits: exponent and fraction moved to where fp32 has them, times 2^(127 - 7). Subnormals come out
+// right by themselves; 0x7F and 0xFF, which are NaN, are never written.
+inline float e4m3(uint8_t code) {
+    const uint32_t bits = uint32_t(code & 0x80) << 24 | uint32_t(code & 0x7F) << 20;
+    float value;
+    std::memcpy(&value, &bits, sizeof value);
+    return value * 0x1p120f;
+}
 
 // w = rows [first, last) of the dense weight.
 void make_dense(const Packed& p, Size first, Size last, float* w) {
@@ -53,6 +62,12 @@ void make_dense(const Packed& p, Size first, Size last, float* w) {
             const int8_t* code = reinterpret_cast<const int8_t*>(p.codes) + row * p.out;
 #pragma omp simd
             for (Size i = 0; i < p.out; ++i) out[i] = code[i] * scale[i];
+            continue;
+        }
+        if (p.kind == kE4M3) {
+            const uint8_t* code = p.codes + row * p.out;
+#pragma omp simd
+            for (Size i = 0; i < p.out; ++i) out[i] = e4m3(code[i]) * scale[i];
             continue;
         }
         const uint8_t* pair = p.codes + row / 2 * p.out;

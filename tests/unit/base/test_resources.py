@@ -59,9 +59,11 @@ def test_gpus_as_the_tool_lists_them(tmp_path, monkeypatch):
         resources.Gpu("NVIDIA H100 80GB HBM3", 81559 * 2**20), resources.Gpu("Some, other", 2**30),
     ]  # fmt: skip
     tool.write_text("#!/bin/sh\necho 'no devices were found'\nexit 6\n")
-    assert resources.gpus() == []
+    assert resources.gpus() == resources.capabilities() == []
+    tool.write_text("#!/bin/sh\ntest \"$1\" = --query-gpu=compute_cap && echo 9.0 && echo 12.0 && echo '[N/A]'\n")
+    assert resources.capabilities() == [(9, 0), (12, 0)]
     monkeypatch.setenv("PATH", "")
-    assert resources.gpus() == []
+    assert resources.gpus() == resources.capabilities() == []
 
 
 def test_disk_of_a_folder_that_is_not_there_yet(tmp_path):

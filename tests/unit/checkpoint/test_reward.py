@@ -10,7 +10,8 @@ import pytest
 from erniekit.base.errors import CheckpointError
 from erniekit.checkpoint.convert import convert
 from erniekit.checkpoint.folder import Folder
-from erniekit.checkpoint.model_io import build_model, load_model, save_model
+from erniekit.checkpoint.load import load_model
+from erniekit.checkpoint.model_io import build_model, save_model
 from erniekit.checkpoint.verify import verify
 from erniekit.models.decoder import ErnieForCausalLM
 from erniekit.models.reward import ErnieForReward

@@ -10,6 +10,7 @@ from erniekit.config.load import load_config
 from erniekit.config.parallel import UNBUILT_DEGREES
 from erniekit.config.readiness import (
     absent_files,
+    fp8_device,
     not_built,
     not_checked_here,
     require_built,
@@ -127,6 +128,23 @@ def test_each_verb_judges_what_it_reads():
     assert [line.split(": ")[1] for line in refused(require_built, config, "chat")] == ["compute_type"]
     assert "mergekit_task_config" not in str(refused(require_built, config, "train"))
     require_built(load_config({"tensor_parallel_degree": 2, "ignore_load_lr_and_optim": True}), "export")
+
+
+def test_fp8_needs_a_device_and_a_build_that_know_it(monkeypatch):
+    config = load_config({"compute_type": "fp8", "train_dataset_path": "a", "stage": "PT"})
+    for build, found, words in (
+        (None, [], "no GPU"), (None, [(9, 0)], "a build of Paddle for CPUs"), ("3.3.1", [(9, 0), (8, 0)], "older"),
+    ):  # fmt: skip
+        monkeypatch.setattr("erniekit.base.packages.version", lambda _, build=build: build)
+        monkeypatch.setattr("erniekit.base.resources.capabilities", lambda found=found: found)
+        (line,) = fp8_device(config)
+        assert line.startswith("argument: compute_type: fp8 needs") and words in line and "fp8_emulate: true" in line
+        assert line in refused(require_ready, config) and line in not_checked_here(config)
+    monkeypatch.setattr("erniekit.base.resources.capabilities", lambda: [(9, 0), (10, 3)])
+    assert fp8_device(config) == []
+    monkeypatch.setattr("erniekit.base.resources.capabilities", list)
+    for keys in ({"fp8_emulate": True, "compute_type": "fp8"}, {"compute_type": "bf16"}):
+        assert fp8_device(load_config(keys)) == []
 
 
 def test_absent_files(tmp_path):

@@ -35,11 +35,15 @@ from erniekit.base import runtime
 runtime.prepare()
 from erniekit.ops.cpu import library as built
 built.FLAGS = tuple("-march=x86-64" if flag == "-march=native" else flag for flag in built.FLAGS)
-from tests.unit.ops import test_attention, test_cross_entropy, test_dense
+from tests.unit.ops import test_attention, test_cross_entropy, test_dense, test_float8, test_hadamard
 for sizes in test_attention.SIZES[2:5]:
     test_attention.test_attention(sizes, "packed")
 test_cross_entropy.test_loss((1100, 16, 50), True, True)
 test_dense.test_swiglu((130, 64))
+for kind in test_float8.KINDS:
+    test_float8.test_random_numbers(kind)
+    test_float8.test_schemes_are_equal_bit_for_bit_everywhere(kind, [64, 65, 1])
+test_hadamard.test_rows((5, 96))
 print(built.compiled_path())
 """
 

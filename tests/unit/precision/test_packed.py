@@ -15,7 +15,7 @@ from erniekit.models.layers import Linear
 from erniekit.models.moe import Experts
 from erniekit.ops.wheel import has_bf16_products
 from erniekit.parallel.recompute import apply_recompute
-from erniekit.precision.packed import PackedLinear, packed_weights, use_packed_weights
+from erniekit.precision.packed import PackedLinear, packed_weights, store_for, use_packed_weights
 from erniekit.precision.products import use_bf16_products
 from tests.unit.precision.test_products import tiny
 
@@ -104,7 +104,7 @@ def test_rounded_products_reach_packed_weights():
 
 
 def test_rows_of_any_shape_go_through_a_linear_layer():
-    layer = PackedLinear("int4", (6, 4), group_size=3, dtype="float32")
+    layer = PackedLinear(store_for("int4", (1, 6, 4), group_size=3, dtype="float32"))
     layer.store.put(0, np.random.default_rng(0).normal(size=(6, 4)).astype("float32"), name="w")
     for shape in ([6], [1, 6], [2, 3, 6], [0, 6], [2, 0, 6]):
         x = paddle.to_tensor(np.random.default_rng(1).normal(size=shape).astype("float32"))

@@ -1,0 +1,83 @@
+"""How near a model's predictions stay to those of another: mean KL divergence, and how often both name the same token.
+
+The two are never in memory together: of the reference its last hidden states on the eval set stay, a row of fp32 for
+each trained token, and its head, which makes every log-probability of the vocabulary again when it is asked. So the
+divergence is exact, over the whole vocabulary, and costs tokens x hidden size of memory, not tokens x vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import paddle
+import paddle.nn.functional as F
+
+from erniekit.data.build import EvalData
+from erniekit.models.decoder import ErnieForCausalLM, Head
+from erniekit.ops.attention import end_rows_from_segments
+from erniekit.parallel.mesh import Mesh
+
+_TOKENS = 256  # whose log-probabilities are there at a time, twice
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The batches of an eval set that this rank looks at: of every source `most` (-1: all), in order."""
+
+    data: EvalData
+    batch_size: int
+    most: int
+    mesh: Mesh
+
+    def hidden(self, model: ErnieForCausalLM) -> Iterator[tuple[paddle.Tensor, bool]]:
+        """The last hidden states [M, D] at the trained positions of each batch, and whether it counts."""
+        at = self.mesh.axis("data")
+        for source in range(len(self.data.source_names)):
+            batches = self.data.batches(self.batch_size, source=source, index=at.index, parts=at.size)
+            for count, batch in enumerate(batches):
+                if 0 < self.most <= count:
+                    break
+                ids, positions = paddle.to_tensor(batch.input_ids), paddle.to_tensor(batch.position_ids)
+                trunk = model.trunk(ids, positions, end_rows_from_segments(paddle.to_tensor(batch.segment_ids)))
+                trained = paddle.to_tensor(np.flatnonzero(batch.labels.reshape(-1) >= 0))
+                yield trunk.hidden_BSD.flatten(0, 1)[trained], batch.counts
+
+
+class Reference:
+    """What remains of a model: its last hidden states on `rows`, and its head."""
+
+    def __init__(self, model: ErnieForCausalLM, rows: Rows) -> None:
+        model.eval()
+        with paddle.no_grad():
+            self.states = [hidden_MD for hidden_MD, _ in rows.hidden(model)]
+        self.head: Head = model.lm_head
+        self._rows = rows
+
+    @paddle.no_grad()
+    def against(self, model: ErnieForCausalLM) -> dict[str, float]:
+        """eval_kl: the mean over trained tokens of KL(reference || model), in nats; eval_same_best_token: the share of
+        them for which both find the same token the likeliest. All ranks call this."""
+        model.eval()
+        divergence, same, tokens = 0.0, 0.0, 0.0
+        for theirs_MD, (mine_MD, counts) in zip(self.states, self._rows.hidden(model), strict=True):
+            if not counts:
+                continue
+            tokens += len(mine_MD)
+            for start in range(0, len(mine_MD), _TOKENS):
+                part = slice(start, start + _TOKENS)
+                exact_MV = F.log_softmax(self.head.logits(theirs_MD[part]), axis=-1)
+                found_MV = F.log_softmax(model.lm_head.logits(mine_MD[part]), axis=-1)
+                terms_M = (paddle.exp(exact_MV) * (exact_MV - found_MV)).sum(-1)
+                divergence += float(terms_M.astype("float64").sum())
+                same += int((exact_MV.argmax(-1) == found_MV.argmax(-1)).astype("int64").sum())
+        divergence, same, tokens = self._over_ranks([divergence, same, tokens])
+        return {"eval_kl": divergence / max(tokens, 1), "eval_same_best_token": same / max(tokens, 1)}
+
+    def _over_ranks(self, sums: list[float]) -> list[float]:
+        data = self._rows.mesh.axis("data")
+        if data.size == 1:
+            return sums
+        self._rows.mesh.meet("compared")
+        return data.all_reduce(paddle.to_tensor(sums, "float64")).tolist()

@@ -1,0 +1,89 @@
+"""Blockwise FP8 on several ranks: the numbers are those of one, and rows travel to experts as bytes."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import paddle
+import pytest
+
+from erniekit.config.architecture import ErnieConfig
+from erniekit.config.cut import Cut
+from erniekit.config.fp8 import Fp8
+from erniekit.config.layout import Layout
+from erniekit.models.layers import parameter
+from erniekit.models.moe import MoE
+from erniekit.parallel.expert import use_expert_parallel
+from erniekit.parallel.mesh import Mesh
+from erniekit.precision.blockwise import use_blockwise
+from tests.parallel.ranks import run_ranks
+
+SIZE, EXPERTS, CHOSEN = 256, 4, 2
+SETTINGS = Fp8("blockwise", ("experts",), emulate=True)
+
+
+def block_of(mesh: Mesh) -> MoE:
+    """A block of experts, in FP8, as this rank holds it; always the same weights."""
+    cfg = ErnieConfig(
+        vocab_size=8, hidden_size=SIZE, intermediate_size=128, num_hidden_layers=1, num_attention_heads=1,
+        num_key_value_heads=1, head_dim=6, model_type="ernie4_5_moe", moe_num_experts=EXPERTS, moe_k=CHOSEN,
+        moe_intermediate_size=128, moe_layer_start_index=0, moe_layer_end_index=0, moe_num_shared_experts=0,
+    )  # fmt: skip
+    root, layer, rng = paddle.nn.Layer(), paddle.nn.Layer(), np.random.default_rng(2)
+    layer.mlp, root.layer = MoE(cfg, dtype="float32"), layer
+    held = Cut.of(mesh.layout, mesh.rank).experts(EXPERTS)
+    for name, p in layer.mlp.named_parameters():
+        drawn = rng.normal(0, 0.1, p.shape).astype("float32")
+        if name.startswith("experts."):
+            p = parameter(layer.mlp.experts, [len(held), *p.shape[1:]], dtype="float32")
+            setattr(layer.mlp.experts, name.removeprefix("experts."), p)
+            drawn = drawn[held.start : held.stop]
+        p.set_value(drawn)
+    layer.mlp.experts.num_experts = len(held)
+    use_expert_parallel(root, mesh)
+    use_blockwise(root, SETTINGS)
+    return layer.mlp
+
+
+Passed = tuple[dict[str, np.ndarray], Counter[str], Counter[str]]
+
+
+def passed(mesh: Mesh, sizes: tuple[int, ...], wired: list[bool]) -> list[Passed]:
+    """Output and gradients for this rank's tokens, with a wire and without, and what was sent forward and in all."""
+    drawn = np.random.default_rng(5).normal(size=(1, sum(sizes), SIZE)).astype("float32")
+    mine = np.split(drawn, np.cumsum(sizes)[:-1], axis=1)[mesh.coordinates.data] if mesh.layout.world > 1 else drawn
+    found = []
+    for wire in wired:
+        block = block_of(mesh)
+        if not wire:
+            block.experts.wire = None
+        mesh.traffic.sent.clear()
+        x = paddle.to_tensor(mine, stop_gradient=False)
+        y = block(x)[0]
+        forward = mesh.traffic.sent.copy()
+        paddle.square(y).sum().backward()
+        grads = {name: p.grad.numpy() for name, p in block.named_parameters() if p.grad is not None}
+        found.append((grads | {"x": x.grad.numpy(), "y": y.numpy()}, forward, mesh.traffic.sent.copy()))
+    return found
+
+
+@pytest.mark.parametrize("sizes", [(70, 150), (1, 1)], ids=str)
+def test_rows_go_out_as_bytes_and_change_no_number(sizes: tuple[int, ...]) -> None:
+    ranks = run_ranks(passed, Layout(2, expert=2), sizes, [True, False])
+    (alone, *_), = passed(Mesh.single(), sizes, [True])
+    rows = sum(sizes) * CHOSEN
+    full, written, weight = 4 * SIZE, SIZE + 4 * SIZE // 128, 4  # bytes of a row, and of its weight
+    wired, plain = zip(*ranks, strict=True)
+    for found, bytes_out in ((wired, written), (plain, full)):
+        assert sum(forward["expert/all_to_all"] for _, forward, _ in found) == rows * (bytes_out + weight + full)
+        everything = rows * (bytes_out + weight + full + full + weight + full)
+        assert sum(sent["expert/all_to_all"] for _, _, sent in found) == everything
+    for (numbers, *_), (without, *_) in ranks:
+        for name, array in without.items():
+            np.testing.assert_array_equal(numbers[name], array, err_msg=name)
+    y = np.concatenate([numbers["y"] for (numbers, *_), _ in ranks], axis=1)
+    np.testing.assert_allclose(y, alone["y"], rtol=1e-6, atol=1e-6)
+    for name in ("experts.gate_up_proj", "experts.down_proj"):
+        whole = np.concatenate([numbers[name] for (numbers, *_), _ in ranks])
+        np.testing.assert_allclose(whole, alone[name], rtol=1e-5, atol=1e-5 * np.abs(alone[name]).max())
