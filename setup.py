@@ -67,7 +67,13 @@ setup(
         # Our model in PaddleNLP's Trainer, in an environment of its own (scripts/interop_paddlenlp.sh): it caps numpy
         # at 1.26.4, its own range of aistudio-sdk breaks its import, and pyarrow 26 wants numpy 2.
         "paddlenlp": ["paddlenlp==3.0.0b4", "aistudio-sdk==0.2.6", "pyarrow<26"],
-        # Independent implementations that results are compared with; nothing in erniekit imports them.
-        "parity": ["torch==2.13.0", "transformers>=5.23", "peft>=0.21", "trl>=1.16"],
+        # Independent implementations that results are compared with; only ops/triton imports one.
+        "parity": [
+            "torch==2.13.0",
+            "transformers>=5.23",
+            "peft>=0.21",
+            "trl>=1.16",
+            "triton>=3.4; platform_system == 'Linux'",  # whose interpreter runs ops/triton on a CPU
+        ],
     },
 )

@@ -1,0 +1,26 @@
+"""Reading tensors of any framework: what a launch needs to know of their shapes. Knows no kernels."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def strides(tensor: Any) -> tuple[int, ...]:
+    """Elements from one index to the next, for every dimension: a method in torch, an attribute in Paddle."""
+    found = tensor.stride() if callable(getattr(tensor, "stride", None)) else tensor.strides
+    return tuple(found)
+
+
+def is_dense(tensor: Any) -> bool:
+    """Whether neighbours in the last dimension are neighbours in memory, as the kernels read them."""
+    return tensor.shape[-1] == 1 or strides(tensor)[-1] == 1
+
+
+def cdiv(size: int, step: int) -> int:
+    """Blocks of `step` that cover `size`."""
+    return -(-size // step)
+
+
+def slots_for(experts: int) -> int:
+    """The power of two in which a kernel holds a number for every expert."""
+    return 1 << max(experts - 1, 1).bit_length()

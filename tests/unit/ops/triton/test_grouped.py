@@ -1,0 +1,122 @@
+"""Products of sorted rows in Triton's interpreter against fp64 products of the same operands (extra `parity`)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import ml_dtypes
+import numpy as np
+import paddle
+import pytest
+
+from erniekit.ops import float8
+
+grouped = pytest.importorskip("erniekit.ops.triton.grouped", reason="needs triton (extra parity)")
+quantise = pytest.importorskip("erniekit.ops.triton.quantise", reason="needs triton (extra parity)")
+pytestmark = pytest.mark.parity
+COUNTS = [5, 0, 130, 1]  # fewer rows than a tile, none, more than one tile
+ROWS, K, N, EXPERTS = sum(COUNTS), 256, 160, len(COUNTS)
+ENDS = np.cumsum(COUNTS)
+
+
+def drawn(*shape: int, seed: int) -> paddle.Tensor:
+    return paddle.to_tensor(np.random.default_rng(seed).normal(size=shape).astype("float32"))
+
+
+def empty(*shape: int, dtype: str) -> paddle.Tensor:
+    return paddle.full(shape, float("nan"), dtype)
+
+
+def ends() -> paddle.Tensor:
+    return paddle.to_tensor(ENDS.astype("int32"))
+
+
+def exact(x: paddle.Tensor) -> np.ndarray:
+    return x.astype("float32").numpy().astype(np.float64)
+
+
+def of_experts() -> Iterator[tuple[int, slice]]:
+    yield from ((expert, slice(end - count, end)) for expert, (count, end) in enumerate(zip(COUNTS, ENDS, strict=True)))
+
+
+def rounds_to(found: paddle.Tensor, expected: np.ndarray) -> None:
+    """Within an ulp of bf16, and almost everywhere the nearest: sums in fp32 may decide a middle otherwise."""
+    nearest = expected.astype(np.float32).astype(ml_dtypes.bfloat16)
+    differ = found.astype("float32").numpy() != nearest.astype(np.float32)
+    assert differ.mean() < 2e-3
+    np.testing.assert_allclose(exact(found), expected, rtol=2**-7, atol=1e-4)
+
+
+def quantised_weight(w: paddle.Tensor) -> tuple[float8.Float8, paddle.Tensor]:
+    held = float8.quantise(w, float8.Blocks(), short=True)
+    return held, held.codes.transpose([0, 2, 1]).contiguous()
+
+
+@pytest.mark.parametrize("setting", [grouped.FLOAT8[0], grouped.FLOAT8[2]], ids=["128 rows", "64 rows"])
+def test_forward_in_fp8(setting):
+    x, (w, turned) = float8.quantise(drawn(ROWS, K, seed=0), float8.Rows()), quantised_weight(drawn(4, K, N, seed=1))
+    y = empty(ROWS, N, dtype="bfloat16")
+    scales = w.scales.transpose([0, 2, 1])
+    grouped.product8((x.codes, x.scales), (turned, scales), y, ends=ends(), setting=setting)
+    dense_x, dense_w = exact(float8.dense(x)), exact(float8.dense(w))
+    rounds_to(y, np.concatenate([dense_x[rows] @ dense_w[expert] for expert, rows in of_experts()]))
+
+
+@pytest.mark.parametrize("kind", [float8.E4M3, float8.E5M2], ids=lambda kind: kind.name)
+def test_gradient_of_rows_in_fp8(kind):
+    """The summed dimension, N, ends in a short block."""
+    g = float8.quantise(drawn(ROWS, N, seed=2), float8.Rows(), kind=kind, short=True)
+    w, _ = quantised_weight(drawn(4, K, N, seed=1))
+    grad_x = empty(ROWS, K, dtype="bfloat16")
+    grouped.product8((g.codes, g.scales), (w.codes, w.scales), grad_x, ends=ends(), x_e5m2=kind is float8.E5M2)
+    dense_g, dense_w = exact(float8.dense(g)), exact(float8.dense(w))
+    rounds_to(grad_x, np.concatenate([dense_g[rows] @ dense_w[expert].T for expert, rows in of_experts()]))
+
+
+def test_gradient_of_weights_in_fp8():
+    """From rows to columns to the product, as training does it, added to what is there; and against the unquantised."""
+    x, g = drawn(ROWS, K, seed=0), drawn(ROWS, N, seed=2)
+    along = []
+    for rows in (x, g):
+        codes = paddle.zeros([rows.shape[1], quantise.padded_rows(ROWS, EXPERTS)], "uint8")
+        scales = empty(codes.shape[1] // 128, rows.shape[1], dtype="float32")
+        quantise.quantise_columns(rows, codes, scales, ends=ends())
+        along.append((codes, scales))
+    out, started = paddle.ones([EXPERTS, K, N]), empty(EXPERTS, K, N, dtype="float32")
+    grouped.weight_product8(*along, out, ends=ends())
+    grouped.weight_product8(*along, started, ends=ends(), add=False)
+    dense_x, dense_g = (
+        exact(float8.dense(float8.quantise(rows, float8.Columns(), counts=COUNTS, short=True))) for rows in (x, g)
+    )
+    expected = np.stack([dense_x[rows].T @ dense_g[rows] for _, rows in of_experts()])
+    np.testing.assert_allclose(started.numpy(), expected, atol=1e-5)
+    np.testing.assert_allclose(out.numpy(), expected + 1, atol=1e-5)
+    whole = np.stack([exact(x)[rows].T @ exact(g)[rows] for _, rows in of_experts()])
+    cosine = (whole * started.numpy()).sum() / np.sqrt((whole**2).sum() * (started.numpy() ** 2).sum())
+    assert cosine > 0.999
+
+
+def test_forward_and_backward_in_bf16():
+    shapes = ([ROWS, 200], [EXPERTS, 200, N], [ROWS, N])
+    x, w, g = (drawn(*shape, seed=seed).astype("bfloat16") for seed, shape in enumerate(shapes))
+    y, grad_x = empty(ROWS, N, dtype="bfloat16"), empty(ROWS, 200, dtype="bfloat16")
+    grad_w, added = empty(EXPERTS, 200, N, dtype="bfloat16"), paddle.ones([EXPERTS, 200, N])
+    grouped.product16(x, w, y, ends=ends(), setting=grouped.BF16[3])
+    grouped.product16(g, w, grad_x, ends=ends(), turned=True)
+    grouped.weight_product16(x, g, grad_w, ends=ends())
+    grouped.weight_product16(x, g, added, ends=ends(), add=True)
+    x_, w_, g_ = exact(x), exact(w), exact(g)
+    rounds_to(y, np.concatenate([x_[rows] @ w_[expert] for expert, rows in of_experts()]))
+    rounds_to(grad_x, np.concatenate([g_[rows] @ w_[expert].T for expert, rows in of_experts()]))
+    expected = np.stack([x_[rows].T @ g_[rows] for _, rows in of_experts()])
+    rounds_to(grad_w, expected)
+    np.testing.assert_allclose(added.numpy(), expected + 1, atol=1e-4)
+
+
+def test_a_tile_that_is_not_finite_shows():
+    x, (_, turned) = float8.quantise(drawn(2, K, seed=0), float8.Rows()), quantised_weight(drawn(1, K, N, seed=1))
+    x.scales[0, 0] = float("nan")
+    y = empty(2, N, dtype="bfloat16")
+    end = paddle.to_tensor([2], dtype="int32")
+    grouped.product8((x.codes, x.scales), (turned, paddle.ones([1, 2, 2])), y, ends=end)
+    assert np.isnan(exact(y)).all(1).tolist() == [True, False]
