@@ -18,7 +18,7 @@ from erniekit.checkpoint.ernie45 import memory_table
 from erniekit.checkpoint.folder import Folder
 from erniekit.checkpoint.merge import Merged
 from erniekit.checkpoint.model_io import build_model
-from erniekit.checkpoint.quantised_folder import QuantisedFolder, is_quantised
+from erniekit.checkpoint.quantised_folder import QuantisedFolder, open_to_answer
 from erniekit.checkpoint.quantised_io import build_quantised
 from erniekit.checkpoint.source import made
 from erniekit.config.cut import Cut
@@ -46,9 +46,9 @@ def load_for_answers(
     a quantised folder everything stays so. Each rank of the `mesh` gets its part, and all of them have to be asked the
     same. `dtype` as in `load_model`.
     """
-    if is_quantised(path):
-        return _load_quantised(QuantisedFolder.open(path), adapter=adapter, pack=pack, dtype=dtype, mesh=mesh)
-    folder = Folder.open(path)
+    folder = open_to_answer(path)
+    if isinstance(folder, QuantisedFolder):
+        return _load_quantised(folder, adapter=adapter, pack=pack, dtype=dtype, mesh=mesh)
     dtype = dtype or _dtype(folder)
     opened = AdapterFolder.open(adapter) if adapter else None
     if opened:

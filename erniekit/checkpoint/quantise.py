@@ -156,7 +156,7 @@ def write_quantised(
             work = _Work(folder, scheme, plan, source, seen, progress, every)
             for file in plan.files:
                 work.write(stage, file, journal)
-            report = _report(scheme, journal, plan, seen)
+            report = {"model": _model(folder, source), **_report(scheme, journal, plan, seen)}
             write_json(stage / REPORT_FILE, report)
             copy_companions(folder.path, stage)
             if len(plan.files) > 1:
@@ -275,6 +275,11 @@ def _judged(name: str, weight: np.ndarray, encoder: Encoder, arrays: Mapping[str
         "bits": 8 * sum(array.nbytes for array in arrays.values()) / weight.size, "mse": error / weight.size,
         "relative_error": (error / whole) ** 0.5 if whole else 0.0, "square_error": error, "square": whole,
     }  # fmt: skip
+
+
+def _model(folder: Folder, source: Source) -> str | None:
+    """The high-precision model, if it is a folder: `eval` compares with it."""
+    return str(folder.path.resolve()) if source is folder else None
 
 
 def _report(scheme: Scheme, journal: Journal, plan: _Plan, seen: Statistics) -> dict[str, Any]:

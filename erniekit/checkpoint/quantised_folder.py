@@ -34,6 +34,11 @@ def is_quantised(path: str | Path) -> bool:
         return False
 
 
+def open_to_answer(path: str | Path) -> Folder:
+    """A model folder, quantised or not, to ask its model something."""
+    return QuantisedFolder.open(path) if is_quantised(path) else Folder.open(path)
+
+
 def layout_fields(table: Table, scheme: Scheme, cfg: ErnieConfig) -> dict[str, dict[str, tuple[str, tuple[int, ...]]]]:
     """What is stored in place of each tensor of `table`: name -> (format tag, shape). Tensors that stay as they are
     are not in it; the scales of a cache stand under the fused projection that fills it."""

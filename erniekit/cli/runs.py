@@ -28,12 +28,14 @@ def train(arguments: Arguments) -> None:
 
 
 def evaluate(arguments: Arguments) -> None:
-    """Evaluate the model of the config."""
-    config = load_config(arguments.places[0], arguments.overrides)
+    """Evaluate the model of the config, or of a folder."""
+    place = arguments.places[0]
+    is_folder = os.path.isdir(place) or is_repository(place)
+    config = load_config({"model_name_or_path": place} if is_folder else place, arguments.overrides)
     with runtime.keeping_sigterm():
         from erniekit.recipes.evaluate import evaluate
 
-    evaluate(config)
+    evaluate(config, reference=arguments.text("reference"))
 
 
 def export(arguments: Arguments) -> None:

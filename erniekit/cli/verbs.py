@@ -73,8 +73,14 @@ VERBS = {
         ),
         Verb(
             "eval", "loss, perplexity and token accuracy on the evaluation set; how good its answers are",
-            home="runs:evaluate", places=("CFG",), overrides=True, needs_paddle=True, takes_ranks=True, options=RANKS,
-            doc="eval_generate=N answers N prompts (-1: all) and compares them with their references.",
+            home="runs:evaluate", places=("DIR_OR_CFG",), overrides=True, needs_paddle=True, takes_ranks=True,
+            options=(
+                Option("reference", "model to compare with (of a quantised folder: its origin)", metavar="DIR"),
+                *RANKS,
+            ),
+            doc="eval_generate=N answers N prompts (-1: all) and compares them with their references. A folder wants "
+            "eval_dataset_path=FILE. Of a quantised one its size and errors are shown; --reference none compares "
+            "with nothing.",
         ),
         Verb(
             "export", "write the trained model of output_dir as a folder to deploy", home="runs:export",

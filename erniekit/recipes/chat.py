@@ -13,8 +13,8 @@ from erniekit.base.errors import CheckpointError, DataError, ErnieKitError, Mesh
 from erniekit.checkpoint.adapter_forms import is_adapter
 from erniekit.checkpoint.chosen import adapter_of, base_of
 from erniekit.checkpoint.download import locate_model
-from erniekit.checkpoint.folder import Folder
 from erniekit.checkpoint.load import load_for_answers
+from erniekit.checkpoint.quantised_folder import open_to_answer
 from erniekit.config.packing import packing_of
 from erniekit.config.parallel import DEVICE_DEGREES
 from erniekit.config.readiness import require_built, require_ready
@@ -59,7 +59,7 @@ class _Chat:
     """A model, what it is told, and the lines that come in."""
 
     def __init__(self, cfg: RunConfig, path: Path, adapter: Path | None) -> None:
-        self.tokenizer = Tokenizer.from_folder(Folder.open(path).path)
+        self.tokenizer = Tokenizer.from_folder(open_to_answer(path).path)
         self.defaults = read_generation_config(path)
         self.stops = eos_ids(self.defaults)
         self.template = choose_template(self.tokenizer, cfg.data.chat_template)

@@ -23,6 +23,7 @@ from erniekit.checkpoint.chosen import adapter_of
 from erniekit.checkpoint.download import locate_model
 from erniekit.checkpoint.folder import Folder
 from erniekit.checkpoint.load import load_for_answers
+from erniekit.checkpoint.quantised_folder import open_to_answer
 from erniekit.config.layout import layout_of
 from erniekit.config.model import PREFERENCE_STAGES
 from erniekit.config.packing import packing_of
@@ -39,6 +40,7 @@ from erniekit.rollout.generate import generate_batch, prompt_text
 from erniekit.rollout.judge import Judged, figures, judge
 from erniekit.rollout.sampling import Sampling, eos_ids, read_generation_config
 from erniekit.training.evaluate import measure, short_names
+from erniekit.training.fidelity import Rows, kept_of, quantised_figures, reference_of
 from erniekit.training.held_out import measure_preferences
 from erniekit.training.objective import LossWeights
 from erniekit.training.preference import PreferenceObjective, preference_objective
@@ -58,18 +60,19 @@ _READ = {
 _NUM_SHOWN = 10  # answers that are printed; all of them are in answers.jsonl
 
 
-def evaluate(cfg: RunConfig) -> dict[str, float]:
+def evaluate(cfg: RunConfig, *, reference: str | None = None) -> dict[str, float]:
     """Measure `cfg.model.model_name_or_path`, with the adapter of lora_path or of a finished run, on
     `eval_dataset_path`; prints the figures and returns them.
 
     Several ranks share the model as the degrees say, and the rows of the eval set; together they give the same answers.
+    `reference` is a model folder with whose predictions the model's are compared (training/fidelity.py).
     """
     place = runtime.rank_place()
     require_ready(cfg, "eval", world=place.world)
     for text in (*cfg.notices, *_unread(cfg)):
         notice(text)
     assert cfg.model.model_name_or_path  # require_ready saw to it
-    folder = Folder.open(locate_model(cfg.model.model_name_or_path, cfg.model.download_hub))
+    folder = open_to_answer(locate_model(cfg.model.model_name_or_path, cfg.model.download_hub))
     adapter = adapter_of(cfg)
     _check_kind(cfg, folder, adapter)
     tokenizer = Tokenizer.from_folder(folder.path)
@@ -85,8 +88,12 @@ def evaluate(cfg: RunConfig) -> dict[str, float]:
         notice(f"measured with the adapter {adapter}")
     elif cfg.model.fine_tuning == "LoRA":
         notice("neither output_dir nor lora_path names an adapter; the base is measured by itself")
+    against = reference_of(folder, cfg, reference)
+    rows = Rows(data, _batch_size(cfg), cfg.train.max_evaluate_steps, mesh)
+    kept = kept_of(against, rows) if against else None
     model = load_for_answers(folder.path, adapter=adapter, pack=packing_of(cfg), mesh=mesh)
     metrics = _measured(cfg, model, data, mesh=mesh)
+    metrics |= (kept.against(model) if kept else {}) | quantised_figures(folder, model, against)
     judged = _answered(cfg, model, tokenizer, data, folder=folder.path, mesh=mesh)
     metrics |= _of_answers(judged, data.source_names)
     _print_table(metrics)
@@ -97,6 +104,10 @@ def evaluate(cfg: RunConfig) -> dict[str, float]:
         _write(Path(cfg.train.output_dir) / "eval", metrics, judged)
     mesh.close()
     return metrics
+
+
+def _batch_size(cfg: RunConfig) -> int:
+    return cfg.train.per_device_eval_batch_size or cfg.train.batch_size
 
 
 def _read_data(cfg: RunConfig, tokenizer: Tokenizer) -> EvalData:
@@ -135,7 +146,7 @@ def _unread(cfg: RunConfig) -> list[str]:
 def _measured(cfg: RunConfig, model: ErnieForCausalLM, data: EvalData, *, mesh: Mesh) -> dict[str, float]:
     """Loss, perplexity and accuracy, and the speed of measuring them."""
     started = time.perf_counter()
-    rows, most = cfg.train.per_device_eval_batch_size or cfg.train.batch_size, cfg.train.max_evaluate_steps
+    rows, most = _batch_size(cfg), cfg.train.max_evaluate_steps
     if cfg.model.stage in PREFERENCE_STAGES:
         return measure_preferences(_preferring(cfg, model, mesh), model, data, batch_size=rows, max_batches=most)
     metrics = measure(model, data, batch_size=rows, max_batches=most, mesh=mesh)
@@ -167,7 +178,7 @@ def _answered(
         return []
     defaults = read_generation_config(folder)
     sampling = Sampling.of(cfg.generate, defaults, seed=cfg.train.seed)
-    rows = cfg.train.per_device_eval_batch_size or cfg.train.batch_size
+    rows = _batch_size(cfg)
     notice(f"answers to {len(prompts)} prompts, {rows} at a time; {sampling}")
     template = choose_template(tokenizer, cfg.data.chat_template)
     variables = {"enable_thinking": cfg.generate.enable_thinking}

@@ -1,7 +1,8 @@
-"""How near a model's predictions stay to those of another: mean KL divergence, and how often both name the same token.
+"""How near a model's predictions stay to those of another: mean KL divergence, and how often both find the same token
+the likeliest. And what a quantised folder costs and saves.
 
-The two are never in memory together: of the reference its last hidden states on the eval set stay, a row of fp32 for
-each trained token, and its head, which makes every log-probability of the vocabulary again when it is asked. So the
+The two models are never in memory together: of the reference its last hidden states on the eval set stay, a row of fp32
+for each trained token, and its head, which makes every log-probability of the vocabulary again when it is asked. So the
 divergence is exact, over the whole vocabulary, and costs tokens x hidden size of memory, not tokens x vocabulary.
 """
 
@@ -9,15 +10,27 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import paddle
 import paddle.nn.functional as F
 
+from erniekit.base.console import notice
+from erniekit.base.errors import CheckpointError, ConfigError
+from erniekit.checkpoint.download import locate_model
+from erniekit.checkpoint.folder import Folder
+from erniekit.checkpoint.load import load_for_answers
+from erniekit.checkpoint.quantised_figures import layer_errors, report_of, size_figures
+from erniekit.checkpoint.quantised_folder import QuantisedFolder
+from erniekit.config.model import PREFERENCE_STAGES
+from erniekit.config.run import RunConfig
 from erniekit.data.build import EvalData
 from erniekit.models.decoder import ErnieForCausalLM, Head
 from erniekit.ops.attention import end_rows_from_segments
 from erniekit.parallel.mesh import Mesh
+from erniekit.precision.packed import packed_weights
+from erniekit.precision.stored import StoredCodes
 
 _TOKENS = 256  # whose log-probabilities are there at a time, twice
 
@@ -81,3 +94,43 @@ class Reference:
             return sums
         self._rows.mesh.meet("compared")
         return data.all_reduce(paddle.to_tensor(sums, "float64")).tolist()
+
+
+# ---------------------------------------------------------------------- of a model to evaluate
+def reference_of(folder: Folder, cfg: RunConfig, asked: str | None) -> Folder | None:
+    """The high-precision folder with which `folder` is to be compared: the one that is asked for, else the one that a
+    quantised folder was made from, if it is here. Raises an error if they cannot be compared."""
+    if asked == "none":
+        return None
+    if asked is None:
+        report = report_of(folder) if isinstance(folder, QuantisedFolder) else None
+        if not (report and report.model and Path(report.model, "config.json").is_file()):
+            return None
+        if cfg.model.stage in PREFERENCE_STAGES:
+            return None
+        notice(f"compared with {report.model}, from which it was made (--reference none: with nothing)")
+        asked = report.model
+    elif cfg.model.stage in PREFERENCE_STAGES:
+        raise ConfigError(f"--reference compares predictions of the next token; stage {cfg.model.stage} has none.")
+    found = Folder.open(locate_model(asked, cfg.model.download_hub))
+    if found.config.vocab_size != folder.config.vocab_size:
+        raise CheckpointError(
+            f"{found.path}: is no reference for {folder.path}: its vocabulary has {found.config.vocab_size} tokens, "
+            f"not {folder.config.vocab_size}."
+        )
+    return found
+
+
+def kept_of(reference: Folder, rows: Rows) -> Reference:
+    """What remains of the reference's model; the rest is let go before another model is loaded."""
+    return Reference(load_for_answers(reference.path, mesh=rows.mesh), rows)
+
+
+def quantised_figures(folder: Folder, model: ErnieForCausalLM, reference: Folder | None) -> dict[str, float]:
+    """Size and errors of a quantised folder, and what its model takes in memory (on this rank)."""
+    if not isinstance(folder, QuantisedFolder):
+        return {}
+    held = sum(int(p.size) * p.element_size() for p in model.parameters())
+    stores = [layer.store for layer in packed_weights(model).values()]
+    held += sum(store.num_bytes() for store in stores if isinstance(store, StoredCodes))
+    return {**size_figures(folder), "memory_bytes": held, **layer_errors(folder, reference)}
