@@ -92,7 +92,6 @@ def test_our_own_configs_are_ready(path: Path, capsys: pytest.CaptureFixture[str
 def test_train_refuses_by_name_what_it_cannot_do(path: Path) -> None:
     config, name = load_config(path), path.stem
     wanted = {key for key in UNBUILT_DEGREES if config.value(key) > 1}
-    wanted |= {"compute_type"} if "fp8" in name else set()
     wanted |= {"input_dir", "split"} if "offline" in name else set()
     if config.model.stage == "VL-SFT":  # and more
         assert {*wanted, "stage"} <= refused(config)

@@ -19,7 +19,8 @@ import numpy as np
 
 from erniekit.base.errors import CheckpointError, ConfigError, did_you_mean, listed
 from erniekit.config.architecture import ErnieConfig
-from erniekit.precision.encoders import BLOCK, LARGEST, W4A8, Encoder, Float8, Float8Blocks, Integers
+from erniekit.ops.arrays.float8 import E4M3
+from erniekit.precision.encoders import BLOCK, W4A8, Encoder, Float8, Float8Blocks, Integers
 
 QuantKind = Literal["wint8", "wint4", "w4a8", "fp8", "fp8_blocks", "wint2", "wint2.5"]
 QUANTIZATION, OURS, VERSION = "quantization_config", "erniekit", 1
@@ -239,7 +240,7 @@ def _layers(start: int, stop: int) -> dict[str, int]:
 def input_scale(kind: QuantKind | None, largest: float) -> np.ndarray:
     """The static scale of inputs whose largest number was seen: that number for w4a8, as its published reader takes
     it, and for fp8 what codes are multiplied by. Inputs that were always zero have 1."""
-    scale = largest / float(LARGEST) if kind == "fp8" else largest
+    scale = largest / E4M3.largest if kind == "fp8" else largest
     return np.array([scale or 1.0], np.float32)
 
 

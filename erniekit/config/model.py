@@ -35,9 +35,10 @@ class ModelConfig:
         aliases=(Alias("lora", bool, {True: ("LoRA",), False: ("Full",)}),),
     )
     compute_type: str = key(
-        "bf16", "Number format of the computation; on a CPU all compute in fp32. Quantised ones keep frozen weights "
-        "small: wint8, wint4, nf4, and wint4/8 (routed experts in 4 bits, other linear layers in 8).",
-        choices=("bf16", "fp32", *QUANTISED), later=("fp16", "fp8"),
+        "bf16", "Number format of the computation; on a CPU all compute in fp32, apart from what fp8_emulate rounds. "
+        "Quantised ones keep frozen weights small: wint8, wint4, nf4, and wint4/8 (routed experts in 4 bits, other "
+        "linear layers in 8).",
+        choices=("bf16", "fp32", "fp8", *QUANTISED), later=("fp16",),
         spellings={"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"},
         aliases=(
             Alias("bf16", bool, {True: ("bf16", "fp8", *QUANTISED), False: ("fp32", "fp16")}),

@@ -51,7 +51,7 @@ _FEATURES = {
         **dict.fromkeys(VISION_STAGES, "training on pictures and video"),
         **dict.fromkeys(REINFORCEMENT_STAGES, "reinforcement learning"),
     },
-    "compute_type": {"fp16": "a loss scale", "fp8": "FP8 training"},
+    "compute_type": {"fp16": "a loss scale"},
 }  # fmt: skip
 
 

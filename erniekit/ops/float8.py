@@ -208,6 +208,8 @@ def requantise(x: Float8, scheme: Scheme, *, counts: list[int] | None = None) ->
 
 def bf16_numbers(x: paddle.Tensor) -> paddle.Tensor:
     """`x` in its own dtype, every number rounded to the nearest that bf16 has."""
+    if backend(x) == "cpu":
+        return cpu.bf16_numbers(x)
     return x.astype("bfloat16").astype(x.dtype)
 
 

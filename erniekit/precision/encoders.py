@@ -13,17 +13,17 @@ tell, so that a file can be laid out before anything is encoded. Convolutional c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Literal, NamedTuple, Protocol
 
-import ml_dtypes
 import numpy as np
 
-from erniekit.ops.arrays.threads import spread_rows
+from erniekit.ops.arrays import float8
+from erniekit.ops.arrays.float8 import E4M3, block_amax, power_of_two, spread_scales
+from erniekit.ops.arrays.threads import spread
 from erniekit.precision.quantize import code_rows, dense, pack, require_finite
 
 WEIGHT, SCALE = "quant_weight", "weight_scale"
-E4M3, LARGEST = np.dtype(ml_dtypes.float8_e4m3fn), np.float32(448)
 BLOCK = 128
 _LEAST = np.finfo(np.float32).tiny  # the scale of zeros: nothing is divided by zero, and zeros stay zeros
 
@@ -111,7 +111,7 @@ class W4A8(Integers):
 
 
 class Float8:
-    """E4M3 codes (as int8: their bits) with one scale for the weight."""
+    """E4M3 codes (as int8: their bits) with one scale for the weight, so that its largest number is E4M3's."""
 
     multiple = 1
 
@@ -123,13 +123,15 @@ class Float8:
         self, weight_DF: np.ndarray, *, name: str, hessian_diag: np.ndarray | None = None  # noqa: ARG002 - no choice
     ) -> dict[str, np.ndarray]:  # fmt: skip
         """See Encoder."""
-        scale = np.maximum(_amax(weight_DF, name=name) / LARGEST, _LEAST)
-        return {WEIGHT: _codes(weight_DF, lambda _rows: scale), SCALE: scale.reshape(1)}
+        largest = block_amax(weight_DF, weight_DF.shape)
+        require_finite(largest, name=name)
+        scale = np.maximum(largest / np.float32(E4M3.largest), _LEAST)
+        return {WEIGHT: _codes(weight_DF, scale, weight_DF.shape), SCALE: scale.reshape(1)}
 
     def decode(self, arrays: Mapping[str, np.ndarray], *, num_in: int) -> np.ndarray:
         """See Encoder."""
         assert len(arrays[WEIGHT]) == num_in
-        return arrays[WEIGHT].view(E4M3).astype(np.float32) * arrays[SCALE]
+        return float8.decode(arrays[WEIGHT], E4M3) * arrays[SCALE]
 
 
 class Float8Blocks:
@@ -146,39 +148,26 @@ class Float8Blocks:
         self, weight_DF: np.ndarray, *, name: str, hessian_diag: np.ndarray | None = None  # noqa: ARG002 - no choice
     ) -> dict[str, np.ndarray]:  # fmt: skip
         """See Encoder."""
-        starts = np.arange(0, weight_DF.shape[1], BLOCK)
-        rows = np.abs(weight_DF).reshape(-1, BLOCK, weight_DF.shape[1]).max(1)
-        largest = np.maximum.reduceat(rows, starts, axis=1)
+        largest = block_amax(weight_DF, (BLOCK, BLOCK))
         require_finite(largest, name=name)
-        mantissa, exponent = np.frexp(largest / LARGEST)
-        scales = np.ldexp(np.float32(1), np.where(mantissa == 0.5, exponent - 1, exponent))
-        scales = np.where(largest > 0, np.maximum(scales, _LEAST), np.float32(1)).astype(np.float32)
-        return {WEIGHT: _codes(weight_DF, lambda rows: _spread(scales, rows, weight_DF.shape[1])), SCALE: scales}
+        scales = power_of_two(largest, E4M3)
+        return {WEIGHT: _codes(weight_DF, scales, (BLOCK, BLOCK)), SCALE: scales}
 
     def decode(self, arrays: Mapping[str, np.ndarray], *, num_in: int) -> np.ndarray:
         """See Encoder."""
-        codes = arrays[WEIGHT]
-        return codes.view(E4M3).astype(np.float32) * _spread(arrays[SCALE], slice(0, num_in), codes.shape[1])
+        assert len(arrays[WEIGHT]) == num_in
+        return float8.dense(arrays[WEIGHT], arrays[SCALE], float8.Blocks(BLOCK, BLOCK), kind=E4M3)
 
 
-def _spread(scales: np.ndarray, rows: slice, num_out: int) -> np.ndarray:
-    """The scale of every number in these rows."""
-    return np.repeat(scales[np.arange(rows.start, rows.stop) // BLOCK], BLOCK, axis=1)[:, :num_out]
+def _codes(weight: np.ndarray, scales: np.ndarray, block: tuple[int, ...]) -> np.ndarray:
+    """E4M3 of weight / scale. Every thread takes whole blocks."""
+    codes, (height, width) = np.empty(weight.shape, np.int8), block
+    step = min(height, BLOCK)
 
+    def work(part: int) -> None:
+        rows = slice(part * step, min((part + 1) * step, len(weight)))
+        spread_over = spread_scales(scales[rows.start // height :][:1], (step, weight.shape[1]), (step, width))
+        codes[rows] = float8.encode(weight[rows] / spread_over[: rows.stop - rows.start], E4M3).view(np.int8)
 
-def _amax(weight: np.ndarray, *, name: str) -> np.ndarray:
-    largest = np.abs(weight).max()
-    require_finite(largest, name=name)
-    return np.asarray(largest)
-
-
-def _codes(weight: np.ndarray, scale: Callable[[slice], np.ndarray]) -> np.ndarray:
-    """E4M3 of weight / scale, nearest even. What a rounded scale lifts over the largest is cut: the cast makes NaN."""
-    codes = np.empty(weight.shape, np.int8)
-
-    def work(rows: slice) -> None:
-        scaled = np.clip(weight[rows] / scale(rows), -LARGEST, LARGEST)
-        codes[rows] = scaled.astype(E4M3).view(np.int8)
-
-    spread_rows(len(weight), weight.shape[1], work)
+    spread(-(-len(weight) // step), work)
     return codes

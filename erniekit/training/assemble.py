@@ -1,7 +1,7 @@
 """THE order in which a model for training comes together; the only file that knows all the parts.
 
-    build, each rank its part -> weights, quantised while they are read -> adapters -> freezing -> number formats of
-    products -> tensor and expert shards -> recomputation -> (pipeline) -> optimizer, sharded as the mesh says
+    build, each rank its part -> weights, quantised while they are read -> adapters -> freezing -> bf16 products ->
+    tensor and expert shards -> recomputation -> (pipeline) -> FP8 -> optimizer, sharded as the mesh says
 
 The step in parentheses is a later room; it takes its place here.
 """
@@ -36,10 +36,12 @@ from erniekit.checkpoint.model_io import build_model
 from erniekit.config.adapter import AdapterConfig
 from erniekit.config.architecture import ErnieConfig
 from erniekit.config.cut import Cut
+from erniekit.config.fp8 import fp8_of
 from erniekit.config.model import PREFERENCE_STAGES
 from erniekit.config.packing import packing_of
 from erniekit.config.run import RunConfig
 from erniekit.models.decoder import ErnieForCausalLM
+from erniekit.ops.float8 import has_float8
 from erniekit.parallel.expert import use_expert_parallel
 from erniekit.parallel.flat import blocks_of
 from erniekit.parallel.layered import LayerShards
@@ -49,9 +51,12 @@ from erniekit.parallel.tensor import use_tensor_parallel
 from erniekit.parallel.tokens import TokenRanks
 from erniekit.parallel.whole import Wholes
 from erniekit.parallel.zero import GradientSync
+from erniekit.precision.blockwise import use_blockwise
 from erniekit.precision.products import use_bf16_products
+from erniekit.precision.qat import Ranks, use_qat
 from erniekit.training.budget import flat_bytes_of
 from erniekit.training.dropout import DropoutCourse
+from erniekit.training.fp8 import Fp8Training
 from erniekit.training.health import RouterHealth
 from erniekit.training.objective import LossWeights
 from erniekit.training.optimizer import AdamWSettings, Optimizer, matrices_inside
@@ -158,6 +163,35 @@ def _adapt(
         f"adapters of rank {config.rank} on {len(config.targets)} modules{whole}: {numbers:,} numbers are trained, "
         f"{100 * numbers / base:.2f} % of the model's {base:,}"
     )
+
+
+def assemble_fp8(model: ErnieForCausalLM, cfg: RunConfig, *, mesh: Mesh = Mesh.single()) -> Fp8Training | None:
+    """Let the assembled model compute in FP8 as the run sets it; None if it does not. Raises ConfigError on a device
+    that has no FP8, unless it is emulated."""
+    settings = fp8_of(cfg)
+    if settings is None:
+        return None
+    if not settings.emulate and not has_float8():
+        raise ConfigError(
+            "compute_type: fp8 needs a GPU that multiplies FP8, and a build of Paddle for it. Set fp8_emulate: true: "
+            "the same numbers on any device, slower."
+        )
+    if settings.recipe == "blockwise":
+        blockwise = use_blockwise(model, settings, keep=mesh.layout.stage != 3)
+        return Fp8Training(settings, blockwise, blockwise.watch, mesh=mesh)
+    world, tensor = mesh.axis("world"), mesh.axis("tensor")
+    held = Cut.of(mesh.layout, mesh.rank).experts(_experts_of(model.config))
+    ranks = Ranks(
+        everywhere=functools.partial(world.all_reduce, op="max"), beside=functools.partial(tensor.all_reduce, op="max"),
+        first_expert=held.start, num_experts=_experts_of(model.config) or None,
+    )  # fmt: skip
+    qat = use_qat(model, settings, ranks=ranks)
+    return Fp8Training(settings, qat, qat.watch, memory=qat, mesh=mesh)
+
+
+def _experts_of(arch: ErnieConfig) -> int:
+    count = arch.moe_num_experts
+    return count if isinstance(count, int) else count[0]
 
 
 def assemble_optimizer(model: ErnieForCausalLM, cfg: RunConfig, *, mesh: Mesh = Mesh.single()) -> Optimizer:

@@ -34,6 +34,7 @@ from erniekit.training import assemble
 from erniekit.training.best import BestModel
 from erniekit.training.budget import memory_text, run_budget
 from erniekit.training.evaluate import measure
+from erniekit.training.fp8 import Fp8Training, Together
 from erniekit.training.lock import LOCK_NAME, finish_lock, lock_of, write_lock
 from erniekit.training.loggers import open_loggers, wanted_services
 from erniekit.training.loop import AskedToStop, Rhythm, Run, train_loop
@@ -250,11 +251,12 @@ class _Session:
         if mesh.layout.world > 1 and not watch.on_gpu:
             first_alone(mesh, "kernels", tier)  # compiled once, and not while others wait in a collective
         model = job.weights.build(folder.checkpoint)
+        fp8 = assemble.assemble_fp8(model, cfg, mesh=mesh)
         mesh.meet("the model is read")
         story = Story(folder.path, start_step=folder.start_step, writes=mesh.first)
         if not folder.start_step:
             story.tell(answers_before=self.stage.answers(job, model), canary_before=job.canary_loss(model))
-        run = self._run(model)
+        run = self._run(model, fp8)
         mesh.meet("ready for steps")
         if job.canary and not folder.start_step:
             run.reporter.canary({"step": 0, "canary_loss": story.get("canary_before")})
@@ -286,7 +288,7 @@ class _Session:
             raise TrainingStopped(f"{problem} The trained model is saved all the same, in {folder.path}.")
         return TrainResult(str(folder.path), last_figures(history), history)
 
-    def _run(self, model: ErnieForCausalLM) -> Run:
+    def _run(self, model: ErnieForCausalLM, fp8: Fp8Training | None) -> Run:
         job, folder, cfg = self.job, self.folder, self.job.cfg
         optimizer, first = assemble.assemble_optimizer(model, cfg, mesh=job.mesh), job.mesh.first
         reporter = Reporter(
@@ -295,12 +297,13 @@ class _Session:
             display=Display.of(cfg, job.data),
         )  # fmt: skip
         course = self.stage.begin(job, model, folder)
+        memory = Together.of(course.memory, fp8.memory if fp8 else None)
         save_exactly = functools.partial(job.weights.save, final=False, ranges=optimizer.ranges())
         losses = job.mesh.words.share("losses", [row["loss"] for row in reporter.history if "loss" in row])
         run = Run(
             mesh=job.mesh, model=model, optimizer=optimizer,
             schedule=make_run_schedule(cfg, job.rhythm.total_steps), data=job.data, objective=course.objective,
-            memory=course.memory, reference=course.reference, reporter=reporter, rhythm=job.rhythm, best=self.best,
+            memory=memory, reference=course.reference, reporter=reporter, rhythm=job.rhythm, best=self.best, fp8=fp8,
             upkeep=assemble.router_upkeep(model, cfg, mesh=job.mesh),
             checkpoints=Checkpoints(
                 folder.path, writer=job.weights.writer, describe=self.record, keep=cfg.train.save_total_limit or None,
@@ -312,8 +315,8 @@ class _Session:
         )  # fmt: skip
         if folder.checkpoint:
             load_optimizer(folder.checkpoint, optimizer, model, job.mesh)
-            if course.memory:
-                load_memory(folder.checkpoint, course.memory, model, job.mesh)
+            if memory:
+                load_memory(folder.checkpoint, memory, model, job.mesh)
             run.resume(saved_progress(folder.checkpoint))
         return run
 
@@ -324,7 +327,7 @@ class _Session:
             notice(f"stopped early after step {done}: {best.waited} evaluations in a row had no better {best.metric}.")
         if best.keep and best.step not in (0, done):
             notice(f"ending with the model of step {best.step}, {best.metric} {best.value:.6f}.")
-            with run.optimizer.whole_weights():
+            with run.other_weights(), run.optimizer.whole_weights():
                 self.job.weights.refill(run.model, self.folder.path / f"checkpoint-{best.step}")
             run.mesh.meet("the best model is read")
 

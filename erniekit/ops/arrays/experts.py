@@ -120,6 +120,28 @@ def gated_backward(hidden: np.ndarray, grad: np.ndarray, grad_hidden: np.ndarray
     activate_backward(hidden[:, gate], hidden[:, up], grad, grad_hidden[:, gate], grad_hidden[:, up], None)
 
 
+def weighted_gated_forward(
+    hidden: np.ndarray, weights: np.ndarray | None, act: np.ndarray, rows: int, width: int
+) -> None:
+    """act = silu(first half) * second half * weight of the rows."""
+    gated_forward(hidden, act, rows, width)
+    if weights is not None:
+        act *= weights[:, None]
+
+
+def weighted_gated_backward(
+    hidden: np.ndarray, weights: np.ndarray | None, grad: np.ndarray, act: np.ndarray, grad_hidden: np.ndarray,
+    grad_weights: Wanted, _rows: int, width: int,
+) -> None:  # fmt: skip
+    """The gradients of the rows and of their weights from that of act, which is made again."""
+    gate, up = slice(None, width), slice(width, None)
+    scaled = grad if weights is None else grad * weights[:, None]
+    activate_backward(hidden[:, gate], hidden[:, up], scaled, grad_hidden[:, gate], grad_hidden[:, up], act)
+    if weights is not None and grad_weights is not None:
+        np.einsum("ij,ij->i", grad, act, out=grad_weights)
+        act *= weights[:, None]
+
+
 def grouped_linear_forward(
     x: np.ndarray, weight: np.ndarray, counts: np.ndarray, y: np.ndarray, _num_experts: int, _size: int, _width: int,
     bf16: bool,

@@ -123,6 +123,27 @@ class _GroupedLinear(paddle.autograd.PyLayer):
         return (*grads, None)
 
 
+def weighted_gated(hidden_T2I: paddle.Tensor, weights_T: paddle.Tensor | None) -> paddle.Tensor:
+    """silu(first half) * second half * weight; without a gradient."""
+    rows, width = hidden_T2I.shape[0], hidden_T2I.shape[1] // 2
+    act_TI = paddle.empty([rows, width], "float32")
+    weights_T = None if weights_T is None else weights_T.contiguous()
+    call("weighted_gated_forward", hidden_T2I.contiguous(), weights_T, act_TI, rows, width)
+    return act_TI
+
+
+def weighted_gated_backward(
+    hidden_T2I: paddle.Tensor, weights_T: paddle.Tensor | None, grad_TI: paddle.Tensor
+) -> tuple[paddle.Tensor, paddle.Tensor, paddle.Tensor | None]:
+    """(the result once more, gradient of hidden, gradient of the weights)."""
+    hidden_T2I, act_TI, grad_T = hidden_T2I.contiguous(), paddle.empty_like(grad_TI), None
+    if weights_T is not None:
+        weights_T, grad_T = weights_T.contiguous(), paddle.empty(weights_T.shape, "float32")
+    made = (act_TI, paddle.empty_like(hidden_T2I), grad_T)
+    call("weighted_gated_backward", hidden_T2I, weights_T, grad_TI.contiguous(), *made, *grad_TI.shape)
+    return made
+
+
 def permute(x_MD: paddle.Tensor, order: Order) -> paddle.Tensor:
     """Rows copied once per choice, sorted by expert."""
     return _Permute.apply(x_MD, order.token_T, order.place_MC)

@@ -64,6 +64,13 @@ def finish_(
     return x_TF
 
 
+def bf16_numbers(x: paddle.Tensor) -> paddle.Tensor:
+    """The nearest bf16 numbers."""
+    made = x.clone().contiguous()
+    call("finish_products", made, None, paddle.to_tensor([made.size], "int64"), 1, 1, True)
+    return made
+
+
 @functools.cache
 def _halves() -> bool:
     """Whether operands go through bf16: of 4 significant bits times a power of two, it holds every one exactly."""

@@ -144,6 +144,40 @@ EXPORT void gated_backward(const float* gate_up, const float* grad, float* grad_
     activate_backward<false>(gate_up, grad, nullptr, grad_gate_up, rows, width);
 }
 
+// act = silu(gate) * up * weight of the rows [gate | up]; without weights, as gated_forward.
+EXPORT void weighted_gated_forward(const float* gate_up, const float* weights, float* act, Size rows, Size width) {
+    Threads threads;
+#pragma omp parallel for
+    for (Size row = 0; row < rows; ++row) {
+        const float *gate = gate_up + row * 2 * width, *up = gate + width;
+        const float weight = weights ? weights[row] : 1.0f;
+#pragma omp simd
+        for (Size i = 0; i < width; ++i) act[row * width + i] = gate[i] * sigmoid(gate[i]) * up[i] * weight;
+    }
+}
+
+// The gradients of rows and weights from that of act, which is made again.
+EXPORT void weighted_gated_backward(const float* gate_up, const float* weights, const float* grad, float* act,
+                                    float* grad_gate_up, float* grad_weights, Size rows, Size width) {
+    Threads threads;
+#pragma omp parallel for
+    for (Size row = 0; row < rows; ++row) {
+        const float *gate = gate_up + row * 2 * width, *up = gate + width, *given = grad + row * width;
+        float *grad_gate = grad_gate_up + row * 2 * width, *grad_up = grad_gate + width;
+        const float weight = weights ? weights[row] : 1.0f;
+        float dot = 0;
+#pragma omp simd reduction(+ : dot)
+        for (Size i = 0; i < width; ++i) {
+            const float sigma = sigmoid(gate[i]), silu = gate[i] * sigma, g = given[i] * weight;
+            dot += given[i] * silu * up[i];
+            act[row * width + i] = silu * up[i] * weight;
+            grad_gate[i] = g * up[i] * (sigma + silu * (1.0f - sigma));
+            grad_up[i] = g * silu;
+        }
+        if (weights) grad_weights[row] = dot;
+    }
+}
+
 // y = x weight_e of each expert's rows; weight [E, size, width].
 EXPORT void grouped_linear_forward(const float* x, const float* weight, const int64_t* counts, float* y,
                                    Size num_experts, Size size, Size width, Size bf16) {

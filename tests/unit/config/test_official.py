@@ -194,7 +194,7 @@ recompute: True
 """
 UNBUILT = {
     "sft": (SFT, set()),
-    "fp8": (FP8, {"compute_type"}),
+    "fp8": (FP8, set()),
     "dpo": (DPO, set()),
     "vision": (VISION, {"stage"}),
     "chat": (CHAT, set()),

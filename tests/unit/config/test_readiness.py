@@ -27,7 +27,7 @@ def refused(judge, config, *arguments, **options):
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("stage", "PPO"), ("stage", "vl-sft"), ("stage", "GRPO"), ("compute_type", "fp8"),
+        ("stage", "PPO"), ("stage", "vl-sft"), ("stage", "GRPO"), ("compute_type", "fp16"),
         ("optim", "sgd"), ("optim", "adafactor"),
         ("ignore_load_lr_and_optim", True), ("use_cls", False),
         ("ignore_data_skip", True), ("expert_max_capacity", 128),
@@ -109,8 +109,8 @@ def test_degrees_that_do_not_fit_a_model_that_is_here(tmp_path):
 
 def test_details_of_what_is_not_built_are_not_listed_apart():
     keys = {
-        "stage": "GRPO", "compute_type": "fp8",
-        "apply_hadamard": False,
+        "stage": "VL-SFT", "compute_type": "fp16",
+        "freeze_config": "freeze_vision",
     }  # fmt: skip
     assert [line.split(": ")[1] for line in not_built(load_config(keys))] == ["stage", "compute_type"]
 
@@ -124,7 +124,7 @@ def test_everything_at_once():
 
 
 def test_each_verb_judges_what_it_reads():
-    config = load_config({"compute_type": "fp8", "mergekit_task_config": "x", "tensor_parallel_degree": 2})
+    config = load_config({"compute_type": "fp16", "mergekit_task_config": "x", "tensor_parallel_degree": 2})
     assert [line.split(": ")[1] for line in refused(require_built, config, "chat")] == ["compute_type"]
     assert "mergekit_task_config" not in str(refused(require_built, config, "train"))
     require_built(load_config({"tensor_parallel_degree": 2, "ignore_load_lr_and_optim": True}), "export")

@@ -9,9 +9,17 @@ import paddle
 import paddle.nn.functional as F
 import pytest
 
-from erniekit.ops.mlp import linear, swiglu, swiglu_plain
+from erniekit.ops.mlp import (
+    linear,
+    swiglu,
+    swiglu_plain,
+    weighted_gated,
+    weighted_gated_backward,
+    weighted_gated_backward_plain,
+    weighted_gated_plain,
+)
 from erniekit.ops.norm import rms_norm, rms_norm_plain
-from tests.unit.ops.twins import assert_twins, drawn
+from tests.unit.ops.twins import assert_close, assert_twins, drawn
 
 SHAPES = [(1, 1), (3, 7), (2, 5, 48), (130, 64), (2, 1, 33)]
 
@@ -26,6 +34,26 @@ def test_rms_norm(shape, eps):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_swiglu(shape):
     assert_twins(swiglu, swiglu_plain, {"gate": 4.0 * drawn(*shape), "up": drawn(*shape, seed=1)})
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("rows", [0, 1, 130])
+def test_weighted_gated(rows, weighted):
+    hidden = paddle.to_tensor(4.0 * drawn(rows, 66), stop_gradient=False)
+    weights = paddle.to_tensor(drawn(rows, seed=1), stop_gradient=False) if weighted else None
+    grad = paddle.to_tensor(drawn(rows, 33, seed=2))
+    expected = weighted_gated_plain(hidden, weights)
+    parts = ("act", "hidden", "weights")
+
+    def named(made):
+        return {part: None if x is None else x.numpy() for part, x in zip(parts, made, strict=True)}
+
+    if rows:
+        (expected * grad).sum().backward()
+        by_paddle = named([expected, hidden.grad, weights.grad if weighted else None])
+        assert_close(named(weighted_gated_backward_plain(hidden, weights, grad)), by_paddle)
+        assert_close(named(weighted_gated_backward(hidden, weights, grad)), by_paddle)
+    assert_close({"out": weighted_gated(hidden, weights).numpy()}, {"out": expected.numpy()})
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -239,10 +239,24 @@ def test_statistics_of_a_cast():
     assert float8.statistics(paddle.zeros([0, 8]), quantise(paddle.zeros([0, 8]), Rows(8))) == (0.0, 0.0, 0.0)
 
 
+@pytest.mark.parametrize("shape", [(0, 3), (7,), (3, 5, 2)], ids=str)
+def test_bf16_numbers(shape):
+    x = wild(*shape)
+    turned = list(range(x.ndim))[::-1]
+    given = paddle.to_tensor(x)
+    assert float8.bf16_numbers(given).numpy().tobytes() == _to_bf16(x).tobytes()
+    assert given.numpy().tobytes() == x.tobytes()
+    np.testing.assert_array_equal(float8.bf16_numbers(given.transpose(turned)).numpy(), _to_bf16(x).T)
+
+
+def _to_bf16(x):
+    return x.astype(ml_dtypes.bfloat16).astype("float32")
+
+
 def assert_bf16_of(found: paddle.Tensor, exact: np.ndarray) -> None:
     """bf16 numbers, off by no more than their rounding and that of sums in fp32."""
     got = found.numpy()
-    np.testing.assert_array_equal(got.astype(ml_dtypes.bfloat16).astype("float32"), got)
+    np.testing.assert_array_equal(_to_bf16(got), got)
     assert (np.abs(got - exact) <= np.abs(exact) * 2.0**-8 + np.abs(exact).max(initial=0) * 1e-5).all()
 
 

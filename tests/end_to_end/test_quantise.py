@@ -1,0 +1,146 @@
+"""`export --quantize` from the command line: every format, an adapter on the way, kill -9, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from erniekit.checkpoint.create import create
+from erniekit.checkpoint.quantised import _ENCODERS, FORMATS
+from erniekit.checkpoint.quantised_folder import QuantisedFolder
+from erniekit.config import families
+
+ROOT = Path(__file__).parents[2]
+SMALL = families.FAMILIES["micro-moe"] | {
+    "hidden_size": 128,
+    "moe_intermediate_size": 128,
+    "intermediate_size": 256,
+    "head_dim": 32,
+}
+
+
+@pytest.fixture(scope="module")
+def small(bench, tmp_path_factory) -> Path:
+    """A mixture of experts whose sizes fit every format."""
+    path = tmp_path_factory.mktemp("small") / "model"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(families.FAMILIES, "small-moe", SMALL)
+        create("small-moe", path, tokenizer_texts=[bench.folder / "train.jsonl"])
+    return path
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_every_format(bench, run, small, tmp_path):
+    text = ("--calibration", bench.folder / "train.jsonl", "--calibration-tokens", 500)
+    bits = {}
+    for name in (name for name, form in FORMATS.items() if form.experts in _ENCODERS):
+        out, _ = run("export", small, "--quantize", name, *text, "--out", tmp_path / name)
+        assert f"exported {small} to {tmp_path / name} ({name})" in out
+        run("verify", tmp_path / name)
+        report = json.loads((tmp_path / name / "erniekit_quantisation.json").read_bytes())
+        bits[name] = report["bits_per_quantised_weight"]
+        assert report["relative_error"] < {"wint8": 0.01, "fp8": 0.03}.get(name, 0.4)
+        assert ("500 tokens" in out) == (name not in ("wint8", "wint4"))
+        assert (tmp_path / name / "tokenizer.model").is_file()
+    assert bits["wint4"] < bits["w4a8"] < bits["fp8"] < bits["wint8"] < 8.6
+    run("export", small, "--quantize", "fp8", "--group-size", 128, "--out", tmp_path / "blocks")
+    assert (
+        QuantisedFolder.open(tmp_path / "blocks").scheme.kind_of("ernie.layers.0.mlp.down_proj.weight") == "fp8_blocks"
+    )
+
+
+def test_an_adapter_is_merged_on_the_way(bench, run, tmp_path):
+    """Quantising what a LoRA run left is quantising what `export` makes of it; in fp32, so that neither is rounded."""
+    create("micro-moe", tmp_path / "base", dtype="float32", tokenizer=bench.model)
+    keys = {"fine_tuning": "LoRA", "max_steps": 2, "model_name_or_path": tmp_path / "base"}
+    config = bench.config(tmp_path / "run", **keys)
+    run("train", config)
+    run("export", config)
+    out, _ = run("export", config, "--quantize", "wint4", "--group-size", 16)
+    assert f"to {tmp_path / 'run' / 'export-wint4'} (wint4)" in out
+    run("export", tmp_path / "run" / "export", "--quantize", "wint4", "--group-size", 16, "--out", tmp_path / "twice")
+    one, other = (
+        (path / "model.safetensors").read_bytes() for path in (tmp_path / "run/export-wint4", tmp_path / "twice")
+    )
+    assert one == other
+    run("export", config, "--quantize", "wint8", "--checkpoint", 2)
+    assert (tmp_path / "run" / "export-2-wint8" / "config.json").is_file()
+
+
+def test_kill_9_and_the_same_command(bench, run, small, tmp_path):
+    """Killed while it works, and then: the bytes of an export that nothing disturbed."""
+    run("export", small, "--quantize", "wint4", "--out", tmp_path / "straight")
+    slow = (
+        "import sys, time; from erniekit.checkpoint import quantise; real = quantise._Work._tensor\n"
+        "quantise._SECONDS = 0.0; quantise.write_quantised.__kwdefaults__['every'] = 0.0\n"
+        "quantise._Work._tensor = lambda *given: (time.sleep(0.05), real(*given))[1]\n"
+        "from erniekit.cli.main import main; sys.exit(main(sys.argv[1:]))"
+    )
+    words = ["export", str(small), "--quantize", "wint4", "--out", str(tmp_path / "killed")]
+    process = subprocess.Popen(
+        [sys.executable, "-c", slow, *words], cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}
+    )
+    journal, until = tmp_path / "killed" / ".saving" / ".journal", time.monotonic() + 60
+    while not (journal.is_file() and journal.read_bytes().count(b"rows") > 5) and time.monotonic() < until:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "killed" / "config.json").exists()
+    _, err = run(*words)
+    assert "going on with an export that was interrupted" in err
+    assert content(tmp_path / "killed") == content(tmp_path / "straight")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--quantize", "wint5"], ("'wint5' is not known", "Did you mean 'wint")),
+        (["--quantize", "wint4", "--group-size", "48"], ("wint4 does not fit", "takes a multiple of 48")),
+        (["--quantize", "wint8", "--to", "pt"], ("-Paddle form only",)),
+        (["--quantize", "wint8", "--adapter"], ("--quantize and --adapter exclude each other",)),
+        (["--quantize", "w4a8"], ("--calibration FILE",)),
+        (["--quantize", "w4a8", "--calibration", "absent.jsonl"], ("absent.jsonl: there is no such file",)),
+        (["--quantize", "wint8", "--checkpoint", "x"], ("--checkpoint: 'x' is not a whole number",)),
+        (["--quantize", "wint8", "--calibration-tokens", "0"], ("at least 1",)),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_what_cannot_be_is_refused_and_leaves_nothing(run, small, tmp_path, words, said):
+    _, err = run("export", small, *words, "--out", tmp_path / "new" / "out", code=2)
+    for text in said:
+        assert text in err
+    assert not (tmp_path / "new").exists()
+
+
+def test_text_that_is_too_short_is_told(bench, run, small, tmp_path):
+    (tmp_path / "few.txt").write_text("one two three")
+    words = ("export", small, "--quantize", "fp8", "--calibration", tmp_path / "few.txt", "--out", tmp_path / "out")
+    _, err = run(*words, code=2)
+    assert "few.txt has 3 tokens, and 4,096 are needed" in err and "--calibration-tokens 3" in err
+    assert not (tmp_path / "out").exists()
+    run(*words, "--calibration-tokens", 3)
+
+
+def test_options_without_their_format_are_refused(bench, run, tmp_path):
+    _, err = run("export", bench.config(tmp_path / "run"), "--group-size", 64, code=2)
+    assert "--group-size is about --quantize KIND" in err
+
+
+def test_a_quantised_folder_is_read_by_name_only_where_it_can_be(run, small, tmp_path):
+    run("export", small, "--quantize", "wint8", "--out", tmp_path / "w8")
+    for words in (
+        ("export", tmp_path / "w8", "--quantize", "wint4"), ("convert", tmp_path / "w8", tmp_path / "x", "--to", "pt"),
+        ("split", tmp_path / "w8", "--max-shard-size", "1MB"), ("resize-vocab", tmp_path / "w8", "--add-tokens", "new"),
+    ):  # fmt: skip
+        _, err = run(*words, code=2)
+        assert f"{tmp_path / 'w8'}: is a quantised model" in err
