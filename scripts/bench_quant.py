@@ -36,7 +36,7 @@ from erniekit.base.resources import forget_peak, peak_resident, resident  # noqa
 from erniekit.checkpoint.quantised import encoder_of  # noqa: E402
 from erniekit.ops.cpu.library import tier  # noqa: E402
 from erniekit.precision.encoders import Encoder  # noqa: E402
-from erniekit.precision.stored import store_of  # noqa: E402
+from erniekit.precision.stored import StoredCodes  # noqa: E402
 
 FORMATS: dict[str, Callable[[], Encoder]] = {
     "wint8": lambda: encoder_of("wint8"),
@@ -64,7 +64,7 @@ class Side:
         """One round."""
         arrays = self._timed("quantise", lambda: self.encoder.encode(self.weight, name="w", hessian_diag=squares))
         dense = self._timed("decode", lambda: self.encoder.decode(arrays, num_in=len(self.weight)))
-        store = store_of(self.encoder, (1, *self.weight.shape), dtype="float32")
+        store = StoredCodes(self.encoder, (1, *self.weight.shape), dtype="float32")
         store.take(0, arrays, None)
         started = time.perf_counter()
         kernel = store.dense(0)
