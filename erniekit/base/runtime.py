@@ -19,7 +19,7 @@ from pathlib import Path
 from erniekit.base.errors import MeshError
 
 PULSE = "ERNIEKIT_PULSE"  # the folder in which ranks note what they are doing
-_PLAIN_OPS, _NUMPY_OPS = "ERNIEKIT_PLAIN_OPS", "ERNIEKIT_NUMPY_OPS"
+_PLAIN_OPS, _NUMPY_OPS, _TRITON = "ERNIEKIT_PLAIN_OPS", "ERNIEKIT_NUMPY_OPS", "ERNIEKIT_TRITON"
 _JOB = "ERNIEKIT_JOB_FOLDER"
 _LOGS = "ERNIEKIT_DIST_LOG"  # ERNIEKit's name for it
 _TORCHS = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
@@ -181,6 +181,11 @@ def plain_ops() -> bool:
 def numpy_ops() -> bool:
     """True if the user asked for the CPU kernels in numpy even where C++ can be compiled (ERNIEKIT_NUMPY_OPS=1)."""
     return _is_on(_NUMPY_OPS)
+
+
+def triton_ops() -> bool:
+    """True if the user asked for Triton's kernels where Paddle has none of its own (ERNIEKIT_TRITON=1)."""
+    return _is_on(_TRITON)
 
 
 def _is_on(name: str) -> bool:

@@ -28,6 +28,7 @@ MODULES = {
 _DEFAULT: dict[Recipe, tuple[str, ...]] = {"blockwise": ("experts", "shared_experts", "mlp"), "qat": tuple(MODULES)}
 BLOCK = 128  # numbers of a row that share a scale, and the side of a weight's square
 ROTATED = 32  # numbers that a Hadamard matrix mixes
+_UPDATES = "ref_model_update_steps"
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,11 @@ class Fp8:
     check_every: int = 0
     details: bool = False
     qat: Qat | None = None
+
+    @property
+    def numbers(self) -> str:
+        """What the outputs of a model depend on that was not trained yet."""
+        return f"{self.recipe} {' '.join(self.modules)}{' rotated' if self.qat and self.qat.rotate else ''}"
 
     def covers(self, module: str) -> bool:
         """Whether a module computes in FP8: a Linear, the stacked experts, or one of their two weights."""
@@ -88,10 +94,12 @@ def fp8_problems(config: RunConfig) -> Iterator[Finding]:
         yield _both(config, "fine_tuning", why)
     if config.model.cpu_bf16_matmul:
         yield _both(config, "cpu_bf16_matmul", "each says how products are rounded; set cpu_bf16_matmul to false")
-    if config.parallel.sharding == "stage3":
-        why = "FP8 copies of weights are kept for a step, and stage3 lets go of them by layer; set sharding to stage2"
-        yield _both(config, "sharding", why)
     keys = config.precision
+    if config.parallel.sharding == "stage3" and keys.fp8_recipe == "qat":
+        why = "qat keeps FP8 copies of weights for a step, and stage3 lets go of them by layer; set sharding to stage2"
+        yield _both(config, "sharding", why)
+    if keys.fp8_recipe == "qat" and config.align.ref_model_update_steps > 0 and config.has_effect(_UPDATES):
+        yield _both(config, _UPDATES, "the codes that are kept are those of the policy's weights; set it to -1")
     if keys.fp8_recipe == "blockwise" and keys.apply_hadamard and config.given("apply_hadamard"):
         yield ("fp8_recipe", "apply_hadamard"), (
             f"{quote(config, 'fp8_recipe')} rotates nothing, and {quote(config, 'apply_hadamard')} asks for "

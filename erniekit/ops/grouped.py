@@ -7,14 +7,16 @@ expert): the expert MLP and the grouped product are PyLayers with a hand-written
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from types import ModuleType
 
 import paddle
 import paddle.nn.functional as F
 
 from erniekit.ops.cpu import experts
-from erniekit.ops.dispatch import backend
+from erniekit.ops.dispatch import expert_backend
 from erniekit.ops.gradients import only, wanted
 
 
@@ -25,6 +27,14 @@ class Order:
     token_T: paddle.Tensor  # source token of every sorted row
     place_MC: paddle.Tensor  # sorted row of every (token, choice)
     counts: list[int]  # rows per expert
+
+
+def _kernels(*tensors: paddle.Tensor) -> ModuleType | None:
+    """The module whose functions serve these tensors; None if the plain twins do."""
+    chosen = expert_backend(*tensors)
+    if chosen == "triton":
+        return importlib.import_module("erniekit.ops.gpu.experts")  # Triton is loaded where it is used
+    return experts if chosen == "cpu" else None
 
 
 def sort_by_expert_plain(experts_MC: paddle.Tensor, *, num_experts: int) -> Order:
@@ -40,7 +50,7 @@ def sort_by_expert_plain(experts_MC: paddle.Tensor, *, num_experts: int) -> Orde
 
 def sort_by_expert(experts_MC: paddle.Tensor, *, num_experts: int) -> Order:
     """Stable order of the routed rows by expert; `experts_MC` holds the chosen expert ids."""
-    if backend(experts_MC) == "cpu":
+    if expert_backend(experts_MC) == "cpu":
         return Order(*experts.sort_by_expert(experts_MC, num_experts=num_experts))
     return sort_by_expert_plain(experts_MC, num_experts=num_experts)
 
@@ -69,8 +79,8 @@ def permute_plain(x_MD: paddle.Tensor, order: Order) -> paddle.Tensor:
 
 def permute(x_MD: paddle.Tensor, order: Order) -> paddle.Tensor:
     """Rows of x [M, D] copied once per choice, sorted by expert: [T, D]."""
-    chosen = experts.permute if backend(x_MD) == "cpu" else permute_plain
-    return chosen(x_MD, order)
+    kernels = _kernels(x_MD)
+    return (permute_plain if kernels is None else kernels.permute)(x_MD, order)
 
 
 class _Combine(paddle.autograd.PyLayer):
@@ -101,8 +111,8 @@ def combine_plain(y_TD: paddle.Tensor, weights_MC: paddle.Tensor, order: Order) 
 
 def combine(y_TD: paddle.Tensor, weights_MC: paddle.Tensor, order: Order) -> paddle.Tensor:
     """Weighted sum of each token's expert outputs: [M, D]."""
-    chosen = experts.combine if backend(y_TD, weights_MC) == "cpu" else combine_plain
-    return chosen(y_TD, weights_MC, order)
+    kernels = _kernels(y_TD, weights_MC)
+    return (combine_plain if kernels is None else kernels.combine)(y_TD, weights_MC, order)
 
 
 def permute_weights(weights_MC: paddle.Tensor, order: Order) -> paddle.Tensor:
@@ -131,8 +141,8 @@ def add_up_plain(y_TD: paddle.Tensor, order: Order) -> paddle.Tensor:
 
 def add_up(y_TD: paddle.Tensor, order: Order) -> paddle.Tensor:
     """Sum of each token's rows, [M, D]: the way back from `permute`, without weights."""
-    chosen = experts.add_up if backend(y_TD) == "cpu" else add_up_plain
-    return chosen(y_TD, order)
+    kernels = _kernels(y_TD)
+    return (add_up_plain if kernels is None else kernels.add_up)(y_TD, order)
 
 
 def rows_of_experts(counts: list[int]) -> Iterator[tuple[int, slice]]:
@@ -190,8 +200,9 @@ def grouped_mlp(
     x_TD: paddle.Tensor, gate_up_ED2I: paddle.Tensor, down_EID: paddle.Tensor, *, counts: list[int], bf16: bool = False
 ) -> paddle.Tensor:
     """down_e(silu(gate_e x) * up_e x), [T, D], for rows sorted by expert; `counts[e]` rows belong to expert e."""
-    if backend(x_TD, gate_up_ED2I, down_EID) == "cpu":
-        return experts.grouped_mlp(x_TD, gate_up_ED2I, down_EID, counts=counts, bf16=bf16)
+    kernels = _kernels(x_TD, gate_up_ED2I, down_EID)
+    if kernels is not None:
+        return kernels.grouped_mlp(x_TD, gate_up_ED2I, down_EID, counts=counts, bf16=bf16)
     return grouped_mlp_plain(x_TD, gate_up_ED2I, down_EID, counts=counts)
 
 
@@ -227,6 +238,7 @@ def grouped_linear(
     x_TD: paddle.Tensor, weight_EDF: paddle.Tensor, *, counts: list[int], bf16: bool = False
 ) -> paddle.Tensor:
     """x @ weight of its expert, [T, F], for rows sorted by expert. A frozen weight costs no gradient."""
-    if backend(x_TD, weight_EDF) == "cpu":
-        return experts.grouped_linear(x_TD, weight_EDF, counts=counts, bf16=bf16)
+    kernels = _kernels(x_TD, weight_EDF)
+    if kernels is not None:
+        return kernels.grouped_linear(x_TD, weight_EDF, counts=counts, bf16=bf16)
     return grouped_linear_plain(x_TD, weight_EDF, counts=counts)

@@ -52,10 +52,10 @@ def per_row(scale_E: paddle.Tensor, counts: list[int]) -> paddle.Tensor:
 
 
 def _unscaled(given: Float8) -> Float8:
-    """The numbers that codes are without their scale, which products do not depend on."""
-    stack = given.codes.ndim == 3
-    scales = paddle.ones([len(given.counts), 1, 1] if stack else [sum(map(bool, given.counts)), 1])
-    return replace(given, scales=scales)
+    """The numbers that codes are without their scales, which are multiplied in afterwards; rows as one matrix."""
+    if given.codes.ndim == 3:
+        return replace(given, scales=paddle.ones([len(given.codes), 1, 1]))
+    return replace(given, scales=paddle.ones([1, 1]), counts=[len(given.codes)])
 
 
 class _Product(paddle.autograd.PyLayer):
@@ -91,9 +91,9 @@ def _rounded(grad_TF: paddle.Tensor, counts: list[int], way: Backward) -> Float8
     """The gradient of the output in FP8, with one scale for all rows of all ranks."""
     amax = grad_TF.abs().max().reshape([1]) if grad_TF.size else paddle.zeros([1])
     scale = way.everywhere(amax.astype("float32")) / way.kind.largest + LEAST
-    made = quantise(grad_TF, Tensor(), kind=way.kind, counts=counts, scale=scale, name="a gradient")
+    made = quantise(grad_TF, Tensor(), kind=way.kind, scale=scale, name="a gradient")
     way.saw(grad_TF, made)
-    return replace(made, scales=scale)
+    return replace(made, scales=scale, counts=counts)
 
 
 def _input_gradient(

@@ -121,7 +121,7 @@ class SharedScales:
 
     def __init__(self, qat: Qat, ranks: Ranks, watch: Watch, *, num: int, experts: slice) -> None:
         self.input = InputScale(num, qat, ranks, experts=experts)
-        self._qat, self._ranks, self._watch, self._held, self._num = qat, ranks, watch, experts, num
+        self._qat, self._ranks, self._watch, self.held, self._num = qat, ranks, watch, experts, num
         self._members: list[tuple[str, nn.Layer, str]] = []
         self._scale_E: paddle.Tensor | None = None
         self._codes: dict[int, Float8] = {}
@@ -160,8 +160,8 @@ class SharedScales:
             largest = [self._turned(number).abs().astype("float32") for number in range(len(self._members))]
             each = [one.amax([1, 2]) if one.ndim == 3 else one.max().reshape([1]) for one in largest]
             found_N = paddle.zeros([self._num])
-            found_N[self._held] = paddle.stack(each).max(0) / E4M3.largest
-            self._scale_E = self._ranks.beside(found_N)[self._held] + LEAST
+            found_N[self.held] = paddle.stack(each).max(0) / E4M3.largest
+            self._scale_E = self._ranks.beside(found_N)[self.held] + LEAST
         return self._scale_E
 
     @paddle.no_grad()
@@ -175,12 +175,12 @@ class SharedScales:
         rotated_TD = rotate(rows_TD) if self._qat.rotate else rows_TD
         scale_E = self.input.of(_largest(rotated_TD, counts), training=training, name=module)
         scaled_TD = rotated_TD / per_row(scale_E, counts)
-        made = quantise(scaled_TD, Tensor(), counts=counts, scale=paddle.ones([1]), name=f"the input of {module}")
+        made = quantise(scaled_TD, Tensor(), scale=paddle.ones([1]), name=f"the input of {module}")
         if self._watch.looking:
-            there = [expert for expert, count in enumerate(counts) if count]
-            scales = scale_E.reshape([-1, 1])[paddle.to_tensor(there, "int64")] if there else made.scales
-            self._watch.saw(module, "x", given=rotated_TD, cast=replace(made, scales=scales))
-        made = replace(made, scales=scale_E)
+            there = paddle.to_tensor([expert for expert, count in enumerate(counts) if count], "int64")
+            scales = scale_E.gather(there).unsqueeze(-1)  # experts without rows have no block
+            self._watch.saw(module, "x", given=rotated_TD, cast=replace(made, scales=scales, counts=counts))
+        made = replace(made, scales=scale_E, counts=counts)
         if len(self._members) > 1:
             self._last = (weakref.ref(x), training, made)
         return made
@@ -237,7 +237,8 @@ class QatTraining:
     def load_state(self, state: Mapping[str, np.ndarray]) -> None:
         """See Memory."""
         for name, group in self.groups.items():
-            group.input.load(state[f"activation_scale/{name}"], state[f"activation_steps/{name}"])
+            if (key := f"activation_scale/{name}") in state:  # modules may have been added with fp8_modules
+                group.input.load(state[key], state[f"activation_steps/{name}"])
 
 
 def use_qat(model: nn.Layer, settings: Fp8, *, ranks: Ranks = Ranks()) -> QatTraining:

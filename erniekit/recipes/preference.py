@@ -14,13 +14,14 @@ import paddle
 from tqdm import tqdm
 
 from erniekit.base.console import notice
+from erniekit.config.fp8 import fp8_of
 from erniekit.config.run import RunConfig
 from erniekit.data.batch import Batch
 from erniekit.data.cache import default_folder
 from erniekit.data.chat import choose_template
 from erniekit.models.decoder import ErnieForCausalLM
 from erniekit.rollout.brief import brief_answers
-from erniekit.training.assemble import loss_weights
+from erniekit.training.assemble import assemble_fp8, loss_weights
 from erniekit.training.held_out import held_out, measure_preferences, preference_figures, preferences
 from erniekit.training.lock import LOCK_NAME, read_lock
 from erniekit.training.preference import PreferenceObjective, Reference, preference_objective
@@ -108,7 +109,8 @@ def _table_path(job: Job, folder: RunFolder) -> Path | None:
     if not data.cache_data:
         return None
     files = read_lock(folder.path / LOCK_NAME)["model"]["files"]
-    name = table_name(files, model.compute_type, str(model.cpu_bf16_matmul), paddle.get_device().partition(":")[0])
+    device, fp8 = paddle.get_device().partition(":")[0], fp8_of(job.cfg)
+    name = table_name(files, model.compute_type, fp8.numbers if fp8 else str(model.cpu_bf16_matmul), device)
     return (Path(data.data_cache_dir) if data.data_cache_dir else default_folder()) / name
 
 
@@ -120,7 +122,7 @@ def _fill(table: Table, job: Job, model: ErnieForCausalLM, folder: RunFolder) ->
     def began_with() -> ErnieForCausalLM:
         if not base:
             notice("the reference: log-probabilities of every answer under the model as it is before training")
-            base.append(job.weights.build(None) if folder.checkpoint else model)
+            base.append(_begun(job) if folder.checkpoint else model)
             job.mesh.meet("the reference is read")
         return base[0]
 
@@ -130,6 +132,13 @@ def _fill(table: Table, job: Job, model: ErnieForCausalLM, folder: RunFolder) ->
     num = table.fill(itertools.chain(preferences(_unseen(job, bar)), *measured), model=began_with, mesh=job.mesh)
     if num:
         print(f"the reference: {num:,} samples in {time.perf_counter() - started:.1f} s", flush=True)
+
+
+def _begun(job: Job) -> ErnieForCausalLM:
+    """The model as it was when the run began, apart from the one that is trained."""
+    model = job.weights.build(None)
+    assemble_fp8(model, job.cfg, mesh=job.mesh)
+    return model
 
 
 def _unseen(job: Job, steps: Iterable[int]) -> Iterator[Batch]:

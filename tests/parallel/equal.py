@@ -39,6 +39,7 @@ from erniekit.training import optimizer as optimizers
 from erniekit.training.assemble import (
     adapter_of,
     architecture,
+    assemble_fp8,
     assemble_model,
     assemble_optimizer,
     loss_weights,
@@ -137,6 +138,7 @@ def sgd(p: paddle.Tensor, gradient: paddle.Tensor, *, update: Update, **_others:
 def train(mesh: Mesh, case: Case) -> Outcome:
     """On this rank."""
     model = case.model(mesh)
+    fp8 = assemble_fp8(model, case.cfg, mesh=mesh)
     copy = PolicyCopy(model, every=case.cfg.align.ref_model_update_steps)
     objective = case.objective(mesh, copy)
     model.train()
@@ -157,6 +159,8 @@ def train(mesh: Mesh, case: Case) -> Outcome:
                 model, optimizer, batches=batches_of(step, mesh), objective=objective, upkeep=upkeep, mesh=mesh,
                 learning_rate=case.rate, row_length=1024, before_update=keep,
             )  # fmt: skip
+            if fp8:
+                fp8.after_update()
             outcome.figures.append({"loss": made.loss, "gradient norm": made.grad_norm, **made.parts})
     with optimizer.whole_weights():
         outcome.weights = _held(model)

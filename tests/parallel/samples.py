@@ -23,7 +23,8 @@ _EXPERTS: dict[str, Any] = {
 
 
 def write_model(
-    out: Path, *, sparse: bool, head_bias: bool = False, idle: Sequence[int] = (), seed: int = 3, **changes: Any
+    out: Path, *, sparse: bool, head_bias: bool = False, idle: Sequence[int] = (), seed: int = 3, spread: float = 0.2,
+    **changes: Any,
 ) -> Path:  # fmt: skip
     """A model of a dense layer and, if `sparse`, two of experts (else one more dense), with 2 key heads for 4 query
     heads. No token ever chooses one of the experts `idle`."""
@@ -34,8 +35,8 @@ def write_model(
     })  # fmt: skip
     model, rng = ErnieForCausalLM(cfg, lm_head_bias=head_bias), np.random.default_rng(seed)
     for name, p in model.named_parameters():
-        spread = 0.05 if name.endswith("bias") else 0.2
-        drawn = rng.normal(0, spread, p.shape).astype("float32") + float("norm" in name)
+        own = 0.05 if name.endswith("bias") else spread
+        drawn = rng.normal(0, own, p.shape).astype("float32") + float("norm" in name)
         if name.endswith("e_score_correction_bias"):
             drawn[:, list(idle)] = -10.0
         p.set_value(drawn)

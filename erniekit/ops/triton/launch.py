@@ -13,7 +13,7 @@ def strides(tensor: Any) -> tuple[int, ...]:
 
 def is_dense(tensor: Any) -> bool:
     """Whether neighbours in the last dimension are neighbours in memory, as the kernels read them."""
-    return tensor.shape[-1] == 1 or strides(tensor)[-1] == 1
+    return 0 in tensor.shape or tensor.shape[-1] == 1 or strides(tensor)[-1] == 1
 
 
 def cdiv(size: int, step: int) -> int:

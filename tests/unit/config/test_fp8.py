@@ -90,6 +90,11 @@ def test_what_fp8_excludes(keys, words):
     load_config({**keys, "compute_type": "bf16"})
 
 
+def test_blockwise_goes_with_stage3():
+    """Which keeps no copies of weights there."""
+    assert settings(stage="PT", sharding="stage3").recipe == "blockwise"
+
+
 # ---------------------------------------------------------------------- sizes
 def misfits(arch, world=1, **keys):
     with pytest.raises(MeshError) as caught:

@@ -26,7 +26,7 @@ def drawn(*shape: int, seed: int = 0) -> paddle.Tensor:
     x = rng.normal(size=shape) * np.exp(rng.normal(size=shape) * 3)
     x[rng.random(shape) < 0.01] *= 1e4
     x[..., 1, :], x[..., 2] = 0.0, -0.0
-    x[..., 3, :] *= 1e-3
+    x[..., 3, :] *= 1e-30
     x[..., 4, :] *= 1e30
     return paddle.to_tensor(x.astype("float32"))
 
