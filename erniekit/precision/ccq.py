@@ -4,7 +4,7 @@ Only the decoder is published; this search is our own. Each column (an output) i
 of h (weight - decoded)^2, h the mean square of each input (or one). For given scales the nearest codewords are exact:
 all 256 of wint2's four weights, all paths through wint2.5's blocks. What they leave open are the scales:
 
-* wint2. A column's codewords are floor(k * code_scale + code_zp + 0.5), a lattice of one dimension folded into four, and
+* wint2. A column's codewords are floor(k * code_scale + code_zp + 0.5), one line folded into four dimensions, and
   how well it covers them jumps with both numbers: 128 is degenerate, 120.95 with zero points about 600 covers normal
   weights best of all that fit 15 bits. So: (1) of `books` near that best, the one that suits the column, with a scale
   of its own for each 64 rows; (2) the super scale for which those, as whole numbers to 15, cost least; (3) rounds of
@@ -37,6 +37,8 @@ BF16 = np.dtype(ml_dtypes.bfloat16)
 Search = Literal["fast", "full"]
 
 _BEST_BOOK = (120.953125, 611.0)  # code_scale, code_zp
+_GRID = np.array([1 / 256, 1])  # of both: the decoder's sums are exact
+_SPREAD, _NEAR = np.array([28, 140]), 17  # steps of the grid: where codes are good, where they are polished
 _STEP = 0.0628  # of wint2: a window's unit / root mean square
 _STEPS = tuple(np.linspace(0.3, 0.75, 10).tolist())  # of wint2.5
 _DAMPING = 0.01  # of the mean of h, so that inputs that calibration never saw keep their weights
@@ -145,8 +147,8 @@ def _checked(weight_DF: np.ndarray, hessian_diag: np.ndarray | None, *, name: st
     require_finite(weight_DF, name=name)
     if len(weight_DF) % GROUP:
         raise CheckpointError(
-            f"{name} has {len(weight_DF)} inputs. A convolutional code scales {GROUP} at a time and is not padded: keep "
-            f"this weight in wint4 or wint8, which fit all."
+            f"{name} has {len(weight_DF)} inputs. A convolutional code scales {GROUP} at a time and is not padded: "
+            f"keep this weight in wint4 or wint8, which fit all."
         )
     if hessian_diag is None:
         return None
@@ -193,7 +195,7 @@ def _usable(scale_GF: np.ndarray) -> np.ndarray:
 
 # ---------------------------------------------------------------------- wint2
 def _scatter(count: int) -> np.ndarray:
-    """Points [count, 2] in [-0.5, 0.5) that fill the square evenly, however many: the sequence of the plastic number."""
+    """Points [count, 2] in [-0.5, 0.5) that fill the square evenly: the sequence of the plastic number."""
     return (np.arange(1, count + 1)[:, None] * [0.7548776662466927, 0.5698402909980532]) % 1 - 0.5
 
 
@@ -224,7 +226,7 @@ class _Wint2Search(_Columns):
         scale_GF = _STEP * self.rms_GF
         best, best_xv, best_vv = np.full(self.num_out, np.inf), *self.sums()
         for move in [np.zeros(2), *_scatter(count - 1)]:
-            book_2F = np.array(_BEST_BOOK) + [np.rint(move[0] * 28) / 256, np.rint(move[1] * 140)]
+            book_2F = np.array(_BEST_BOOK) + np.rint(move * _SPREAD) * _GRID
             book_2F = np.repeat(book_2F[:, None], self.num_out, 1)
             xv_GF, vv_GF = self.nearest(book_2F, scale_GF)
             error_F = (self.xx_GF - _ratio(xv_GF**2, vv_GF)).sum(0)
@@ -268,7 +270,7 @@ class _Wint2Search(_Columns):
         scale_GF = self.local_GF * self.super_F
         best = self.errors(scale_GF, *self.nearest(self.book_2F, scale_GF)).sum(0)
         for move in _scatter(count):
-            moved_2F = self.book_2F + np.rint(move * 17)[:, None] * [[1 / 256], [1]]
+            moved_2F = self.book_2F + (np.rint(move * _NEAR) * _GRID)[:, None]
             error_F = self.errors(scale_GF, *self.nearest(moved_2F, scale_GF)).sum(0)
             better_F = error_F < best
             best = np.where(better_F, error_F, best)
