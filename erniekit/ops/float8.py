@@ -17,6 +17,7 @@ Shapes: T rows (tokens), D inputs, F outputs, E experts, R rows, C columns, G bl
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
@@ -25,6 +26,7 @@ import paddle
 import paddle.nn.functional as F
 
 from erniekit.base.errors import NotFinite
+from erniekit.ops import float8_gpu
 from erniekit.ops.arrays.float8 import E4M3, E5M2, Blocks, Columns, Kind, Rows, Scheme, Tensor
 from erniekit.ops.cpu import float8 as cpu
 from erniekit.ops.dispatch import backend
@@ -112,8 +114,7 @@ def quantise_plain(
     x: paddle.Tensor, scheme: Scheme, *, kind: Kind, counts: list[int], scale: paddle.Tensor | None, name: str
 ) -> Float8:
     """The plain twin of `quantise`."""
-    if not bool(paddle.isfinite(x).all()):
-        raise _not_finite(name, kind)
+    _require_finite(x, name=name, kind=kind)
     codes, scales, block = [], [], (1, 1)
     for index, part_RC in enumerate(_each(x, counts)):
         block = scheme.block(*part_RC.shape)
@@ -131,6 +132,11 @@ def quantise_plain(
 def _given(scale: paddle.Tensor, index: int) -> paddle.Tensor:
     flat = scale.astype("float32").reshape([-1])
     return flat[index if flat.shape[0] > 1 else 0].reshape([1, 1])
+
+
+def _require_finite(x: paddle.Tensor, *, name: str, kind: Kind) -> None:
+    if not bool(paddle.isfinite(x).all()):
+        raise _not_finite(name, kind)
 
 
 def _not_finite(name: str, kind: Kind) -> NotFinite:
@@ -154,7 +160,11 @@ def quantise(
     assert scale is None or isinstance(scheme, Tensor), "a scale from outside goes with the scheme Tensor"
     assert short or _fits(x.shape, scheme), f"{name}: {list(x.shape)} is no multiple of {scheme}"
     x, whole = x.astype("float32"), isinstance(scheme, Tensor)
-    if backend(x) != "cpu":
+    chosen = backend(x)
+    if chosen == "gpu" and scale is None and float8_gpu.casts(scheme, kind, x.shape):
+        _require_finite(x, name=name, kind=kind)
+        return Float8(*float8_gpu.quantise(x, scheme), scheme, kind, counts)
+    if chosen != "cpu":
         return quantise_plain(x, scheme, kind=kind, counts=counts, scale=scale, name=name)
     block = scheme.block(max(counts, default=0), x.shape[-1])
     made = cpu.quantise(x, block=block, kind=kind, counts=counts, whole=whole, given=scale)
@@ -213,11 +223,22 @@ def bf16_numbers(x: paddle.Tensor) -> paddle.Tensor:
     return x.astype("bfloat16").astype(x.dtype)
 
 
+def _by_gpu(left: Float8, right: Float8, num_in: int, num_out: int) -> bool:
+    same = left.kind is right.kind is E4M3
+    return same and backend(left.scales) == "gpu" and float8_gpu.multiplies(left.scheme, right.scheme, num_in, num_out)
+
+
 def _operand(x: Float8) -> tuple[paddle.Tensor, paddle.Tensor | None]:
-    """Numbers that bf16 holds exactly, and the scales that their product is still to be multiplied by, if any."""
+    """Numbers that bf16 holds exactly, and what their product is still to be multiplied by, if anything: a scale, or
+    one for each part."""
     if not isinstance(x.scheme, Tensor) or not x.codes.size:
         return dense(x), None
-    return dense(replace(x, scales=paddle.ones_like(x.scales))), x.scales.reshape([-1])
+    flat = x.scales.reshape([-1])
+    numbers = dense(replace(x, scales=paddle.ones_like(x.scales)))
+    if flat.shape[0] in (1, len(x.counts)):
+        return numbers, flat
+    ordinals = itertools.accumulate(map(bool, x.counts))  # parts without rows have no scale; they get a neighbour's
+    return numbers, flat[paddle.to_tensor([max(ordinal - 1, 0) for ordinal in ordinals])]
 
 
 def _factors(*scales: paddle.Tensor | None, parts: int) -> paddle.Tensor | None:
@@ -241,9 +262,14 @@ def product_plain(
 def product(
     x: Float8, weight: Float8, *, turned: bool = False, counts: list[int] | None = None, out: Result = "bf16"
 ) -> paddle.Tensor:
-    """x @ weight, or x @ weight^T if `turned`: [T, F], stored in fp32. Of a stack of weights, expert e has the next
-    counts[e] rows."""
+    """x @ weight, or x @ weight^T if `turned`: [T, F], stored in fp32 (where a GPU's kernels round to bf16, in that).
+    Of a stack of weights, expert e has the next counts[e] rows."""
     counts = [x.codes.shape[0]] if counts is None else counts
+    if _by_gpu(x, weight, *weight.codes.shape[-2:]):
+        stack = [held if weight.codes.ndim == 3 else held.unsqueeze(0) for held in (weight.codes, weight.scales)]
+        dtype = "bfloat16" if out == "bf16" else "float32"
+        held = (x.codes, x.scales), (stack[0], stack[1])
+        return float8_gpu.product(*held, counts=counts, turned=turned, dtype=dtype)
     (x_TD, x_scale), (weight_EDF, weight_scales) = _operand(x), _operand(weight)
     weight_EDF = weight_EDF if weight_EDF.ndim == 3 else weight_EDF.unsqueeze(0)
     assert len(counts) == weight_EDF.shape[0], f"{len(counts)} counts for {weight_EDF.shape[0]} weights"
@@ -268,12 +294,15 @@ def weight_product_plain(x_TD: paddle.Tensor, grad_TF: paddle.Tensor, *, counts:
 def weight_product(x: Float8, grad: Float8, *, counts: list[int] | None = None) -> paddle.Tensor:
     """x^T @ grad, a weight's gradient in fp32: [D, F], or with counts [E, D, F], from each expert's rows."""
     of_rows = [x.codes.shape[0]] if counts is None else counts
+    if _by_gpu(x, grad, x.codes.shape[-1], grad.codes.shape[-1]):
+        made_EDF = float8_gpu.weight_product((x.codes, x.scales), (grad.codes, grad.scales), counts=of_rows)
+        return made_EDF if counts is not None else made_EDF[0]
     (x_TD, x_scale), (grad_TF, grad_scale) = _operand(x), _operand(grad)
     chosen = cpu.weight_product if backend(x_TD, grad_TF) == "cpu" else weight_product_plain
     grad_EDF = chosen(x_TD, grad_TF, counts=of_rows)
-    factors = _factors(x_scale, grad_scale, parts=1)
+    factors = _factors(x_scale, grad_scale, parts=len(of_rows))
     if factors is not None:
-        grad_EDF = grad_EDF * factors
+        grad_EDF = grad_EDF * factors.reshape([-1, 1, 1])
     return grad_EDF if counts is not None else grad_EDF[0]
 
 

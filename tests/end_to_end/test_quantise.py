@@ -49,6 +49,7 @@ def test_every_format(bench, run, small, tmp_path):
         run("verify", tmp_path / name)
         report = json.loads((tmp_path / name / "erniekit_quantisation.json").read_bytes())
         bits[name] = report["bits_per_quantised_weight"]
+        assert report["model"] == str(small.resolve())
         assert report["relative_error"] < {"wint8": 0.01, "fp8": 0.03}.get(name, 0.4)
         assert ("500 tokens" in out) == (name not in ("wint8", "wint4"))
         assert (tmp_path / name / "tokenizer.model").is_file()

@@ -316,11 +316,21 @@ def test_weight_products_against_fp64(counts, plain, monkeypatch):
         np.testing.assert_array_equal(float8.weight_product(x, grad).numpy(), found[0])
 
 
-def test_weight_products_of_whole_tensors():
-    x, grad = (quantise(paddle.to_tensor(drawn(40, 64, seed=s)), Tensor(), scale=_odd(Tensor(), 1)) for s in (0, 1))
-    expected = dense(x).numpy().T.astype("float64") @ dense(grad).numpy()
-    found = float8.weight_product(x, grad).numpy()
-    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+@pytest.mark.parametrize("counts", [[40], [0, 17, 0, 20, 3]], ids=str)
+def test_products_with_a_scale_for_every_expert(counts):
+    """Also where some have no rows, and so no scale."""
+    x = quantise(paddle.to_tensor(wild(40, 64)), Tensor(), counts=counts)
+    grad = quantise(paddle.to_tensor(wild(40, 32, seed=1)), Tensor(), counts=counts)
+    assert x.scales.shape == [sum(map(bool, counts)), 1]
+    weight = quantise(paddle.to_tensor(drawn(len(counts), 64, 32)), Tensor(), scale=_odd(Tensor(), len(counts)))
+    x64, grad64, w64 = (dense(held).numpy().astype("float64") for held in (x, grad, weight))
+    stops = np.cumsum(counts)[:-1]
+    found = float8.product(x, weight, counts=counts, out="fp32").numpy()
+    made = float8.weight_product(x, grad, counts=counts).numpy()
+    parts = zip(*(np.split(a, stops) for a in (x64, grad64, found)), made, w64, strict=True)
+    for rows, grads, got, got_weight, w in parts:
+        for one, exact in ((got, rows @ w), (got_weight, rows.T @ grads)):
+            np.testing.assert_allclose(one, exact, rtol=0, atol=1e-5 * np.abs(exact).max(initial=0))
 
 
 def test_without_a_gpu_there_is_no_fp8():
