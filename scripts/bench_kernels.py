@@ -176,7 +176,7 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
         for case in kernel_cases.cases(shape, device):
             if given.only not in case.name:
                 continue
-            row = {"shape": shape.name, "kernel": case.name}
+            row: dict[str, Any] = {"shape": shape.name, "kernel": case.name}
             row |= checked(case, case.settings[:1] if given.interpret else case.settings)
             if device == "cuda":
                 row["contenders"] = timed(case, rounds=given.rounds, repeats=given.repeats, chip=result["chip"])

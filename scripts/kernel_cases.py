@@ -352,7 +352,7 @@ def products(routed: Routed, name: str, k: int, n: int) -> Iterator[Case]:
     )  # fmt: skip
     yield Case(
         f"FP8 {name} gradient of weights",
-        lambda s: grouped.weight_product8(*along, grad_w, ends=ends, add=False, setting=s),
+        lambda s: grouped.weight_product8(along[0], along[1], grad_w, ends=ends, add=False, setting=s),
         lambda: error(lambda expert, _: grad_w[expert], lambda _, rows: dense_along(rows, x).T @ dense_along(rows, g)),
         1e-3, t * (k + n) + 4 * e * k * n, flops, "fp8", grouped.FLOAT8, of_weight, (grad_w,),
     )  # fmt: skip
