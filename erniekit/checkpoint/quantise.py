@@ -236,7 +236,6 @@ class _Work:
             shared.release(name)
             return {"tensor": name}
         weight = made(tensor, np.dtype(np.float32), self.source)
-        require_finite(weight, name=where)
         arrays = encoder.encode(weight, name=where, hessian_diag=self.seen.squares.get(name))
         row = _judged(name, weight, encoder, arrays)
         row["kind"] = self.scheme.kind_of(name)
