@@ -305,6 +305,19 @@ def test_rows_on_the_wire_are_cast_rows(rows: int) -> None:
     np.testing.assert_array_equal(dense(quantise(arrived, Rows())).numpy(), arrived.numpy())
 
 
+@pytest.mark.parametrize("counts", [[0, 0, 0, 0], [0, 3, 0, 2]], ids=str)
+def test_experts_may_have_no_rows(counts: list[int]) -> None:
+    block = part("experts")
+    watch = use_blockwise(named(block), SETTINGS).watch
+    watch.begin(looking=True, comparing=True)
+    x, weights = paddle.randn([sum(counts), 128]), paddle.rand([sum(counts)])
+    x.stop_gradient = weights.stop_gradient = False
+    block.experts(x, counts, weights).sum().backward()
+    assert x.grad.shape == x.shape and weights.grad.shape == weights.shape
+    there = block.experts.down_proj.grad.abs().sum([1, 2]).numpy() > 0
+    assert there.tolist() == [count > 0 for count in counts]
+
+
 @pytest.mark.parametrize("where", ["input", "gradient of the output"])
 def test_infinity_is_told_once_and_becomes_nan(where: str, capsys: pytest.CaptureFixture[str]) -> None:
     mlp = part("dense")
