@@ -75,7 +75,7 @@ def test_modules_by_name():
 @pytest.mark.parametrize(
     ("keys", "words"),
     [
-        ({"fine_tuning": "LoRA"}, ("fine_tuning: LoRA", "wint8")),
+        ({"fine_tuning": "LoRA"}, ("fine_tuning: LoRA", "blockwise")),
         ({"cpu_bf16_matmul": True}, ("cpu_bf16_matmul: true",)),
         ({"sharding": "stage3"}, ("sharding: stage3", "stage2")),
         ({"fp8_recipe": "blockwise", "apply_hadamard": True}, ("fp8_recipe: blockwise", "apply_hadamard: true")),
