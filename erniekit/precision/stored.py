@@ -98,7 +98,9 @@ class QatCodes(StoredCodes):
 
 def store_of(encoder: Encoder, shape: tuple[int, int, int], *, dtype: str) -> StoredCodes:
     """An empty store for the weights of an encoder."""
-    return (QatCodes if isinstance(encoder, Float8Qat) else StoredCodes)(encoder, shape, dtype=dtype)
+    if isinstance(encoder, Float8Qat):
+        return QatCodes(encoder, shape, dtype=dtype)
+    return StoredCodes(encoder, shape, dtype=dtype)
 
 
 def _kernel_kind(encoder: Encoder) -> int:
