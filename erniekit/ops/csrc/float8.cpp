@@ -214,27 +214,6 @@ void dense_all(const uint8_t* codes, const float* scales, const int64_t* counts,
         }
 }
 
-// From a scale for `wide` neighbours in a row to one for `high` neighbours in a column.
-template <typename F>
-void turn_all(const uint8_t* codes, const float* scales, const int64_t* counts, uint8_t* out, float* out_scales,
-              Size parts, Size columns, Size wide, Size high) {
-    const Size groups = (columns + wide - 1) / wide, tile = tile_width(wide), tiles = (columns + tile - 1) / tile;
-    const std::vector<Strip> strips = strips_of(counts, parts, high, kAll);
-#pragma omp parallel for collapse(2)
-    for (size_t s = 0; s < strips.size(); ++s)
-        for (Size t = 0; t < tiles; ++t) {
-            const Size begin = t * tile, size = std::min(tile, columns - begin), rows = strips[s].rows;
-            Buffer dense(rows * size);
-            for (Size r = 0; r < rows; ++r) {
-                const Size row = strips[s].first + r;
-                dense_row<F>(codes + row * columns + begin, scales + row * groups + begin / wide, &dense[r * size],
-                             size, wide);
-            }
-            quantise_tile<F>(dense.data(), size, rows, size, 1, out + strips[s].first * columns + begin, columns,
-                             out_scales + strips[s].scale * columns + begin);
-        }
-}
-
 }  // namespace
 
 // Returns whether x holds NaN or infinity: then nothing else counts. `whole`: a scale for each part, given or made.
@@ -249,12 +228,6 @@ EXPORT void float8_dense(const uint8_t* codes, const float* scales, const int64_
                          Size columns, Size high, Size wide, Size kind) {
     Threads threads;
     (kind ? dense_all<E5M2> : dense_all<E4M3>)(codes, scales, counts, out, parts, columns, high, wide);
-}
-
-EXPORT void float8_turn(const uint8_t* codes, const float* scales, const int64_t* counts, uint8_t* out,
-                        float* out_scales, Size parts, Size columns, Size wide, Size high, Size kind) {
-    Threads threads;
-    (kind ? turn_all<E5M2> : turn_all<E4M3>)(codes, scales, counts, out, out_scales, parts, columns, wide, high);
 }
 
 // x *= the factor of its part, if there is one; then, if `bf16`, the nearest bf16 numbers.
