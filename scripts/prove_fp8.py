@@ -43,8 +43,8 @@ def train(name: str, *, work: Path, quickstart: Path, steps: int) -> Path:
     keys = {
         "model_name_or_path": quickstart / "base", "train_dataset_path": quickstart / "data" / "train.jsonl",
         "eval_dataset_path": quickstart / "data" / "eval.jsonl", "output_dir": folder, "max_steps": steps,
-        "eval_steps": max(steps // 6, 1), "save_steps": max(steps // 3, 1), "report_samples": 0,
-        "disable_tqdm": "true", "moe_health_steps": 0,
+        "eval_steps": max(steps // 6, 1), "save_steps": max(steps // 15, 1), "logging_steps": max(steps // 15, 1),
+        "report_samples": 0, "disable_tqdm": "true", "moe_health_steps": 0,
     }  # fmt: skip
     words = [f"{key}={value}" for key, value in keys.items()]
     work.mkdir(parents=True, exist_ok=True)
@@ -63,11 +63,8 @@ def figures(folder: Path) -> dict[str, Any]:
     rows = [json.loads(line) for line in (folder / "train_log.jsonl").read_text(encoding="utf-8").splitlines()]
     taken = [row for row in rows if "tokens_per_s" in row and "loss" in row]
     measured = [row for row in rows if "eval_loss" in row]
-    fp8 = {
-        name: max(row[name] for row in taken)
-        for name in ("fp8_amax", "fp8_underflow", "fp8_overflow")
-        if name in taken[-1]
-    }
+    seen = [row for row in taken if "fp8_amax" in row]
+    fp8 = {name: max(row[name] for row in seen) for name in ("fp8_amax", "fp8_underflow", "fp8_overflow") if seen}
     return {
         "steps": len(taken),
         "eval_loss": measured[-1]["eval_loss"],

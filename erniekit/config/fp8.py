@@ -89,15 +89,15 @@ def fp8_problems(config: RunConfig) -> Iterator[Finding]:
     """Keys that FP8 training excludes, each pair named."""
     if config.model.compute_type != "fp8":
         return
-    if config.model.fine_tuning == "LoRA":
-        why = "LoRA freezes the weights that FP8 would train; set compute_type to wint8, or fine_tuning to Full"
+    keys = config.precision
+    if config.model.fine_tuning == "LoRA" and keys.fp8_recipe == "qat":
+        why = "quantisation-aware training is of the weights that LoRA freezes; set fp8_recipe to blockwise"
         yield _both(config, "fine_tuning", why)
     if config.model.cpu_bf16_matmul:
         yield _both(config, "cpu_bf16_matmul", "each says how products are rounded; set cpu_bf16_matmul to false")
-    if config.parallel.sharding == "stage3":
-        why = "FP8 copies of weights are kept for a step, and stage3 lets go of them by layer; set sharding to stage2"
+    if config.parallel.sharding == "stage3" and keys.fp8_recipe == "qat":
+        why = "qat keeps FP8 copies of weights for a step, and stage3 lets go of them by layer; set sharding to stage2"
         yield _both(config, "sharding", why)
-    keys = config.precision
     if keys.fp8_recipe == "qat" and config.align.ref_model_update_steps > 0 and config.has_effect(_UPDATES):
         yield _both(config, _UPDATES, "the codes that are kept are those of the policy's weights; set it to -1")
     if keys.fp8_recipe == "blockwise" and keys.apply_hadamard and config.given("apply_hadamard"):

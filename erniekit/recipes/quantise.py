@@ -104,7 +104,7 @@ def _model(cfg: RunConfig, folder: Path | None, step: int | None) -> tuple[Folde
 
 def _default_target(cfg: RunConfig, folder: Path | None, step: int | None, kind: str) -> Path:
     if folder is not None:
-        return folder.parent / f"{folder.name}-{kind}"
+        return folder.parent / f"{folder.name}-{kind}" if folder.name else Path(f"{folder.resolve()}-{kind}")
     if not cfg.train.output_dir:
         raise ConfigError("output_dir is not set; say where to write with --out DIR.")
     return Path(cfg.train.output_dir) / (f"export-{kind}" if step is None else f"export-{step}-{kind}")

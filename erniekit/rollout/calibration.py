@@ -27,8 +27,6 @@ from erniekit.models.layers import MLP, Linear, RMSNorm
 from erniekit.models.moe import Experts, MoE
 from erniekit.ops.rope import rotate
 
-DAMPING = 0.01  # of the mean is added to every mean square: an input that these tokens never used is not worth nothing
-
 
 class _Seen:
     """Largest number and sum of squares of the rows that went into one weight."""
@@ -49,9 +47,8 @@ class _Seen:
         self.squares = self.squares + other.squares
 
     def mean_squares(self) -> np.ndarray:
-        """Of each input, damped."""
-        mean = self.squares / self.rows
-        return (mean + DAMPING * mean.mean() + np.finfo(np.float32).tiny).astype(np.float32)
+        """Of each input."""
+        return (self.squares / self.rows).astype(np.float32)
 
 
 class _Rows(nn.Layer):

@@ -12,12 +12,15 @@ from erniekit.config.architecture import ErnieConfig
 from erniekit.config.cut import Cut
 from erniekit.config.fp8 import Fp8
 from erniekit.config.layout import Layout
+from erniekit.data.batch import Document, Row
 from erniekit.models.layers import parameter
 from erniekit.models.moe import MoE
 from erniekit.parallel.expert import use_expert_parallel
 from erniekit.parallel.mesh import Mesh
 from erniekit.precision.blockwise import use_blockwise
+from tests.parallel.equal import Case, parallel
 from tests.parallel.ranks import run_ranks
+from tests.parallel.samples import VOCABULARY, steps_of, write_model
 
 SIZE, EXPERTS, CHOSEN = 256, 4, 2
 SETTINGS = Fp8("blockwise", ("experts",), emulate=True)
@@ -87,3 +90,55 @@ def test_rows_go_out_as_bytes_and_change_no_number(sizes: tuple[int, ...]) -> No
     for name in ("experts.gate_up_proj", "experts.down_proj"):
         whole = np.concatenate([numbers[name] for (numbers, *_), _ in ranks])
         np.testing.assert_allclose(whole, alone[name], rtol=1e-5, atol=1e-5 * np.abs(alone[name]).max())
+
+
+# ---------------------------------------------------------------------- training
+STEPS = 5
+LOSS = 2e-3  # how far apart losses may be at any step
+EXACT, NEAR, LATER = 1e-5, 0.15, 0.25  # and gradients: at the first step, with tensor ranks there, and at later steps
+
+
+def row_of(rng: np.random.Generator) -> Row:
+    """Two documents in 64 tokens: every rank's rows fill whole blocks of tokens, the same ones as in one process."""
+    return Row(tuple(Document("text", *rng.integers(3, VOCABULARY, (2, length))) for length in (24, 40)))
+
+
+@pytest.fixture(scope="module")
+def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
+    """A dense layer, one of experts, and one that looks ahead; two ranks have 128 of every width."""
+    folder = tmp_path_factory.mktemp("models") / "fp8"
+    write_model(
+        folder, sparse=True, spread=0.07, num_nextn_predict_layers=1, hidden_size=128, intermediate_size=256,
+        moe_intermediate_size=256, head_dim=32, num_hidden_layers=2, moe_layer_end_index=1,
+    )  # fmt: skip
+    keys = {"stage": "PT", "compute_type": "fp8", "fp8_emulate": True, "moe_aux_loss_lambda": 0.5, "recompute": True}
+    return Case(folder, steps_of(row_of, steps=STEPS, micro_batches=1), keys, rate=0.02)
+
+
+LAYOUTS = [  # test_fp8_run.py trains with tensor ranks alone
+    Layout(2, expert=2), Layout(4, tensor=2, expert=2), Layout(2, sharding=2, stage=1),
+    Layout(2, sharding=2, stage=3),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_training_is_that_of_one_process(case: Case, layout: Layout) -> None:
+    """With one process's weights, gradients are the same: to the last bits, but for tensor ranks, which round partial
+    sums to bf16. After the first update weights differ in their last bits. Then a number here and there lies on the
+    other side of the middle between two codes, 6 % away, and gradients differ by as much as rounding does to them."""
+    (found,) = parallel([case], layout)
+    for step, (mine, its) in enumerate(zip(found.figures, case.alone.figures, strict=True)):
+        assert mine["loss"] == pytest.approx(its["loss"], rel=LOSS if step or layout.tensor > 1 else 1e-6), step
+        allowed = LATER if step else NEAR if layout.tensor > 1 else EXACT
+        assert found.gradients[step].keys() == case.alone.gradients[step].keys()
+        for name, want in case.alone.gradients[step].items():
+            off = np.linalg.norm(found.gradients[step][name] - want) / np.linalg.norm(want)
+            assert off <= allowed, f"step {step + 1}, {name}: {off}"
+
+
+def test_it_is_not_what_unrounded_products_give(case: Case) -> None:
+    """Else equality above would say nothing of FP8."""
+    plain = Case(case.folder, case.steps[:1], {**case.keys, "compute_type": "fp32"}).alone
+    name = "model.layers.0.mlp.gate_proj.weight"
+    want, found = plain.gradients[0][name], case.alone.gradients[0][name]
+    assert 0.01 < np.linalg.norm(found - want) / np.linalg.norm(want) < 0.3

@@ -75,7 +75,7 @@ def test_modules_by_name():
 @pytest.mark.parametrize(
     ("keys", "words"),
     [
-        ({"fine_tuning": "LoRA"}, ("fine_tuning: LoRA", "wint8")),
+        ({"fine_tuning": "LoRA"}, ("fine_tuning: LoRA", "blockwise")),
         ({"cpu_bf16_matmul": True}, ("cpu_bf16_matmul: true",)),
         ({"sharding": "stage3"}, ("sharding: stage3", "stage2")),
         ({"fp8_recipe": "blockwise", "apply_hadamard": True}, ("fp8_recipe: blockwise", "apply_hadamard: true")),
@@ -88,6 +88,11 @@ def test_what_fp8_excludes(keys, words):
     (line,) = caught.value.problems
     assert all(word in line for word in words)
     load_config({**keys, "compute_type": "bf16"})
+
+
+def test_blockwise_goes_with_stage3():
+    """Which keeps no copies of weights there."""
+    assert settings(stage="PT", sharding="stage3").recipe == "blockwise"
 
 
 # ---------------------------------------------------------------------- sizes

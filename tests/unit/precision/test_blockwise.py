@@ -175,6 +175,32 @@ class Counting:
         return self.weights - before
 
 
+def test_adapters_on_frozen_experts() -> None:
+    """Products are made one by one then; adapters have gradients, weights have none."""
+
+    class Scaled(paddle.nn.Layer):
+        def __init__(self) -> None:
+            super().__init__()
+            self.by = self.create_parameter([1])
+
+        def forward(self, _rows: paddle.Tensor, made: paddle.Tensor, _counts: list[int]) -> paddle.Tensor:
+            return made * (1.0 + self.by)
+
+    want, block = part("experts"), part("experts")
+    use_blockwise(named(block), SETTINGS)
+    for each in (want, block):
+        for p in each.experts.parameters():
+            p.stop_gradient = True
+        each.experts.gate_up_adapter, each.experts.down_adapter = Scaled(), Scaled()
+        for adapter in (each.experts.gate_up_adapter, each.experts.down_adapter):
+            adapter.by.set_value(paddle.full([1], 0.25))
+    expected, found = passed(want), passed(block)
+    assert found.keys() == expected.keys() and "experts.down_proj" not in found
+    assert {"experts.gate_up_adapter.by", "experts.down_adapter.by"} <= found.keys()
+    for name in ("x", "y"):
+        assert np.linalg.norm(found[name] - expected[name]) < 0.1 * np.linalg.norm(expected[name]), name
+
+
 IDS = paddle.to_tensor(np.random.default_rng(0).integers(3, 64, (2, 40)))
 
 

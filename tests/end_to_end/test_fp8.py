@@ -1,0 +1,108 @@
+"""FP8 training from the command line, emulated: what is refused, a run that was cut, and what it leaves."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from erniekit.config.families import FAMILIES
+from tests.end_to_end.conftest import Bench
+
+KEYS: dict[str, Any] = {"compute_type": "fp8", "fp8_emulate": "true", "apply_online_actscale_step": 2}
+RECIPES = ("blockwise", "qat")
+SIZES = {"hidden_size": 128, "intermediate_size": 128, "moe_intermediate_size": 128, "head_dim": 32}
+
+
+@pytest.fixture(scope="module")
+def wide(bench: Bench) -> Iterator[Bench]:
+    """The micro model with sizes that blocks of 128 divide, and the same data."""
+    from erniekit.checkpoint.create import create
+
+    made = Bench(bench.folder / "wide")
+    made.folder.mkdir()
+    for name in ("train", "eval", "text"):
+        shutil.copy(bench.folder / f"{name}.jsonl", made.folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(FAMILIES, "micro-moe", {**FAMILIES["micro-moe"], **SIZES})
+        create("micro-moe", made.model, tokenizer_texts=[made.folder / "train.jsonl"])
+    yield made
+
+
+@pytest.fixture(scope="module", params=RECIPES)
+def whole(request: pytest.FixtureRequest, wide: Bench, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+    """A recipe, and what a run by it leaves that nobody disturbed."""
+    from erniekit.recipes import train
+
+    out = tmp_path_factory.mktemp("fp8") / request.param
+    keys = {**KEYS, "fp8_recipe": request.param, "fp8_check_every": 3, "logging_steps": 2, "eval_steps": 3}
+    train(wide.config(out, **keys))
+    return request.param, out
+
+
+def rows(out: Path) -> list[dict[str, Any]]:
+    lines = (out / "train_log.jsonl").read_text(encoding="utf-8").splitlines()
+    return [{name: value for name, value in json.loads(line).items() if name != "tokens_per_s"} for line in lines]
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        ({"fp8_emulate": "false"}, ("compute_type: fp8 needs GPUs", "fp8_emulate: true")),
+        ({"fp8_recipe": "blockwise"}, ("model.layers.1.mlp.experts in blocks of 128", "moe_intermediate_size 32")),
+        ({"fine_tuning": "LoRA", "sharding": "stage3"}, ("fine_tuning: LoRA", "sharding: stage3")),
+        ({"fp8_recipe": "blockwise", "apply_hadamard": "true"}, ("fp8_recipe: blockwise", "apply_hadamard: true")),
+    ],
+    ids=["device", "sizes", "keys", "recipes"],
+)
+def test_what_cannot_be_is_refused_before_anything_is_written(bench, run, tmp_path, keys, said):
+    out = tmp_path / "run"
+    _, err = run("train", bench.config(out, **(KEYS | keys)), code=2)
+    for words in said:
+        assert words in err
+    assert not out.exists()
+
+
+def test_figures_of_casts_are_logged(whole):
+    _, out = whole
+    steps = [row for row in rows(out) if "loss" in row]
+    assert [row["step"] for row in steps if "fp8_amax" in row] == [2, 4, 6]
+    assert [row["step"] for row in steps if "fp8_off" in row] == [3, 6]
+    assert all(row["fp8_amax"] > 0 and 0 <= row["fp8_underflow"] < 0.5 for row in steps if "fp8_amax" in row)
+    assert all(0.01 < row["fp8_off"] < 0.1 for row in steps if "fp8_off" in row)
+    lock = (out / "run.lock.yaml").read_text(encoding="utf-8")
+    assert "fp8_recipe: " in lock and "fp8_emulate: true" in lock
+
+
+def test_a_run_that_was_cut_goes_on_bit_for_bit(whole, wide, run, tmp_path):
+    recipe, out = whole
+    config = wide.config(tmp_path / "cut", **KEYS, fp8_recipe=recipe, fp8_check_every=3, logging_steps=2, eval_steps=3)
+    shutil.copytree(out, tmp_path / "cut")
+    for name in ("checkpoint-4", "checkpoint-6"):
+        shutil.rmtree(tmp_path / "cut" / name)
+    record = json.loads((tmp_path / "cut" / "run.json").read_text())
+    (tmp_path / "cut" / "run.json").write_text(json.dumps({**record, "finished_at": None}))
+    told, _ = run("train", config)
+    assert "step 3/6" not in told and "step 4/6" in told
+    assert rows(tmp_path / "cut") == rows(out)
+    for name in ("model.safetensors", "checkpoint-6/model.safetensors", "checkpoint-6/training/optimizer.safetensors"):
+        assert (tmp_path / "cut" / name).read_bytes() == (out / name).read_bytes(), name
+    assert (out / "checkpoint-6" / "training" / "memory.safetensors").is_file() == (recipe == "qat")
+
+
+def test_the_export_is_a_plain_model(whole, wide, run, tmp_path):
+    recipe, out = whole
+    config = wide.config(out, **KEYS, fp8_recipe=recipe)
+    run("export", config)
+    run("verify", out / "export")
+    exported, base = (load_file(folder / "model.safetensors") for folder in (out / "export", wide.model))
+    assert {name: array.shape for name, array in exported.items()} == {name: a.shape for name, a in base.items()}
+    assert any(not np.array_equal(exported[name], base[name]) for name in base)
+    told, _ = run("eval", config, f"model_name_or_path={out / 'export'}")
+    assert "eval_loss" in told
