@@ -55,6 +55,12 @@ inline float decode(uint8_t code) {
 
 constexpr uint32_t kInfinityBits = 0x7f800000;
 
+// The nearest bf16 number, to even from the middle; NaN stays NaN. All in 32 bits, which compilers vectorise.
+inline float bf16_number(float x) {
+    const uint32_t bits = bits_of(x), near = (bits + 0x7fff + (bits >> 16 & 1)) & 0xffff0000;
+    return float_of((bits & 0x7fffffff) > kInfinityBits ? 0x7fc00000 : near);
+}
+
 // The bits of a magnitude order as it does, and all that is not finite comes last.
 inline uint32_t magnitude(float x) { return bits_of(x) & 0x7fffffff; }
 
@@ -237,10 +243,12 @@ EXPORT void finish_products(float* x, const float* factors, const int64_t* count
     for (Size part = 0; part < parts; ++part) {
         const Size size = counts[part] * columns;
         const float factor = factors ? factors[part] : 1.0f;
+        if (bf16) {
 #pragma omp parallel for simd
-        for (Size i = 0; i < size; ++i) {
-            const float product = x[i] * factor;
-            x[i] = bf16 ? float_of(uint32_t(rounded(product)) << 16) : product;
+            for (Size i = 0; i < size; ++i) x[i] = bf16_number(x[i] * factor);
+        } else {
+#pragma omp parallel for simd
+            for (Size i = 0; i < size; ++i) x[i] *= factor;
         }
         x += size;
     }
