@@ -1,8 +1,7 @@
 """Weights that come quantised: stores that take codes as a file has them (encoders.py), and inputs that are rounded.
 
-Integers and E4M3 go to the kernels of packed weights (ops/packed.py): codes as they are, scales spread over the
-outputs. What only its own decoder reads stays as it lies in the file, and an expert is dense while its rows are
-multiplied. There is no gradient for anything here, and no other number format than the encoders'. Knows no file.
+All go to the kernels of packed weights (ops/packed.py): codes as they are, scales spread over the outputs. There is no
+gradient for anything here, and no other number format than the encoders'. Knows no file.
 Shapes: D inputs, F outputs, T rows sorted by expert, E experts, G groups of inputs.
 """
 
@@ -14,9 +13,9 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 import paddle
 
-from erniekit.ops.arrays.packed import E4M3, INT4, INT8
-from erniekit.ops.mlp import linear
+from erniekit.ops.arrays.packed import E4M3, INT4, INT8, WINT2, WINT25
 from erniekit.ops.packed import packed_product, unpack
+from erniekit.precision.ccq import Wint2, Wint25
 from erniekit.precision.encoders import BLOCK, SCALE, W4A8, WEIGHT, Encoder, Float8, Float8Blocks, Integers
 from erniekit.precision.packed import Store, put
 
@@ -80,40 +79,28 @@ class KernelCodes:
         return sum(int(x.size) * x.element_size() for x in (self.codes, self.scales))
 
 
-class FileCodes:
-    """What only its encoder decodes, as it lies in the file."""
+class ConvolutionalCodes(KernelCodes):
+    """wint2 and wint2.5, as ops/packed.py reads them."""
 
-    def __init__(self, encoder: Encoder, shape: tuple[int, int, int], *, dtype: str) -> None:
-        self.shape, self.dtype, self.encoder = shape, dtype, encoder
-        self.arrays: dict[int, dict[str, np.ndarray]] = {}
+    def __init__(self, encoder: Wint2 | Wint25, shape: tuple[int, int, int], *, dtype: str) -> None:
+        self.shape, self.dtype, self.convolution = shape, dtype, encoder
+        count, num_in, num_out = shape
+        self.kind = WINT2 if isinstance(encoder, Wint2) else WINT25
+        rows, groups = encoder.packed_rows(num_in)
+        self.codes = paddle.empty([count, rows, num_out], "uint8")
+        self.scales = paddle.empty([count, groups, num_out], "float32")
 
     def take(self, index: int, arrays: Mapping[str, np.ndarray], columns: np.ndarray | None) -> None:
         """See StoredCodes."""
-        fields = self.encoder.fields(self.shape[1], self.shape[2])
-        self.arrays[index] = {
-            name: np.array(arrays[name] if columns is None else arrays[name][..., columns]) for name in fields
-        }
-
-    def dense(self, index: int) -> paddle.Tensor:
-        """See StoredCodes."""
-        made = self.encoder.decode(self.arrays[index], num_in=self.shape[1])
-        return paddle.to_tensor(made).astype(self.dtype)
-
-    def product(self, x_TD: paddle.Tensor, counts: list[int], *, bf16: bool) -> paddle.Tensor:
-        """See StoredCodes."""
-        out, start = [], 0
-        for index, count in enumerate(counts):
-            if count:
-                out.append(linear(x_TD[start : start + count], self.dense(index), None, bf16=bf16))
-            start += count
-        return paddle.concat(out) if out else paddle.zeros([0, self.shape[2]], x_TD.dtype)
-
-    def num_bytes(self) -> int:
-        """See StoredCodes."""
-        return sum(array.nbytes for arrays in self.arrays.values() for array in arrays.values())
+        picked = slice(None) if columns is None else columns
+        fields = self.convolution.fields(*self.shape[1:])
+        codes, scales = self.convolution.packed({name: arrays[name][..., picked] for name in fields})
+        put(self.codes[index], codes)
+        put(self.scales[index], scales)
 
 
 def store_of(encoder: Encoder, shape: tuple[int, int, int], *, dtype: str) -> StoredCodes:
     """An empty store for weights of an encoder."""
-    chosen = KernelCodes if isinstance(encoder, (Integers, Float8, Float8Blocks)) else FileCodes
-    return chosen(encoder, shape, dtype=dtype)
+    if isinstance(encoder, (Wint2, Wint25)):
+        return ConvolutionalCodes(encoder, shape, dtype=dtype)
+    return KernelCodes(encoder, shape, dtype=dtype)

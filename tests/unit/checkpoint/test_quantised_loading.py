@@ -36,7 +36,7 @@ WIDE = families.FAMILIES["micro-moe"] | dict(
 )  # fmt: skip
 FORMATS = [
     ("wint8", None), ("wint8", 32), ("wint4", None), ("wint4", 64), ("w4a8", None), ("w4a8c8", None), ("fp8", None),
-    ("fp8", 128),
+    ("fp8", 128), ("wint2", None), ("wint2.5", None),
 ]  # fmt: skip
 IDS = np.random.default_rng(2).integers(3, 500, [2, 40])
 
