@@ -96,10 +96,6 @@ class Wint2:
         spread(len(rows), lambda i: wint2_dense(codes_BF, scales_3F, out_DF[rows[i]], num_in, rows[i].start))
         return out_DF
 
-    def packed_rows(self, num_in: int) -> tuple[int, int]:
-        """How many rows of codes and of scales `packed` makes."""
-        return num_in // 4 + -(-num_in // (2 * GROUP)), 3
-
     def packed(self, arrays: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
         """Codes and scales as ops/packed.py takes them."""
         scales = [arrays[field].astype(np.float32) for field in (CODE_SCALE, CODE_ZP, SUPER)]
@@ -135,10 +131,6 @@ class Wint25:
         rows = _rows(num_in)
         spread(len(rows), lambda i: wint25_dense(codes_BF, scales_1F, out_DF[rows[i]], rows[i].start))
         return out_DF
-
-    def packed_rows(self, num_in: int) -> tuple[int, int]:
-        """How many rows of codes and of scales `packed` makes."""
-        return num_in // GROUP * WORDS * 2, 1
 
     def packed(self, arrays: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
         """Codes and scales as ops/packed.py takes them."""
