@@ -31,6 +31,7 @@ from erniekit.config.run import RunConfig
 CALIBRATION_TOKENS = 4096
 _ROW = 512  # tokens that are computed together
 _SAMPLE = 64 << 10
+_WEIGHTS = (".safetensors", ".pdparams")
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,8 @@ def _default_target(cfg: RunConfig, folder: Path | None, step: int | None, kind:
 def _identity(base: Folder, source: Source, cfg: RunConfig, settings: Settings) -> dict[str, Any]:
     """What makes this export another one than one that was interrupted."""
     adapters = [Path(adapter.name) for adapter in source.adapters] if isinstance(source, Merged) else []
-    files = [path for folder in (base.path, *adapters) for path in sorted(folder.iterdir()) if path.is_file()]
+    parts = [path for folder in (base.path, *adapters) for path in sorted(folder.iterdir())]
+    files = [path for path in parts if path.is_file() and (path.suffix in _WEIGHTS or path.name == "config.json")]
     read = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
     texts = settings.calibration or tuple(cfg.data.train_dataset_path or ())
     return {
