@@ -44,6 +44,7 @@ class Settings:
     int4_layers: int | None = None
     calibration: tuple[str, ...] = ()
     calibration_tokens: int = CALIBRATION_TOKENS
+    search: str | None = None
 
 
 def quantise(
@@ -65,8 +66,9 @@ def quantise(
     for text in base.notices:
         notice(text)
     scheme = Scheme.new(
-        settings.kind, base.disk_config, group_size=settings.group_size, int4_layers=settings.int4_layers
-    )
+        settings.kind, base.disk_config, group_size=settings.group_size, int4_layers=settings.int4_layers,
+        search=settings.search,
+    )  # fmt: skip
     scheme = scheme.as_trained(rotated=qat.rotate) if qat else scheme
     target = out or _default_target(cfg, folder, step, settings.kind)
     started, calibrating = time.monotonic(), 0.0
@@ -127,7 +129,10 @@ def _identity(base: Folder, source: Source, cfg: RunConfig, settings: Settings) 
     files = [path for path in parts if path.is_file() and (path.suffix in _WEIGHTS or path.name == "config.json")]
     read = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
     texts = settings.calibration or tuple(cfg.data.train_dataset_path or ())
-    return {"read": read, "texts": texts, "tokens": settings.calibration_tokens, "seed": cfg.train.seed}
+    return {
+        "read": read, "texts": texts, "tokens": settings.calibration_tokens, "seed": cfg.train.seed,
+        "search": settings.search,
+    }  # fmt: skip
 
 
 # ---------------------------------------------------------------------- calibration
