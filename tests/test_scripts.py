@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import random
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -89,6 +91,18 @@ def test_the_budget_of_released_models_stands_beside_their_published_least() -> 
     assert all(row["fits"] for row in table)
 
 
+def test_the_bench_of_formats_tells_speed_memory_and_error() -> None:
+    sizes = ("--inputs", "128", "--outputs", "256", "--rounds", "2")
+    found = run_script("bench_quant", *sizes, "--formats", "wint8", "fp8, blocks of 128")
+    assert found["weight"] == [128, 256] and found["commit"] and found["versions"]["paddle"]
+    assert list(found["formats"]) == ["wint8", "fp8, blocks of 128"]
+    for figures in found["formats"].values():
+        assert 8 < figures["bits_per_weight"] < 8.3 and 0 < figures["mse"] < 1e-3
+        for name in ("quantise_gb_per_s", "decode_gb_per_s", "kernel_gb_per_s", "quantise_million_weights_per_s"):
+            assert 0 < figures[name]["least"] <= figures[name]["median"] <= figures[name]["most"]
+        assert figures["peak_mb"].keys() == {"quantise", "decode"}
+
+
 @pytest.fixture(scope="module")
 def small_archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A few rows in the forms of the real archive, and a micro model, made of random words."""
@@ -128,3 +142,36 @@ def test_a_short_proof_of_training_resumes_bit_equal(small_archive: Path) -> Non
     found = json.loads(done.stdout)["cases"]["dpo_lora"]
     assert found["resumes_bit_equal"]
     assert found["runs"][0]["steps"] == 3
+
+
+def test_kernels_are_not_timed_without_a_hopper_gpu(tmp_path: Path) -> None:
+    found = run_script("bench_kernels", "--out", tmp_path / "kernels.json")
+    assert found["status"].startswith("not run: no Hopper GPU")
+    assert json.loads((tmp_path / "kernels.json").read_text()) == found
+
+
+def test_figures_of_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ours takes 2, 4 and 3 ms, the peer 8: medians, spread and shares of an H200, contender by contender."""
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    bench = importlib.import_module("bench_kernels")
+    order: list[str] = []
+    case = SimpleNamespace(
+        settings=(None,), run=lambda _: order.append("ours"), peers={"torch": lambda: order.append("torch")},
+        bytes=6 * 10**9, flops=3 * 10**12, numbers="fp8",
+    )  # fmt: skip
+    answers = iter([2.0, 8.0, 4.0, 8.0, 3.0, 8.0])
+    monkeypatch.setattr(bench, "milliseconds", lambda run, _: (run(), next(answers))[1])
+    chip = bench.limits("NVIDIA H200")
+    found = bench.timed(case, rounds=3, repeats=1, chip=chip)
+    assert order == ["ours", "torch"] * 4  # once to compile
+    assert found["ours"]["ms"] == {"median": 3.0, "least": 2.0, "most": 4.0}
+    assert found["ours"]["tflops"] == pytest.approx(1000)
+    assert found["ours"]["gb_per_s"] == pytest.approx(2000)
+    assert found["ours"]["share_of_chip"] == pytest.approx(1000 / 1979)
+    assert found["torch"]["tflops"] == pytest.approx(375)
+    case.flops = 0
+    answers = iter([3.0, 8.0])
+    share = bench.timed(case, rounds=1, repeats=1, chip=chip)["ours"]["share_of_chip"]
+    assert share == pytest.approx(2.0 / 4.8)
+    assert bench.limits("NVIDIA H100 PCIe")["tb_per_s"] == 2.0
+    assert bench.limits("NVIDIA A100") is None

@@ -24,6 +24,7 @@ from erniekit.base import runtime
 from erniekit.base.console import notice
 from erniekit.ops.arrays import (
     attention,
+    ccq,
     cross_entropy,
     dense,
     experts,
@@ -43,21 +44,23 @@ FLAGS = (
     "-fvisibility=hidden",
 )  # fmt: skip
 
-_NUMPY_MODULES = (attention, cross_entropy, dense, experts, float8_casts, hadamard, low_rank, optimizer, packed)
+_NUMPY_MODULES = (
+    attention, ccq, cross_entropy, dense, experts, float8_casts, hadamard, low_rank, optimizer, packed,
+)  # fmt: skip
 _NUMPY_TYPES = {
     paddle.float32: "<f4", paddle.int64: "<i8", paddle.int32: "<i4", paddle.bool: "|b1",
     paddle.int8: "|i1", paddle.uint8: "|u1",
     paddle.bfloat16: "<u2",  # as bits: numpy has no such numbers
 }  # fmt: skip
 
-Argument: TypeAlias = "paddle.Tensor | int | float | None"
+Argument: TypeAlias = "paddle.Tensor | np.ndarray | int | float | None"
 
 
 def call(name: str, *arguments: Argument) -> int:
     """Run one kernel and return its result; it means nothing where the kernel returns none.
 
-    To a compiled kernel tensors pass as pointers, None as null, int as int64, float as fp32; to one in numpy tensors
-    pass as arrays of the same memory. Tensors must be contiguous: compiled kernels see no strides.
+    To a compiled kernel tensors and arrays pass as pointers, None as null, int as int64, float as fp32; to one in numpy
+    tensors pass as arrays of the same memory. Both must be contiguous: compiled kernels see no strides.
     """
     compiled = None if runtime.numpy_ops() else library()
     if compiled is None:
@@ -86,6 +89,9 @@ def _argument(value: Argument) -> ctypes.c_void_p | ctypes.c_int64 | ctypes.c_fl
         return ctypes.c_int64(value)
     if isinstance(value, float):
         return ctypes.c_float(value)
+    if isinstance(value, np.ndarray):
+        assert value.flags.c_contiguous, f"a kernel got a strided array: shape {value.shape}, strides {value.strides}"
+        return ctypes.c_void_p(value.ctypes.data)
     return ctypes.c_void_p(_address(value))
 
 

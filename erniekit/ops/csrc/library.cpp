@@ -1,5 +1,6 @@
 // The one unit that is compiled: all kernels and their set-up.
 #include "attention.cpp"
+#include "ccq.cpp"
 #include "cross_entropy.cpp"
 #include "dense.cpp"
 #include "experts.cpp"

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 
 from erniekit.ops.triton.device import BLOCK, numbers_at, stored_as, tile_of
-from erniekit.ops.triton.launch import cdiv, is_dense, slots_for, strides
+from erniekit.ops.triton.launch import FUSED, cdiv, is_dense, slots_for, strides
 
 
 class Setting(NamedTuple):
@@ -177,7 +177,7 @@ def product8(
         codes, scales, weight, weight_scales, y, ends, experts, tiles_high, size, wide, strides(codes)[0],
         *strides(scales), w_expert, w_column, scales_expert, scales_k, scales_n, strides(y)[0], X_E5M2=x_e5m2,
         SLOTS=slots_for(experts), HIGH=setting.high, WIDE=setting.wide, num_warps=setting.warps,
-        num_stages=setting.stages,
+        num_stages=setting.stages, **FUSED,
     )  # fmt: skip
 
 
@@ -194,7 +194,7 @@ def weight_product8(
         x_codes, x_scales, g_codes, g_scales, out, ends, experts, high, wide, strides(x_codes)[0],
         strides(x_scales)[0], strides(g_codes)[0], strides(g_scales)[0], *strides(out)[:2], ADD=add,
         SLOTS=slots_for(experts), HIGH=setting.high, WIDE=setting.wide, G_E5M2=g_e5m2, num_warps=setting.warps,
-        num_stages=setting.stages,
+        num_stages=setting.stages, **FUSED,
     )  # fmt: skip
 
 
@@ -208,7 +208,7 @@ def product16(x: Any, w: Any, y: Any, *, ends: Any, turned: bool = False, settin
     _product16[(tiles_high * cdiv(wide, setting.wide),)](
         x, w, y, ends, experts, tiles_high, size, wide, strides(x)[0], w_expert, w_k, w_column, strides(y)[0],
         SLOTS=slots_for(experts), HIGH=setting.high, WIDE=setting.wide, DEEP=64, num_warps=setting.warps,
-        num_stages=setting.stages,
+        num_stages=setting.stages, **FUSED,
     )  # fmt: skip
 
 
@@ -221,4 +221,5 @@ def weight_product16(
     _weight_product16[(cdiv(high, setting.high) * cdiv(wide, setting.wide), experts)](
         x, g, out, ends, high, wide, strides(x)[0], strides(g)[0], *strides(out)[:2],
         ADD=add, HIGH=setting.high, WIDE=setting.wide, DEEP=64, num_warps=setting.warps, num_stages=setting.stages,
+        **FUSED,
     )  # fmt: skip

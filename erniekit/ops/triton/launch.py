@@ -4,6 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+# Whether the compiler may round a product and its sum once: Triton's default is about to change (3.10). Products of
+# scaled sums do; scales are powers of two, so their bits are the same. Elementwise kernels keep the twins' arithmetic.
+FUSED: dict[str, Any] = {"enable_fp_fusion": True}
+EXACT: dict[str, Any] = {"enable_fp_fusion": False}
+
 
 def strides(tensor: Any) -> tuple[int, ...]:
     """Elements from one index to the next, for every dimension: a method in torch, an attribute in Paddle."""

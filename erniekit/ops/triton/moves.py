@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from erniekit.ops.triton.device import stored_as
-from erniekit.ops.triton.launch import cdiv, is_dense, strides
+from erniekit.ops.triton.launch import EXACT, cdiv, is_dense, strides
 
 _ROWS, _WIDE = 8, 256
 
@@ -81,7 +81,7 @@ def spread(x: Any, y: Any, *, places: Any, weights: Any = None) -> None:
     if rows:
         _spread[_grid(rows, size)](
             x, y, places, weights, rows, size, strides(x)[0], strides(y)[0],
-            CHOICES=choices, WEIGHTED=weights is not None, ROWS=_ROWS, WIDE=_WIDE, num_warps=4,
+            CHOICES=choices, WEIGHTED=weights is not None, ROWS=_ROWS, WIDE=_WIDE, num_warps=4, **EXACT,
         )  # fmt: skip
 
 
@@ -92,7 +92,7 @@ def gather(x: Any, y: Any, *, places: Any, weights: Any = None) -> None:
     if rows:
         _gather[_grid(rows, size)](
             x, y, places, weights, rows, size, strides(x)[0], strides(y)[0],
-            CHOICES=choices, WEIGHTED=weights is not None, ROWS=_ROWS, WIDE=_WIDE, num_warps=4,
+            CHOICES=choices, WEIGHTED=weights is not None, ROWS=_ROWS, WIDE=_WIDE, num_warps=4, **EXACT,
         )  # fmt: skip
 
 
@@ -103,5 +103,5 @@ def dots(x: Any, grad: Any, out: Any, *, places: Any) -> None:
     if rows:
         _dots[(cdiv(rows, _ROWS), choices)](
             x, grad, out, places, rows, size, strides(x)[0], strides(grad)[0],
-            CHOICES=choices, ROWS=_ROWS, WIDE=_WIDE, num_warps=4,
+            CHOICES=choices, ROWS=_ROWS, WIDE=_WIDE, num_warps=4, **EXACT,
         )  # fmt: skip

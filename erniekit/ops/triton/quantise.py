@@ -22,7 +22,7 @@ from erniekit.ops.triton.device import (
     scale_of,
     tile_of,
 )  # fmt: skip
-from erniekit.ops.triton.launch import cdiv, is_dense, slots_for, strides
+from erniekit.ops.triton.launch import EXACT, cdiv, is_dense, slots_for, strides
 
 _ROWS, _WARPS = 32, 4  # rows and warps of a program
 
@@ -139,7 +139,7 @@ def quantise_rows(x: Any, codes: Any, scales: Any, *, places: Any = None, e5m2: 
     assert is_dense(x) and is_dense(codes)
     _rows[(cdiv(rows, _ROWS), cdiv(size, 128))](
         x, codes, scales, places, rows, size, strides(x)[0], strides(codes)[0], *strides(scales),
-        CHOICES=0 if places is None else places.shape[1], ROWS=_ROWS, E5M2=e5m2, num_warps=_WARPS,
+        CHOICES=0 if places is None else places.shape[1], ROWS=_ROWS, E5M2=e5m2, num_warps=_WARPS, **EXACT,
     )  # fmt: skip
 
 
@@ -151,7 +151,7 @@ def quantise_blocks(w: Any, codes: Any, scales: Any, *, turned: Any = None, e5m2
     turned_strides = (0, 0) if turned is None else strides(turned)[:2]
     _blocks[(cdiv(high, 128), cdiv(wide, 128), matrices)](
         w, codes, turned, scales, high, wide, *strides(w)[:2], *strides(codes)[:2], *turned_strides, *strides(scales),
-        TURNED=turned is not None, E5M2=e5m2, num_warps=8,
+        TURNED=turned is not None, E5M2=e5m2, num_warps=8, **EXACT,
     )  # fmt: skip
 
 
@@ -167,6 +167,7 @@ def quantise_columns(
     _columns[(codes.shape[1] // 128, cdiv(size, 64))](
         x, x_scales, codes, scales, ends, experts, size, strides(x)[0], *x_scales_strides, strides(codes)[0],
         strides(scales)[0], FROM_CODES=x_scales is not None, SLOTS=slots_for(experts), WIDE=64, E5M2=e5m2, num_warps=8,
+        **EXACT,
     )  # fmt: skip
 
 
@@ -193,5 +194,5 @@ def _rotate(x: Any, codes: Any, *, scale: Any, amax: Any, e5m2: bool) -> None:
         return
     _hadamard[(cdiv(rows, _ROWS), cdiv(size, 128))](
         x, codes, scale, amax, rows, size, strides(x)[0], 0 if codes is None else strides(codes)[0],
-        QUANTISE=codes is not None, ROWS=_ROWS, E5M2=e5m2, num_warps=_WARPS,
+        QUANTISE=codes is not None, ROWS=_ROWS, E5M2=e5m2, num_warps=_WARPS, **EXACT,
     )  # fmt: skip

@@ -21,7 +21,7 @@ from erniekit.ops.triton.device import (
     scale_of,
     stored_as,
 )  # fmt: skip
-from erniekit.ops.triton.launch import cdiv, is_dense, strides
+from erniekit.ops.triton.launch import EXACT, cdiv, is_dense, strides
 
 _ROWS, _ROWS_BACKWARD = 32, 16
 
@@ -99,7 +99,7 @@ def weighted_swiglu(hidden: Any, weights: Any, codes: Any, scales: Any) -> None:
         return
     _forward[(cdiv(rows, _ROWS), cdiv(width, 128))](
         hidden, weights, codes, scales, rows, width, strides(hidden)[0], strides(codes)[0], *strides(scales),
-        ROWS=_ROWS, num_warps=4,
+        ROWS=_ROWS, num_warps=4, **EXACT,
     )  # fmt: skip
 
 
@@ -119,5 +119,5 @@ def weighted_swiglu_backward(
     _backward[(cdiv(rows, _ROWS_BACKWARD),)](
         hidden, weights, grad, grad_hidden, grad_weights, activated, codes, scales, rows, width, strides(hidden)[0],
         strides(grad)[0], strides(grad_hidden)[0], strides(activated)[0], *quantised_strides,
-        QUANTISE=codes is not None, ROWS=_ROWS_BACKWARD, num_warps=4,
+        QUANTISE=codes is not None, ROWS=_ROWS_BACKWARD, num_warps=4, **EXACT,
     )  # fmt: skip

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import functools
+import itertools
 
 import numpy as np
 import paddle
 import pytest
 
+from erniekit.ops.arrays.ccq import wint2_windows, wint25_windows
 from erniekit.ops.arrays.packed import WINT2, WINT25
+from erniekit.ops.cpu.library import call
 from erniekit.ops.packed import packed_product, packed_product_plain, unpack, unpack_plain
 from tests.unit.ops.twins import assert_close, assert_twins, drawn, outputs_and_gradients
 
@@ -115,3 +118,89 @@ def test_a_weight_that_is_made_in_several_blocks(kind):
         lambda x: packed_product(x, codes[None], scales[None], counts=[3], kind=KINDS[kind]), arrays
     )
     assert_close(found, outputs_and_gradients(lambda x: x @ weight, arrays))
+
+
+def test_neighbouring_windows_share_their_bits():
+    bits = np.arange(1 << 16, dtype=np.uint16)
+    v, _ = wint25_windows(np.tile(bits, [10, 1]))
+    v = v[0] + 4
+    for first in range(0, 63, 7):  # blocks of three and four
+        for row in (first, first + 1, first + 3, first + 4, first + 5):
+            assert ((v[row] & 1) == (v[row + 1] >> 2)).all()
+    v = wint2_windows(np.float32(128.5), np.float32(-3), np.arange(256, dtype=np.uint8)[:, None])[..., 0] + 32
+    assert ((v[:3] & 7) == (v[1:] >> 3)).all()
+
+
+def least_errors_wint2(x, h, scales, code_scale, code_zp):
+    """The error of the best codewords of each group, all 256 tried for four weights."""
+    windows = wint2_windows(code_scale, code_zp, np.tile(np.arange(256)[:, None], [1, x.shape[1]]))
+    words = windows.astype(np.float64).transpose(2, 1, 0)  # [F, 256, 4]
+    parts = x.T.reshape(x.shape[1], -1, 1, 4) - np.repeat(scales.T, 16, 1)[:, :, None, None] * words[:, None]
+    errors = (h.reshape(-1, 1, 4) * parts**2).sum(3).min(2)
+    return errors.reshape(x.shape[1], -1, 16).sum(2).T
+
+
+def least_errors_wint25(x, h, scales):
+    """The same, all words of 7 and of 9 bits tried for three and four weights, and all eight numbers for the last."""
+    three, four = np.arange(1 << 7), np.arange(1 << 9)
+    three = np.stack([three >> shift & 7 for shift in (4, 2, 0)]) - 4
+    four = np.stack([four >> shift & 7 for shift in (6, 4, 2, 0)]) - 4
+    out, last = np.zeros(scales.shape), np.arange(-4, 4)[None]
+    starts = [(i, three) for i in range(0, 63, 7)] + [(i + 3, four) for i in range(0, 63, 7)] + [(63, last)]
+    for group, (start, words) in itertools.product(range(len(scales)), starts):
+        rows = slice(group * 64 + start, group * 64 + start + len(words))
+        off = x[rows, None] - scales[group] * words[:, :, None]
+        out[group] += (h[rows, None, None] * off**2).sum(0).min(0)
+    return out
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_nearest_codewords_are_the_best_of_all(kind, weighted):
+    num_in, num_out = 128, 19
+    x, draw = drawn(num_in, num_out), np.random.default_rng(1)
+    h = draw.gamma(0.5, size=num_in).astype(np.float32) if weighted else None
+    scales = draw.uniform(0.04, 0.08, [2, num_out]).astype(np.float32) * (1 if kind == "wint2" else 8)
+    xv, vv = np.empty([2, num_out]), np.empty([2, num_out])
+    weights = np.ones(num_in) if h is None else h
+    if kind == "wint2":
+        code_scale = draw.uniform(100, 128, num_out).astype(np.float32)
+        code_zp = draw.uniform(0, 700, num_out).astype(np.float32)
+        codes = np.empty([num_in // 4, num_out], np.uint8)
+        call("wint2_nearest", x.T.copy(), h, scales, code_scale, code_zp, codes, xv, vv, num_in, num_out)
+        v = wint2_windows(code_scale, code_zp, codes).transpose(1, 0, 2)
+        least = least_errors_wint2(x, weights, scales, code_scale, code_zp)
+    else:
+        words = np.empty([num_in // 64 * 10, num_out], np.uint16)
+        call("wint25_nearest", x, h, scales, words, xv, vv, num_in, num_out)
+        v, local = wint25_windows(words)
+        assert not local.any()
+        least = least_errors_wint25(x, weights, scales)
+    v, groups, weights = v.reshape(2, 64, num_out), x.reshape(2, 64, num_out), weights.reshape(2, 64, 1)
+    errors = (weights * (groups - scales[:, None] * v) ** 2).sum(1)
+    np.testing.assert_allclose(errors, least, rtol=1e-6)
+    np.testing.assert_allclose(xv, (weights * groups * v).sum(1), rtol=1e-6)
+    np.testing.assert_allclose(vv, (weights * v * v).sum(1), rtol=1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_nearest_codewords_of_decoded_weights_are_theirs(kind):
+    num_in, num_out = 128, 9
+    codes, scales, weight = random_parts(kind, num_in, num_out)
+    sums = np.empty([2, num_out]), np.empty([2, num_out])
+    h = np.random.default_rng(2).uniform(0.1, 1, num_in).astype(np.float32)
+    if kind == "wint2":
+        scales[:2] = np.array([[120.953125], [611]])  # 256 different codewords
+        codes[32] = np.maximum(codes[32] & 15, 1) | np.maximum(codes[32] >> 4, 1) << 4  # no group of zeros
+        weight = slow_wint2(codes[:32], codes[32:], *scales)
+        group_scales = np.stack([codes[32] >> 4, codes[32] & 15]) * scales[2]
+        found = np.empty_like(codes[:32])
+        call("wint2_nearest", weight.T.copy(), h, group_scales, *scales[:2], found, *sums, num_in, num_out)
+        assert (found == codes[:32]).all()
+    else:
+        words = codes.reshape(-1).view(np.uint16).reshape(-1, num_out)
+        local = words[9::10] & 0x1FFF
+        found = np.empty_like(words)
+        call("wint25_nearest", weight, h, local * scales[0], found, *sums, num_in, num_out)
+        found[9::10] |= local
+        assert (found == words).all()
