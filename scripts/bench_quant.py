@@ -88,7 +88,7 @@ class Side:
         size = self.weight.size
         rates = {name: [size / each for each in found] for name, found in self.seconds.items()}
         return self.facts | {
-            "quantise_gb_per_s": spread([2 * rate / 1e9 for rate in rates["quantise"]], digits=3),
+            "quantise_gb_per_s": spread([2 * rate / 1e9 for rate in rates["quantise"]], digits=4),
             "quantise_million_weights_per_s": spread([rate / 1e6 for rate in rates["quantise"]], digits=2),
             "decode_gb_per_s": spread([4 * rate / 1e9 for rate in rates["decode"]], digits=3),
             "kernel_gb_per_s": spread([4 * rate / 1e9 for rate in rates["kernel"]], digits=3),

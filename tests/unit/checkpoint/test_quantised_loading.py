@@ -18,7 +18,7 @@ from erniekit.base.errors import CheckpointError, ConfigError, MeshError
 from erniekit.checkpoint.create import create
 from erniekit.checkpoint.folder import Folder
 from erniekit.checkpoint.load import load_for_answers, load_model
-from erniekit.checkpoint.model_io import build_model
+from erniekit.checkpoint.model_io import build_model, save_model
 from erniekit.checkpoint.quantised_folder import QuantisedFolder
 from erniekit.checkpoint.quantised_io import build_quantised
 from erniekit.config import families
@@ -187,6 +187,9 @@ def test_what_does_not_go_with_a_quantised_folder_is_refused(quantised, tmp_path
         load_for_answers(path, adapter=tmp_path / "adapter")
     with pytest.raises(CheckpointError, match=r"is a quantised model .* made for inference"):
         Folder.open(path)
+    with pytest.raises(CheckpointError, match=r"holds 25 weights in few bits .*models in high precision are saved"):
+        save_model(load_model(path), tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
 
 
 HEAVY = families.FAMILIES["micro-moe"] | dict(
