@@ -35,8 +35,8 @@ def words(bench, out: Path, **keys: object) -> list[str]:
     return [str(OFFICIAL), *(f"{key}={value}" for key, value in {**KEYS, **named, **keys}.items())]
 
 
-def digests(out: Path) -> dict[str, str]:
-    files = [*out.glob("*.safetensors"), *(out / "checkpoint-4").rglob("*.safetensors")]
+def digests(out: Path, step: int = 4) -> dict[str, str]:
+    files = [*out.glob("*.safetensors"), *(out / f"checkpoint-{step}").rglob("*.safetensors")]
     return {str(path.relative_to(out)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
@@ -87,9 +87,10 @@ def test_exports(finished, bench, run):
 
 def test_scales_can_be_forgotten(finished, bench, run, tmp_path):
     out = tmp_path / "out"
-    run("train", *words(bench, out, max_steps=2))
-    run("train", *words(bench, out, max_steps=3, fp8_force_clear_state=True))
-    kept = load_file(out / "checkpoint-3" / "training" / "memory.safetensors")
+    keys = {"save_steps": 1, "eval_steps": 100}
+    run("train", *words(bench, out, **keys, max_steps=1))
+    run("train", *words(bench, out, **keys, max_steps=2, fp8_force_clear_state=True))
+    kept = load_file(out / "checkpoint-2" / "training" / "memory.safetensors")
     steps = [found for name, found in kept.items() if name.startswith("activation_steps")]
     assert steps and all((found <= 1).all() for found in steps)
 
@@ -100,11 +101,11 @@ def test_preferences(bench, run, tmp_path):
     row = {"src": ["say red and blue"], "tgt": [], "response": [["red blue"], ["green tree"]], "sort": [1, 0]}
     pairs.write_text(json.dumps(row) + "\n" + json.dumps({**row, "src": ["say one and two"]}) + "\n")
     keys = {"stage": "DPO", "train_dataset_path": pairs, "eval_dataset_path": pairs, "max_prompt_len": 32,
-            "cache_data": False}  # fmt: skip
+            "cache_data": False, "save_steps": 1}  # fmt: skip
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    run("train", *words(bench, whole, **keys))
+    run("train", *words(bench, whole, **keys, max_steps=2))
     rows = [json.loads(line) for line in (whole / "train_log.jsonl").read_text().splitlines()]
     assert rows[0]["loss"] == pytest.approx(np.log(2), abs=1e-4)
+    run("train", *words(bench, cut, **keys, max_steps=1))
     run("train", *words(bench, cut, **keys, max_steps=2))
-    run("train", *words(bench, cut, **keys))
-    assert digests(cut) == digests(whole)
+    assert digests(cut, 2) == digests(whole, 2)
