@@ -43,9 +43,8 @@ def require_whole_matrices(folder: Folder, *, tensor: int) -> None:
     """Raise MeshError if `tensor` ranks are to share the matrices of a quantised folder."""
     if tensor > 1 and isinstance(folder, QuantisedFolder):
         raise MeshError(
-            f"{folder.path}: is quantised, and codes are not cut over tensor ranks "
-            f"(tensor_parallel_degree is {tensor}). "
-            "Set it to 1; ranks can share the experts: expert_parallel_degree."
+            f"{folder.path}: is quantised, and codes are not cut over tensor ranks (tensor_parallel_degree is "
+            f"{tensor}). Set it to 1; ranks can share experts: expert_parallel_degree."
         )
 
 
@@ -131,11 +130,13 @@ class QuantisedFolder(Folder):
         if name not in self.fields:
             array = self.stored[name].read(name)
             return array.view(FORMATS["BF16"]) if array.dtype == np.uint16 else array
-        if self._decoded is None or self._decoded[0] != name:
+        found = self._decoded
+        if found is None or found[0] != name:
             encoder = self.scheme.encoder_of(name)
             assert encoder is not None
-            self._decoded = (name, encoder.decode(self.arrays(name), num_in=self.shapes[name][0]))
-        return self._decoded[1]
+            found = (name, encoder.decode(self.arrays(name), num_in=self.shapes[name][0]))
+            self._decoded = found  # another thread may put its own there
+        return found[1]
 
     def release_tensor(self, name: str) -> None:
         """Let the system drop a tensor's pages."""

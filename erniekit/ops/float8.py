@@ -34,11 +34,10 @@ from erniekit.ops.grouped import rows_of_experts
 
 __all__ = [
     "E4M3", "E5M2", "Blocks", "Columns", "Float8", "Kind", "Rows", "Scheme", "Statistics", "Tensor", "bf16_numbers",
-    "dense", "has_float8", "power_of_two", "product", "quantise", "rounded", "statistics",
-    "weight_product",
+    "dense", "has_float8", "power_of_two", "product", "quantise", "rounded", "statistics", "weight_product",
 ]  # fmt: skip
 
-Result = Literal["bf16", "fp32"]  # how exact a product is; either way its dtype is that of the model
+Result = Literal["bf16", "fp32"]  # which numbers a product is made of, however they are stored
 _MANTISSA, _THREE_QUARTERS, _BIAS = 1 << 23, 0x600000, 127  # of fp32
 
 
