@@ -1,13 +1,16 @@
 """What quantised weights cost a trained model: the error of every layer, the change of the eval loss, speed and size.
 
     python scripts/quantisation.py MODEL EVAL.jsonl [--formats wint8 wint4/8 wint4 nf4] [--groups default -1 64 128]
-                                   [--rounds 5] [--steps 2] [--out results.json]
+                                   [--folders wint8 fp8/128 wint2 ...] [--calibration TEXT] [--rounds 5] [--steps 2]
+                                   [--out results.json]
 
 MODEL is a folder with a tokenizer, EVAL.jsonl SFT rows that it was not trained on; scripts/quickstart.sh leaves both
 (output/quickstart/sft and output/quickstart/data/eval.jsonl). Every format is loaded as a run loads it and compared
-with the same folder in fp32. Speed: steps of LoRA (all linear layers and experts) on rows of random tokens, all bases
-in one process, rounds alternating between them, so that a busy minute of the machine hits all alike; 0 rounds leave it
-out.
+with the same folder in fp32. --folders are formats of `export --quantize` (behind a slash their group size): each is
+exported, calibrated over TEXT, and loaded as `eval` and `chat` load it. An empty list leaves out what it names.
+
+Speed: steps of LoRA (all linear layers and experts) on rows of random tokens, all bases in one process, rounds
+alternating between them, so that a busy minute of the machine hits all alike; 0 rounds leave it out.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ import re
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -37,7 +41,11 @@ import paddle  # noqa: E402
 
 from erniekit.adapters.lora import add_adapters  # noqa: E402
 from erniekit.checkpoint.folder import Folder  # noqa: E402
+from erniekit.checkpoint.load import load_for_answers  # noqa: E402
 from erniekit.checkpoint.model_io import build_model  # noqa: E402
+from erniekit.checkpoint.quantised_figures import layer_errors  # noqa: E402
+from erniekit.checkpoint.quantised_folder import QuantisedFolder  # noqa: E402
+from erniekit.checkpoint.save import REPORT_FILE  # noqa: E402
 from erniekit.config.adapter import AdapterConfig  # noqa: E402
 from erniekit.config.load import load_config  # noqa: E402
 from erniekit.config.packing import EXPERTS, LINEARS, Packing, packing_of  # noqa: E402
@@ -48,12 +56,14 @@ from erniekit.models.decoder import ErnieForCausalLM  # noqa: E402
 from erniekit.ops.attention import end_rows_from_segments  # noqa: E402
 from erniekit.ops.cpu.library import tier  # noqa: E402
 from erniekit.precision.packed import packed_weights  # noqa: E402
+from erniekit.recipes.quantise import Settings, quantise  # noqa: E402
 from erniekit.training.objective import LanguageModelObjective, LossWeights  # noqa: E402
 from erniekit.training.optimizer import AdamWSettings, Optimizer  # noqa: E402
 from erniekit.training.router import RouterUpkeep  # noqa: E402
 from erniekit.training.step import train_step  # noqa: E402
 
 FORMATS = ("wint8", "wint4/8", "wint4", "nf4")
+FOLDERS = ("wint8", "wint8/64", "wint4", "wint4/64", "w4a8", "w4a8c8", "fp8", "fp8/128", "wint2.5", "wint2")
 ROWS, LENGTH, RANK = 4, 512, 8
 _PARTS = {"attention": r"\.self_attn\.", "experts": r"\.mlp\.experts\.", "other MLPs": r"\.mlp\.|mtp_linear_proj"}
 
@@ -110,7 +120,10 @@ def judged(found: list[np.ndarray], exact: list[np.ndarray], data: EvalData) -> 
         divergence += float((np.exp(there) * (there - here)).sum(dtype=np.float64))
         same += int((there.argmax(-1) == here.argmax(-1)).sum())
         count += len(labels)
-    return {"loss": loss / count, "kl": divergence / count, "same_best_token": same / count, "tokens": count}
+    return {
+        "loss": loss / count, "perplexity": math.exp(loss / count), "kl": divergence / count,
+        "same_best_token": same / count, "tokens": count,
+    }  # fmt: skip
 
 
 def num_bytes(model: ErnieForCausalLM, packing: Packing | None) -> int:
@@ -120,6 +133,21 @@ def num_bytes(model: ErnieForCausalLM, packing: Packing | None) -> int:
         assert packing
         total += packing.num_bytes(name.removesuffix(".weight"), tuple(weight.shape))
     return total
+
+
+def exported(name: str, options: argparse.Namespace, exact: list[np.ndarray], data: EvalData) -> dict[str, Any]:
+    """A format as a folder, and what its model says."""
+    kind, _, group = name.partition("/")
+    settings = Settings(kind, int(group) if group else None, calibration=tuple(map(str, options.calibration or ())))
+    with tempfile.TemporaryDirectory() as place:
+        target = quantise(load_config({}), settings, folder=options.model, out=Path(place, "folder"))
+        report, folder = json.loads((target / REPORT_FILE).read_bytes()), QuantisedFolder.open(target)
+        found = judged(predictions(load_for_answers(target), data), exact, data)
+        return {
+            "bytes": report["bytes"], "bits_per_weight": report["bits_per_weight"],
+            "bits_per_quantised_weight": report["bits_per_quantised_weight"], "mse": report["mse"],
+            "error": layer_errors(folder, None), "eval": found,
+        }  # fmt: skip
 
 
 class Trained:
@@ -213,8 +241,18 @@ def measured(options: argparse.Namespace) -> dict[str, Any]:
             )  # fmt: skip
             if group == "default":
                 models[name] = packed
+    folders: dict[str, Any] = {}
+    for name in options.folders:
+        folders[name] = found = exported(name, options, exact, data)
+        found["loss_change"] = found["eval"]["loss"] - plain["loss"]
+        print(
+            f"{name}: {found['bits_per_quantised_weight']:.3f} bits, MSE {found['mse']:.3e}, error "
+            f"{found['error']['error']:.4f}, perplexity {found['eval']['perplexity']:.3f}, eval loss "
+            f"{found['loss_change']:+.6f}, KL {found['eval']['kl']:.2e}, same best token "
+            f"{found['eval']['same_best_token']:.4f}, {found['bytes'] / 1e6:.1f} MB", flush=True,
+        )  # fmt: skip
     result: dict[str, Any] = {
-        "commit": commit(), "model": folder.path.name, "formats": formats,
+        "commit": commit(), "model": folder.path.name, "formats": formats, "folders": folders,
         "versions": {"paddle": paddle.__version__, "numpy": np.__version__, "python": platform.python_version()},
         "machine": {"cores": len(os.sched_getaffinity(0)), "load_before": os.getloadavg()[0], "kernels": tier()},
     }  # fmt: skip
@@ -231,7 +269,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("model", type=Path)
     parser.add_argument("data", type=Path)
-    parser.add_argument("--formats", nargs="+", choices=FORMATS, default=FORMATS)
+    parser.add_argument("--formats", nargs="*", choices=FORMATS, default=FORMATS)
+    parser.add_argument("--folders", nargs="*", choices=FOLDERS, default=FOLDERS)
+    parser.add_argument("--calibration", nargs="+", type=Path, help="text for scales of inputs and searches of codes")
     parser.add_argument("--groups", nargs="+", default=("default", "-1", "64", "128"))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=2, help="steps of one base in a round")

@@ -20,7 +20,7 @@ TRANSLATED = {
     f"{name}.md"
     for name in (
         "getting-started", "data", "config", "checkpoints", "training", "lora", "preferences",
-        "troubleshooting", "serving", "verbs", "parallel",
+        "troubleshooting", "serving", "verbs", "parallel", "fp8",
     )
 }
 CHINESE = sorted((ROOT / "docs" / "zh").glob("*.md"))

@@ -91,6 +91,18 @@ def test_the_budget_of_released_models_stands_beside_their_published_least() -> 
     assert all(row["fits"] for row in table)
 
 
+def test_the_bench_of_formats_tells_speed_memory_and_error() -> None:
+    sizes = ("--inputs", "128", "--outputs", "256", "--rounds", "2")
+    found = run_script("bench_quant", *sizes, "--formats", "wint8", "fp8, blocks of 128")
+    assert found["weight"] == [128, 256] and found["commit"] and found["versions"]["paddle"]
+    assert list(found["formats"]) == ["wint8", "fp8, blocks of 128"]
+    for figures in found["formats"].values():
+        assert 8 < figures["bits_per_weight"] < 8.3 and 0 < figures["mse"] < 1e-3
+        for name in ("quantise_gb_per_s", "decode_gb_per_s", "kernel_gb_per_s", "quantise_million_weights_per_s"):
+            assert 0 < figures[name]["least"] <= figures[name]["median"] <= figures[name]["most"]
+        assert figures["peak_mb"].keys() == {"quantise", "decode"}
+
+
 @pytest.fixture(scope="module")
 def small_archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A few rows in the forms of the real archive, and a micro model, made of random words."""

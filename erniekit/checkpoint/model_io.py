@@ -16,6 +16,7 @@ from numpy.lib.stride_tricks import as_strided
 from paddle import nn
 
 from erniekit.base.console import notice
+from erniekit.base.errors import CheckpointError
 from erniekit.checkpoint.ernie45 import CORRECTION_BIAS, HEAD_BIAS, Table, Tensor, memory_table
 from erniekit.checkpoint.folder import Folder, plan_load
 from erniekit.checkpoint.pieces import Span
@@ -209,6 +210,11 @@ def model_writer(
 ) -> Writer:  # fmt: skip
     """What saves the model as it is when it is called; or as it is now: what this rank of `copied_for` will write is
     copied into host memory, and all its ranks call this."""
+    if packed := packed_weights(model):
+        raise CheckpointError(
+            f"this model holds {len(packed)} weights in few bits ('{next(iter(packed))}' ...), and only models in high "
+            "precision are saved. `erniekit export --quantize` writes quantised folders from those."
+        )
     cfg, dtype = model.config, dtype or model.config.dtype
     numbers = HostParameters(dict(model.named_parameters()), ranges)
     arrays: Mapping[str, np.ndarray] = numbers

@@ -25,24 +25,11 @@ from erniekit.base.console import notice
 from erniekit.base.files import sha256, write_json
 from erniekit.checkpoint.ernie45 import Table, Tensor, layout_table
 from erniekit.checkpoint.folder import Folder
-from erniekit.checkpoint.hf_files import (
-    INDEX_FILE,
-    SINGLE_FILE,
-    Entry,
-    SharedFile,
-    create_safetensors,
-    index_content,
-)
+from erniekit.checkpoint.hf_files import INDEX_FILE, SINGLE_FILE, Entry, SharedFile, create_safetensors, index_content
 from erniekit.checkpoint.journal import Journal, resumable
 from erniekit.checkpoint.quantised import ACTIVATION_SCALE, CACHE_SCALES, QUANTIZATION, Scheme, input_scale, stored_name
 from erniekit.checkpoint.quantised_folder import layout_fields
-from erniekit.checkpoint.save import (
-    METADATA,
-    REPORT_FILE,
-    copy_companions,
-    finish,
-    publish,
-)
+from erniekit.checkpoint.save import METADATA, REPORT_FILE, copy_companions, finish, publish
 from erniekit.checkpoint.source import Source, fill, made
 from erniekit.ops.arrays.threads import sum_rows
 from erniekit.precision.encoders import Encoder
@@ -52,7 +39,7 @@ _STATISTICS = ".statistics.npz"  # hidden: neither the manifest nor the folder g
 _SECONDS = 5.0  # of work that a kill may cost
 _ROWS = 4096
 
-Progress = Callable[[int, int, str], None]  # bytes done, bytes in all, what is under way
+Progress = Callable[[int, int, str], None]  # bytes done, bytes in all, what was done last
 
 
 @dataclass(frozen=True)
@@ -198,26 +185,24 @@ class _Work:
     def write(self, stage: Path, file: str, journal: Journal) -> None:
         """Write a file, or what it lacks."""
         parts, path = self.plan.files[file], stage / file
-        if file not in journal.digests:
-            if not any(name in journal.rows for name in parts):
-                entries = [entry for part in parts.values() for entry in part]
-                create_safetensors(path, entries, metadata=METADATA["paddle"])
-            shared, waiting, last = SharedFile(path), list[dict[str, Any]](), time.monotonic()
+        if file in journal.digests:
             for name in parts:
-                if name not in journal.rows:
-                    self.progress(self.done_bytes, self.total, f"{self.done}/{len(self.plan.table.tensors)} {name}")
-                    waiting.append(self._tensor(name, shared))
-                    if time.monotonic() - last >= self.every:
-                        shared.flush()
-                        journal.add(rows=waiting)
-                        waiting, last = [], time.monotonic()
                 self._count(name)
-            shared.flush()
-            del shared
-            journal.add(rows=waiting, digests={file: sha256(path)})
             return
+        if not any(name in journal.rows for name in parts):
+            entries = [entry for part in parts.values() for entry in part]
+            create_safetensors(path, entries, metadata=METADATA["paddle"])
+        shared, waiting, last = SharedFile(path), list[dict[str, Any]](), time.monotonic()
         for name in parts:
+            if name not in journal.rows:
+                waiting.append(self._tensor(name, shared))
+                if time.monotonic() - last >= self.every:
+                    shared.flush()
+                    journal.add(rows=waiting)
+                    waiting, last = [], time.monotonic()
             self._count(name)
+        shared.flush()
+        journal.add(rows=waiting, digests={file: sha256(path)})
 
     def _count(self, name: str) -> None:
         self.done += 1

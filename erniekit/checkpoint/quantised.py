@@ -20,7 +20,7 @@ import numpy as np
 from erniekit.base.errors import CheckpointError, ConfigError, did_you_mean, listed
 from erniekit.config.architecture import ErnieConfig
 from erniekit.ops.arrays.float8 import E4M3
-from erniekit.precision.ccq import Wint2, Wint25
+from erniekit.precision.ccq import EFFORTS, Search, Wint2, Wint25
 from erniekit.precision.encoders import BLOCK, W4A8, Encoder, Float8, Float8Blocks, Integers
 
 QuantKind = Literal["wint8", "wint4", "w4a8", "fp8", "fp8_blocks", "wint2", "wint2.5"]
@@ -80,14 +80,13 @@ _ENCODERS: dict[QuantKind, Callable[[int | None], Encoder]] = {
     "w4a8": lambda _group_size: W4A8(),
     "fp8": lambda _group_size: Float8(),
     "fp8_blocks": lambda _group_size: Float8Blocks(),
-    "wint2": lambda _group_size: Wint2(),
     "wint2.5": lambda _group_size: Wint25(),
 }
 
 
-def encoder_of(kind: QuantKind, *, group_size: int | None = None) -> Encoder:
-    """The encoder of a kind; a group size is for wint8 and wint4."""
-    return _ENCODERS[kind](group_size)
+def encoder_of(kind: QuantKind, *, group_size: int | None = None, search: Search = "full") -> Encoder:
+    """The encoder of a kind; a group size is for wint8 and wint4, `search` for wint2."""
+    return Wint2(search) if kind == "wint2" else _ENCODERS[kind](group_size)
 
 
 @dataclass(frozen=True)
@@ -99,11 +98,13 @@ class Scheme:
     int4_layers: int = 0  # the first layers, whose experts have the kind `early`
     sparse: bool = True  # whether the model has experts
     num_layers: int = 0
+    search: Search = "full"  # of wint2: how long its encoder looks; the folder does not tell
 
     @classmethod
     def new(
-        cls, name: str, cfg: ErnieConfig, *, group_size: int | None = None, int4_layers: int | None = None
-    ) -> Scheme:
+        cls, name: str, cfg: ErnieConfig, *, group_size: int | None = None, int4_layers: int | None = None,
+        search: str | None = None,
+    ) -> Scheme:  # fmt: skip
         """The format `name` for a model. Raises ConfigError for what is unknown or does not belong to it."""
         form, layers = format_of(name), cfg.num_hidden_layers
         if group_size is not None and not form.groups:
@@ -120,13 +121,15 @@ class Scheme:
             raise ConfigError(f"--int4-layers is for wint2 and wint2.5; {name} treats all layers alike. Leave it out.")
         if int4_layers is not None and not 0 <= int4_layers <= layers:
             raise ConfigError(f"--int4-layers {int4_layers}: the model has {layers} layers.")
+        if search is not None and (name != "wint2" or search not in EFFORTS):
+            raise ConfigError(f"--search {search}: wint2 has {' and '.join(EFFORTS)}; other formats have one search.")
         if form.early is None:
             early = 0
         elif int4_layers is None:
             early = max(round(layers * PUBLISHED_INT4_LAYERS / PUBLISHED_LAYERS), 1)
         else:
             early = int4_layers
-        return cls(form, group_size, early, bool(cfg.is_moe), layers)
+        return cls(form, group_size, early, bool(cfg.is_moe), layers, "fast" if search == "fast" else "full")
 
     def kind_of(self, tensor: str) -> QuantKind | None:
         """The kind of a tensor in -Paddle layout; None: it stays as it is (embedding, head, router, norm, bias)."""
@@ -148,7 +151,7 @@ class Scheme:
     def encoder_of(self, tensor: str) -> Encoder | None:
         """The encoder of a tensor; None: it stays as it is."""
         kind = self.kind_of(tensor)
-        return encoder_of(kind, group_size=self.group_size) if kind else None
+        return encoder_of(kind, group_size=self.group_size, search=self.search) if kind else None
 
     @property
     def needs_text(self) -> bool:

@@ -25,7 +25,7 @@ from erniekit.models.decoder import ErnieForCausalLM
 from erniekit.parallel.part import hold_part
 from erniekit.precision.inputs import FixedRounding, Int8Cache, int8_steps, rounded_rows
 from erniekit.precision.packed import Rounding, Store, packed_weights, use_stores
-from erniekit.precision.stored import StoredCodes, store_of
+from erniekit.precision.stored import StoredCodes
 
 
 class Origin(NamedTuple):
@@ -60,7 +60,7 @@ def build_quantised(
     def store(module: str, shape: tuple[int, int, int]) -> Store | None:
         name = _weight_of(module, origins)
         encoder = folder.scheme.encoder_of(origins[name][0].tensor) if name in origins else None
-        return store_of(encoder, shape, dtype=dtype) if encoder else None
+        return StoredCodes(encoder, shape, dtype=dtype) if encoder else None
 
     with paddle.LazyGuard():  # what is quantised never gets memory of its own
         model = ErnieForCausalLM(cfg, dtype=dtype, lm_head_bias=folder.has_head_bias)

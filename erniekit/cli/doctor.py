@@ -20,6 +20,7 @@ from erniekit.base.errors import ErnieKitError
 from erniekit.base.resources import GIB
 from erniekit.cli.arguments import Arguments
 from erniekit.config.load import load_config
+from erniekit.config.readiness import fp8_device
 from erniekit.config.run import RunConfig
 
 if TYPE_CHECKING:
@@ -214,6 +215,8 @@ def _disk(config: RunConfig | None) -> Iterator[Finding]:
 def _run(config: RunConfig) -> Iterator[Finding]:
     from erniekit.training.budget import architecture_of, disk_of, run_budget  # here: numpy may be what is broken
 
+    for text in fp8_device(config):
+        yield Finding(PROBLEM, "run", text, "fp8_emulate=true, or a GPU that multiplies FP8")
     arch = architecture_of(config)
     if arch is None:
         yield Finding(

@@ -69,7 +69,7 @@ def _quantised(arguments: Arguments) -> Settings | None:
     """What follows --quantize; raises ConfigError for options that do not go together."""
     kind, given = arguments.text("quantize"), {*arguments.values, *arguments.flags}
     if kind is None:
-        alone = sorted(given & {"group-size", "int4-layers", "calibration", "calibration-tokens"})
+        alone = sorted(given & {"group-size", "int4-layers", "search", "calibration", "calibration-tokens"})
         if alone:
             raise ConfigError(f"--{alone[0]} is about --quantize KIND; name the format, or leave it out.")
         return None
@@ -91,6 +91,7 @@ def _quantised(arguments: Arguments) -> Settings | None:
     return Settings(
         kind, arguments.number("group-size"), arguments.number("int4-layers"),
         tuple(arguments.values.get("calibration", ())), CALIBRATION_TOKENS if tokens is None else tokens,
+        arguments.text("search"),
     )  # fmt: skip
 
 

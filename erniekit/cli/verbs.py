@@ -96,6 +96,7 @@ VERBS = {
                 Option("quantize", "in few bits: wint8, wint4, w4a8, w4a8c8, fp8, wint2 or wint2.5", metavar="KIND"),
                 Option("group-size", "inputs that share a scale (wint8, wint4); 128: fp8 by blocks", metavar="N"),
                 Option("int4-layers", "first layers of wint2 whose experts are int4 (7 of 54)", metavar="N"),
+                Option("search", "of wint2: full, or fast, with 2 % more error (full)", metavar="HOW"),
                 Option("calibration", "text for scales of inputs (train_dataset_path)", metavar="FILE", many=True),
                 Option("calibration-tokens", "tokens of it (4096)", metavar="N"),
                 *RANKS,

@@ -34,11 +34,10 @@ from erniekit.ops.grouped import rows_of_experts
 
 __all__ = [
     "E4M3", "E5M2", "Blocks", "Columns", "Float8", "Kind", "Rows", "Scheme", "Statistics", "Tensor", "bf16_numbers",
-    "dense", "has_float8", "power_of_two", "product", "quantise", "requantise", "rounded", "statistics",
-    "weight_product",
+    "dense", "has_float8", "power_of_two", "product", "quantise", "rounded", "statistics", "weight_product",
 ]  # fmt: skip
 
-Result = Literal["bf16", "fp32"]  # how exact a product is; either way its dtype is that of the model
+Result = Literal["bf16", "fp32"]  # which numbers a product is made of, however they are stored
 _MANTISSA, _THREE_QUARTERS, _BIAS = 1 << 23, 0x600000, 127  # of fp32
 
 
@@ -205,15 +204,6 @@ def rounded(
 ) -> paddle.Tensor:  # fmt: skip
     """What is left of `x` after it was in FP8: dense(quantise(x)), in its own dtype."""
     return dense(quantise(x, scheme, kind=kind, counts=counts, short=short, name=name)).astype(x.dtype)
-
-
-def requantise(x: Float8, scheme: Scheme, *, counts: list[int] | None = None) -> Float8:
-    """The same numbers under another scheme: for a weight's gradient, rows in blocks along the tokens."""
-    counts = _counts(x.codes.shape, counts)
-    if isinstance(x.scheme, Rows) and isinstance(scheme, Columns) and backend(x.scales) == "cpu":
-        made = cpu.turned(x.codes, x.scales, wide=x.scheme.size, high=scheme.size, kind=x.kind, counts=counts)
-        return Float8(*made, scheme, x.kind, counts)
-    return quantise(dense(x), scheme, kind=x.kind, counts=None if x.codes.ndim == 3 else counts, short=True)
 
 
 def bf16_numbers(x: paddle.Tensor) -> paddle.Tensor:

@@ -200,14 +200,13 @@ def _scatter(count: int) -> np.ndarray:
 
 
 class _Wint2Search(_Columns):
-    """What is best for each column so far: the code's two numbers [2, F], local scales, super scale, error."""
+    """What is best for each column so far: the code's two numbers [2, F], local scales, super scale."""
 
     def __init__(self, weight_DF: np.ndarray, h_D: np.ndarray | None) -> None:
         super().__init__(weight_DF, h_D)
         self.x_FD = np.ascontiguousarray(self.x_DF.T)
         self.book_2F = np.repeat(np.array(_BEST_BOOK)[:, None], self.num_out, 1)
         self.local_GF, self.super_F = np.zeros(self.xx_GF.shape), np.ones(self.num_out)
-        self.error_F = np.full(self.num_out, np.inf)
 
     def nearest(
         self, book_2F: np.ndarray, scale_GF: np.ndarray, codes_BF: np.ndarray | None = None

@@ -1,119 +1,82 @@
-"""Weights that come quantised: stores that take codes as a file has them (encoders.py), and inputs that are rounded.
+"""Weights that come quantised: a store that takes what encoders made (encoders.py, ccq.py), as a file has it.
 
-Integers and E4M3 go to the kernels of packed weights (ops/packed.py): codes as they are, scales spread over the
-outputs. What only its own decoder reads stays as it lies in the file, and an expert is dense while its rows are
-multiplied. There is no gradient for anything here, and no other number format than the encoders'. Knows no file.
-Shapes: D inputs, F outputs, T rows sorted by expert, E experts, G groups of inputs.
+Codes stay as they are, in the order in which the kernels of packed weights (ops/packed.py) read them; scales are spread
+over the outputs. There is no gradient here for anything but what is below. Knows no file.
+Shapes: D inputs, F outputs, T rows sorted by expert, C rows of codes, G rows of scales.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Protocol, runtime_checkable
 
 import numpy as np
 import paddle
 
-from erniekit.ops.arrays.packed import E4M3, INT4, INT8
-from erniekit.ops.mlp import linear
+from erniekit.ops.arrays.packed import E4M3, INT4, INT8, WINT2, WINT25
 from erniekit.ops.packed import packed_product, unpack
+from erniekit.precision.ccq import Wint2, Wint25
 from erniekit.precision.encoders import BLOCK, SCALE, W4A8, WEIGHT, Encoder, Float8, Float8Blocks, Integers
-from erniekit.precision.packed import Store, put
+from erniekit.precision.packed import put
 
 
-@runtime_checkable
-class StoredCodes(Store, Protocol):
-    """A store that is given encoded weights."""
+class StoredCodes:
+    """Encoded weights of one shape [D, F] (precision/packed.py: Store). Memory is taken when the first one comes."""
+
+    def __init__(self, encoder: Encoder, shape: tuple[int, int, int], *, dtype: str) -> None:
+        self.encoder, self.shape, self.dtype, self.kind = encoder, shape, dtype, _kernel_kind(encoder)
+        self.codes = self.scales = paddle.empty([0])
 
     def take(self, index: int, arrays: Mapping[str, np.ndarray], columns: np.ndarray | None) -> None:
         """Keep an encoded weight, or these outputs of it."""
-
-    def num_bytes(self) -> int:
-        """What the codes and scales take in memory."""
-
-
-class KernelCodes:
-    """Integers or E4M3, as ops/packed.py reads them."""
-
-    def __init__(self, encoder: Encoder, shape: tuple[int, int, int], *, dtype: str) -> None:
-        self.shape, self.dtype, self.encoder = shape, dtype, encoder
-        count, num_in, num_out = shape
-        eight_bits = not isinstance(encoder, Integers) or encoder.kind == "int8"
-        self.kind = E4M3 if not isinstance(encoder, Integers) else INT8 if eight_bits else INT4
-        rows = num_in if eight_bits else -(-num_in // 2)
-        self.codes = paddle.empty([count, rows, num_out], "int8" if self.kind == INT8 else "uint8")
-        self.scales = paddle.empty([count, self._groups(num_in), num_out], "float32")
-
-    def _groups(self, num_in: int) -> int:
-        if isinstance(self.encoder, Float8Blocks):
-            return num_in // BLOCK
-        group_size = self.encoder.group_size if isinstance(self.encoder, Integers) else None
-        return num_in // (group_size or num_in)
-
-    def take(self, index: int, arrays: Mapping[str, np.ndarray], columns: np.ndarray | None) -> None:
-        """See StoredCodes."""
-        codes, scales = arrays[WEIGHT], arrays[SCALE]
-        picked = np.arange(codes.shape[1]) if columns is None else columns
-        if isinstance(self.encoder, Float8Blocks):
-            scales = scales[:, picked // BLOCK]
-        elif isinstance(self.encoder, Float8):
-            scales = np.broadcast_to(scales, [1, len(picked)])
-        else:
-            scales = np.atleast_2d(scales)[:, picked]
-        if isinstance(self.encoder, W4A8):
-            scales = self.encoder.steps(scales)
-        codes = codes if columns is None else codes[:, columns]
-        put(self.codes[index], np.ascontiguousarray(codes).view(np.int8 if self.kind == INT8 else np.uint8))
-        put(self.scales[index], np.ascontiguousarray(scales))
+        codes_CF, scales_GF = _as_kernels_read(self.encoder, arrays, columns)
+        if not self.codes.size:
+            self.codes = paddle.empty([self.shape[0], *codes_CF.shape], str(codes_CF.dtype))
+            self.scales = paddle.empty([self.shape[0], *scales_GF.shape], "float32")
+        put(self.codes[index], codes_CF)
+        put(self.scales[index], scales_GF)
 
     def dense(self, index: int) -> paddle.Tensor:
-        """See StoredCodes."""
+        """See Store."""
         made = unpack(self.codes[index], self.scales[index], num_in=self.shape[1], kind=self.kind)
         return made.astype(self.dtype)
 
     def product(self, x_TD: paddle.Tensor, counts: list[int], *, bf16: bool) -> paddle.Tensor:
-        """See StoredCodes."""
+        """See Store."""
         return packed_product(x_TD, self.codes, self.scales, counts=counts, kind=self.kind, bf16=bf16)
 
     def num_bytes(self) -> int:
-        """See StoredCodes."""
+        """What the codes and scales take in memory."""
         return sum(int(x.size) * x.element_size() for x in (self.codes, self.scales))
 
 
-class FileCodes:
-    """What only its encoder decodes, as it lies in the file."""
-
-    def __init__(self, encoder: Encoder, shape: tuple[int, int, int], *, dtype: str) -> None:
-        self.shape, self.dtype, self.encoder = shape, dtype, encoder
-        self.arrays: dict[int, dict[str, np.ndarray]] = {}
-
-    def take(self, index: int, arrays: Mapping[str, np.ndarray], columns: np.ndarray | None) -> None:
-        """See StoredCodes."""
-        fields = self.encoder.fields(self.shape[1], self.shape[2])
-        self.arrays[index] = {
-            name: np.array(arrays[name] if columns is None else arrays[name][..., columns]) for name in fields
-        }
-
-    def dense(self, index: int) -> paddle.Tensor:
-        """See StoredCodes."""
-        made = self.encoder.decode(self.arrays[index], num_in=self.shape[1])
-        return paddle.to_tensor(made).astype(self.dtype)
-
-    def product(self, x_TD: paddle.Tensor, counts: list[int], *, bf16: bool) -> paddle.Tensor:
-        """See StoredCodes."""
-        out, start = [], 0
-        for index, count in enumerate(counts):
-            if count:
-                out.append(linear(x_TD[start : start + count], self.dense(index), None, bf16=bf16))
-            start += count
-        return paddle.concat(out) if out else paddle.zeros([0, self.shape[2]], x_TD.dtype)
-
-    def num_bytes(self) -> int:
-        """See StoredCodes."""
-        return sum(array.nbytes for arrays in self.arrays.values() for array in arrays.values())
+def _kernel_kind(encoder: Encoder) -> int:
+    if isinstance(encoder, Integers):
+        return INT8 if encoder.kind == "int8" else INT4
+    if isinstance(encoder, (Wint2, Wint25)):
+        return WINT2 if isinstance(encoder, Wint2) else WINT25
+    assert isinstance(encoder, (Float8, Float8Blocks)), encoder
+    return E4M3
 
 
-def store_of(encoder: Encoder, shape: tuple[int, int, int], *, dtype: str) -> StoredCodes:
-    """An empty store for weights of an encoder."""
-    chosen = KernelCodes if isinstance(encoder, (Integers, Float8, Float8Blocks)) else FileCodes
-    return chosen(encoder, shape, dtype=dtype)
+def _as_kernels_read(
+    encoder: Encoder, arrays: Mapping[str, np.ndarray], columns: np.ndarray | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Codes [C, F] and fp32 scales [G, F] of all outputs, or of some."""
+    if isinstance(encoder, (Wint2, Wint25)):
+        return encoder.packed({name: _picked(array, columns) for name, array in arrays.items()})
+    codes, scales = _picked(arrays[WEIGHT], columns), arrays[SCALE]
+    if isinstance(encoder, Float8Blocks):
+        scales = scales[:, (np.arange(codes.shape[1]) if columns is None else columns) // BLOCK]
+    elif isinstance(encoder, Float8):
+        scales = np.broadcast_to(scales, [1, codes.shape[1]])
+    else:
+        scales = np.atleast_2d(_picked(scales, columns))
+    if isinstance(encoder, W4A8):
+        scales = encoder.steps(scales)
+    if not isinstance(encoder, Integers):
+        codes = codes.view(np.uint8)
+    return codes, np.ascontiguousarray(scales)
+
+
+def _picked(array: np.ndarray, columns: np.ndarray | None) -> np.ndarray:
+    return array if columns is None else np.ascontiguousarray(array[..., columns])

@@ -31,6 +31,7 @@ from erniekit.config.run import RunConfig
 CALIBRATION_TOKENS = 4096
 _ROW = 512  # tokens that are computed together
 _SAMPLE = 64 << 10
+_WEIGHTS = (".safetensors", ".pdparams")
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ class Settings:
     int4_layers: int | None = None
     calibration: tuple[str, ...] = ()
     calibration_tokens: int = CALIBRATION_TOKENS
+    search: str | None = None
 
 
 def quantise(
@@ -56,8 +58,9 @@ def quantise(
     for text in base.notices:
         notice(text)
     scheme = Scheme.new(
-        settings.kind, base.disk_config, group_size=settings.group_size, int4_layers=settings.int4_layers
-    )
+        settings.kind, base.disk_config, group_size=settings.group_size, int4_layers=settings.int4_layers,
+        search=settings.search,
+    )  # fmt: skip
     target = out or _default_target(cfg, folder, step, settings.kind)
     started, calibrating = time.monotonic(), 0.0
 
@@ -113,10 +116,14 @@ def _default_target(cfg: RunConfig, folder: Path | None, step: int | None, kind:
 def _identity(base: Folder, source: Source, cfg: RunConfig, settings: Settings) -> dict[str, Any]:
     """What makes this export another one than one that was interrupted."""
     adapters = [Path(adapter.name) for adapter in source.adapters] if isinstance(source, Merged) else []
-    files = [path for folder in (base.path, *adapters) for path in sorted(folder.iterdir()) if path.is_file()]
+    parts = [path for folder in (base.path, *adapters) for path in sorted(folder.iterdir())]
+    files = [path for path in parts if path.is_file() and (path.suffix in _WEIGHTS or path.name == "config.json")]
     read = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
     texts = settings.calibration or tuple(cfg.data.train_dataset_path or ())
-    return {"read": read, "texts": texts, "tokens": settings.calibration_tokens, "seed": cfg.train.seed}
+    return {
+        "read": read, "texts": texts, "tokens": settings.calibration_tokens, "seed": cfg.train.seed,
+        "search": settings.search,
+    }  # fmt: skip
 
 
 # ---------------------------------------------------------------------- calibration

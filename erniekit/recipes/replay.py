@@ -17,7 +17,7 @@ from erniekit.config.run import RunConfig
 from erniekit.data.batch import Batch
 from erniekit.data.tokenizer import Tokenizer
 from erniekit.models.decoder import ErnieForCausalLM
-from erniekit.training.assemble import architecture, loss_weights, step_hooks
+from erniekit.training.assemble import architecture, assemble_fp8, loss_weights, step_hooks
 from erniekit.training.objective import LanguageModelObjective
 from erniekit.training.preference import preference_objective
 from erniekit.training.probe import Probe, Seen, Size, broken_weights
@@ -49,6 +49,7 @@ def replay(folder: str | Path) -> Finding | None:
     tokenizer = Tokenizer.from_folder(base.path)
     arch = architecture(base, cfg)
     model = weights_of(cfg, base, arch).build(folder)
+    assemble_fp8(model, cfg)
     model.train()
     paddle.seed(kept.seed * 1_000_003 + kept.step)
     for prepare in step_hooks(model, cfg):

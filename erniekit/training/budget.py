@@ -22,6 +22,7 @@ from erniekit.config.adapter import AdapterConfig
 from erniekit.config.architecture import ErnieConfig
 from erniekit.config.cut import WHOLE, Cut, size
 from erniekit.config.families import family
+from erniekit.config.fp8 import Fp8, fp8_of
 from erniekit.config.layout import Layout
 from erniekit.config.packing import Packing, packing_of
 from erniekit.config.parallel import FLAT_BYTES
@@ -43,7 +44,8 @@ _ALWAYS_FP32 = (".gate.weight", _NEVER_TRAINED)
 class Budget:
     """Bytes. `activations` are kept between the passes of a micro-batch; `peak` is the most of tensors at once, which
     is less than the sum of its parts, for gradients come as activations go; `kernels` is what kernels take inside.
-    `numbers` counts the numbers of all parameters, `trained` of those that are trained."""
+    `copies` are FP8 copies of weights. `numbers` counts the numbers of all parameters, `trained` of those that are
+    trained."""
 
     weights: int
     gradients: int
@@ -53,13 +55,14 @@ class Budget:
     kernels: int
     numbers: int
     trained: int
+    copies: int = 0
 
     @property
     def text(self) -> str:
         """A line for people."""
         parts = {
             "weights": self.weights, "gradients": self.gradients, "optimizer states": self.states,
-            "activations": self.activations,
+            "activations": self.activations, **({"FP8 copies": self.copies} if self.copies else {}),
         }  # fmt: skip
         told = ", ".join(f"{name} {megabytes(size)}" for name, size in parts.items())
         return f"memory: budget {megabytes(self.peak)} MB ({told}), and {megabytes(self.kernels)} MB in kernels"
@@ -86,6 +89,7 @@ class Formats:
     weight: int = 4
     states: int = 8
     packing: Packing | None = None
+    fp8: Fp8 | None = None
 
     @classmethod
     def of(cls, cfg: RunConfig, *, on_gpu: bool) -> Formats:
@@ -94,7 +98,11 @@ class Formats:
         weight = 2 if on_gpu and cfg.model.compute_type != "fp32" else 4
         moments = 4 if keys.use_lowprecision_moment or keys.optim == "adamw_16bit_moment" else 8
         states = moments + (4 if weight == 2 else 0) + (4 if keys.ema_decay is not None else 0)
-        return cls(weight, states, packing_of(cfg))
+        return cls(weight, states, packing_of(cfg), fp8_of(cfg))
+
+    def copies(self, name: str) -> bool:
+        """Whether there is an FP8 copy of a weight."""
+        return self.fp8 is not None and self.fp8.covers(name.removesuffix(".weight"))
 
     def packs(self, name: str) -> bool:
         """Whether a module's weight, or a weight, is kept in few bits."""
@@ -273,10 +281,12 @@ def budget(
     on_the_way, kept = shares.on_the_way(whole), sum(gradients.values())
     copied = on_the_way // 2 if micro_batches > 1 else 0  # else the first flat is laid out when activations have gone
     working = tape.walk(again=micro_batches > 1).total + shares.waiting(whole) + copied
+    held = cut.layout.stage < 3  # a rank that gives weights away keeps no copies of them
+    copies = sum(math.prod(shape) for name, shape in parameters.shapes.items() if held and formats.copies(name))
     chunk = min(CHUNK_TOKENS, load.labelled) * (arch.hidden_size + size(cut.part(arch.vocab_size))) * 4
     return Budget(
         weights=weights, gradients=kept, states=states, activations=tape.kept(),
-        peak=weights + passing + states + max(working, kept, on_the_way), kernels=chunk,
+        peak=weights + passing + states + copies + max(working, kept, on_the_way), kernels=chunk, copies=copies,
         trained=sum(math.prod(parameters.shapes[name]) for name in whole),
         numbers=sum(math.prod(shape) for shape in parameters.shapes.values()),
     )  # fmt: skip

@@ -10,11 +10,15 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from erniekit.checkpoint.create import create
-from erniekit.checkpoint.quantised import _ENCODERS, FORMATS
+from erniekit.checkpoint.ernie45 import Form, layout_table
+from erniekit.checkpoint.folder import Folder
+from erniekit.checkpoint.quantised import FORMATS
 from erniekit.checkpoint.quantised_folder import QuantisedFolder
+from erniekit.checkpoint.source import made
 from erniekit.config import families
 
 ROOT = Path(__file__).parents[2]
@@ -42,18 +46,24 @@ def content(folder: Path) -> dict[str, bytes]:
 
 def test_every_format(bench, run, small, tmp_path):
     text = ("--calibration", bench.folder / "train.jsonl", "--calibration-tokens", 500)
-    bits = {}
-    for name in (name for name, form in FORMATS.items() if form.experts in _ENCODERS):
+    bits, config = {}, Folder.open(small).disk_config
+    plain = layout_table(config, "paddle", Form.usual(config, "paddle"))
+    for name in FORMATS:
         out, _ = run("export", small, "--quantize", name, *text, "--out", tmp_path / name)
         assert f"exported {small} to {tmp_path / name} ({name})" in out
         run("verify", tmp_path / name)
         report = json.loads((tmp_path / name / "erniekit_quantisation.json").read_bytes())
         bits[name] = report["bits_per_quantised_weight"]
         assert report["model"] == str(small.resolve())
+        for row in report["tensors"][-3:]:  # what is read is as far from the weight as the report says
+            weight, tensor = made(plain.tensors[row["tensor"]], np.dtype(np.float32), Folder.open(small)), row["tensor"]
+            error = np.square(QuantisedFolder.open(tmp_path / name).read_tensor(tensor) - weight).mean()
+            assert error == pytest.approx(row["mse"], rel=1e-4)
         assert report["relative_error"] < {"wint8": 0.01, "fp8": 0.03}.get(name, 0.4)
         assert ("500 tokens" in out) == (name not in ("wint8", "wint4"))
         assert (tmp_path / name / "tokenizer.model").is_file()
-    assert bits["wint4"] < bits["w4a8"] < bits["fp8"] < bits["wint8"] < 8.6
+    assert max(bits["wint2"], bits["wint2.5"]) < bits["w4a8"] < bits["fp8"] < bits["wint8"] < 8.6
+    assert bits["wint4"] < 4.5
     run("export", small, "--quantize", "fp8", "--group-size", 128, "--out", tmp_path / "blocks")
     assert (
         QuantisedFolder.open(tmp_path / "blocks").scheme.kind_of("ernie.layers.0.mlp.down_proj.weight") == "fp8_blocks"

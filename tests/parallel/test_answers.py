@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from erniekit.recipes import evaluate as evaluation
 from erniekit.recipes import train
 from tests.end_to_end.conftest import Bench
 from tests.parallel.launched import run_ranked
+from tests.quantised import quantise_folder
 
 SAMPLED = {"temperature": 0.9, "top_p": 0.95, "top_k": 40, "repetition_penalty": 1.1}
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
@@ -78,6 +80,27 @@ def test_an_adapter_beside_a_base_of_few_bits(bench: Bench, tmp_path: Path) -> N
     mine, answers = found_in(tmp_path / "lora")
     assert answers == expected
     assert {name: mine[name] for name in FIGURES} == pytest.approx({name: figures[name] for name in FIGURES}, rel=1e-5)
+
+
+def measured_beside(config: Path, *, reference: Path, **overrides: Any) -> None:
+    evaluation.evaluate(load_config(config, overrides), reference=str(reference))
+
+
+def test_a_quantised_folder_whose_experts_are_shared(bench: Bench, tmp_path: Path) -> None:
+    small = quantise_folder(bench.model, tmp_path / "small", "w4a8c8")
+    keys = {"model_name_or_path": small, "per_device_eval_batch_size": 3, "eval_generate": 3, "max_new_tokens": 8}
+    config, beside = bench.config(tmp_path / "one", **keys), functools.partial(measured_beside, reference=bench.model)
+    beside(config)
+    figures, expected = found_in(tmp_path / "one")
+    overrides = {"expert_parallel_degree": 2, "output_dir": tmp_path / "ranks"}
+    assert run_ranked(config, 2, overrides, recipe=beside) == ["", ""]
+    mine, answers = found_in(tmp_path / "ranks")
+    assert answers == expected
+    names = (*FIGURES, "eval_kl", "eval_same_best_token", "error")
+    assert {name: mine[name] for name in names} == pytest.approx({name: figures[name] for name in names}, rel=1e-4)
+    assert mine["eval_kl"] > 0 and mine["memory_bytes"] < figures["memory_bytes"]
+    for said in run_ranked(config, 2, {"tensor_parallel_degree": 2, "expert_parallel_degree": 1}, recipe=measured):
+        assert "is quantised, and codes are not cut over tensor ranks (tensor_parallel_degree is 2)" in said
 
 
 def test_one_process_says_what_the_degrees_need(bench: Bench, tmp_path: Path) -> None:

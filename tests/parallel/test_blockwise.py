@@ -92,6 +92,17 @@ def test_rows_go_out_as_bytes_and_change_no_number(sizes: tuple[int, ...]) -> No
         np.testing.assert_allclose(whole, alone[name], rtol=1e-5, atol=1e-5 * np.abs(alone[name]).max())
 
 
+@pytest.mark.parametrize("size", [70, 1])
+def test_tensor_ranks_that_share_experts_send_bytes_too(size: int) -> None:
+    layout = Layout(2, tensor=2, expert=2, experts_over="tensor")
+    ranks, ((alone, *_),) = run_ranks(passed, layout, (size,), [True]), passed(Mesh.single(), (size,), [True])
+    row = SIZE + 4 * SIZE // 128 + 4 + 4 * SIZE
+    assert sum(forward["expert/all_to_all"] for ((_, forward, _),) in ranks) == size * CHOSEN * row
+    for ((numbers, *_),) in ranks:
+        for name in ("x", "y"):
+            np.testing.assert_allclose(numbers[name], alone[name], rtol=1e-5, atol=1e-5 * np.abs(alone[name]).max())
+
+
 # ---------------------------------------------------------------------- training
 STEPS = 5
 LOSS = 2e-3  # how far apart losses may be at any step

@@ -51,16 +51,6 @@ def float8_dense(
     _spread_strips(counts, columns, high, work)
 
 
-def float8_turn(
-    codes: np.ndarray, scales: np.ndarray, counts: np.ndarray, out: np.ndarray, out_scales: np.ndarray, parts: int,
-    columns: int, wide: int, high: int, kind: int,
-) -> None:  # fmt: skip
-    """From a scale for `wide` neighbours in a row to one for `high` neighbours in a column."""
-    dense = np.empty(codes.shape, np.float32)
-    float8_dense(codes, scales, counts, dense, parts, columns, 1, wide, kind)
-    float8_quantise(dense, None, counts, out, out_scales, parts, columns, high, 1, False, kind)
-
-
 def finish_products(
     x: np.ndarray, factors: np.ndarray | None, counts: np.ndarray, _parts: int, columns: int, bf16: bool
 ) -> None:

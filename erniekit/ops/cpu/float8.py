@@ -34,16 +34,6 @@ def quantise(
     return None if bad else (codes, scales)
 
 
-def turned(
-    codes: paddle.Tensor, scales: paddle.Tensor, *, wide: int, high: int, kind: Kind, counts: list[int]
-) -> tuple[paddle.Tensor, paddle.Tensor]:
-    """Codes and scales along the rows as codes and scales along the columns."""
-    out, out_scales = paddle.empty_like(codes), _scales(codes, counts, (high, 1))
-    sizes = (len(counts), codes.shape[-1], wide, high, kind.number)
-    call("float8_turn", codes, scales, paddle.to_tensor(counts, "int64"), out, out_scales, *sizes)
-    return out, out_scales
-
-
 def dense(
     codes: paddle.Tensor, scales: paddle.Tensor, *, block: tuple[int, int], kind: Kind, counts: list[int]
 ) -> paddle.Tensor:

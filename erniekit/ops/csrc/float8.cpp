@@ -55,6 +55,12 @@ inline float decode(uint8_t code) {
 
 constexpr uint32_t kInfinityBits = 0x7f800000;
 
+// The nearest bf16 number, to even from the middle; NaN stays NaN. All in 32 bits, which compilers vectorise.
+inline float bf16_number(float x) {
+    const uint32_t bits = bits_of(x), near = (bits + 0x7fff + (bits >> 16 & 1)) & 0xffff0000;
+    return float_of((bits & 0x7fffffff) > kInfinityBits ? 0x7fc00000 : near);
+}
+
 // The bits of a magnitude order as it does, and all that is not finite comes last.
 inline uint32_t magnitude(float x) { return bits_of(x) & 0x7fffffff; }
 
@@ -214,27 +220,6 @@ void dense_all(const uint8_t* codes, const float* scales, const int64_t* counts,
         }
 }
 
-// From a scale for `wide` neighbours in a row to one for `high` neighbours in a column.
-template <typename F>
-void turn_all(const uint8_t* codes, const float* scales, const int64_t* counts, uint8_t* out, float* out_scales,
-              Size parts, Size columns, Size wide, Size high) {
-    const Size groups = (columns + wide - 1) / wide, tile = tile_width(wide), tiles = (columns + tile - 1) / tile;
-    const std::vector<Strip> strips = strips_of(counts, parts, high, kAll);
-#pragma omp parallel for collapse(2)
-    for (size_t s = 0; s < strips.size(); ++s)
-        for (Size t = 0; t < tiles; ++t) {
-            const Size begin = t * tile, size = std::min(tile, columns - begin), rows = strips[s].rows;
-            Buffer dense(rows * size);
-            for (Size r = 0; r < rows; ++r) {
-                const Size row = strips[s].first + r;
-                dense_row<F>(codes + row * columns + begin, scales + row * groups + begin / wide, &dense[r * size],
-                             size, wide);
-            }
-            quantise_tile<F>(dense.data(), size, rows, size, 1, out + strips[s].first * columns + begin, columns,
-                             out_scales + strips[s].scale * columns + begin);
-        }
-}
-
 }  // namespace
 
 // Returns whether x holds NaN or infinity: then nothing else counts. `whole`: a scale for each part, given or made.
@@ -251,12 +236,6 @@ EXPORT void float8_dense(const uint8_t* codes, const float* scales, const int64_
     (kind ? dense_all<E5M2> : dense_all<E4M3>)(codes, scales, counts, out, parts, columns, high, wide);
 }
 
-EXPORT void float8_turn(const uint8_t* codes, const float* scales, const int64_t* counts, uint8_t* out,
-                        float* out_scales, Size parts, Size columns, Size wide, Size high, Size kind) {
-    Threads threads;
-    (kind ? turn_all<E5M2> : turn_all<E4M3>)(codes, scales, counts, out, out_scales, parts, columns, wide, high);
-}
-
 // x *= the factor of its part, if there is one; then, if `bf16`, the nearest bf16 numbers.
 EXPORT void finish_products(float* x, const float* factors, const int64_t* counts, Size parts, Size columns,
                             Size bf16) {
@@ -264,10 +243,12 @@ EXPORT void finish_products(float* x, const float* factors, const int64_t* count
     for (Size part = 0; part < parts; ++part) {
         const Size size = counts[part] * columns;
         const float factor = factors ? factors[part] : 1.0f;
+        if (bf16) {
 #pragma omp parallel for simd
-        for (Size i = 0; i < size; ++i) {
-            const float product = x[i] * factor;
-            x[i] = bf16 ? float_of(uint32_t(rounded(product)) << 16) : product;
+            for (Size i = 0; i < size; ++i) x[i] = bf16_number(x[i] * factor);
+        } else {
+#pragma omp parallel for simd
+            for (Size i = 0; i < size; ++i) x[i] *= factor;
         }
         x += size;
     }

@@ -120,11 +120,20 @@ def test_settings_of_others_are_refused(settings, said):
         ("fp8", {"group_size": 64}, "128"),
         ("wint8", {"int4_layers": 3}, "--int4-layers is for wint2"),
         ("wint2", {"int4_layers": 55}, "the model has 54 layers"),
+        ("wint2", {"search": "long"}, "wint2 has fast and full"),
+        ("wint2.5", {"search": "fast"}, "other formats have one search"),
     ],
 )
 def test_what_does_not_go_together_is_refused(name, keys, said):
     with pytest.raises(ConfigError, match=said):
         Scheme.new(name, BIG, **keys)
+
+
+def test_the_search_is_the_encoder_s_and_not_the_folder_s():
+    name = EXPERT.format(53)
+    fast, full = Scheme.new("wint2", BIG, search="fast"), Scheme.new("wint2", BIG)
+    assert fast.encoder_of(name).effort.books < full.encoder_of(name).effort.books
+    assert fast.settings() == full.settings()
 
 
 def test_all_weights_that_a_group_does_not_fit_are_named():

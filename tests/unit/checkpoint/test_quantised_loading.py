@@ -18,7 +18,7 @@ from erniekit.base.errors import CheckpointError, ConfigError, MeshError
 from erniekit.checkpoint.create import create
 from erniekit.checkpoint.folder import Folder
 from erniekit.checkpoint.load import load_for_answers, load_model
-from erniekit.checkpoint.model_io import build_model
+from erniekit.checkpoint.model_io import build_model, save_model
 from erniekit.checkpoint.quantised_folder import QuantisedFolder
 from erniekit.checkpoint.quantised_io import build_quantised
 from erniekit.config import families
@@ -27,7 +27,6 @@ from erniekit.config.layout import Layout
 from erniekit.config.packing import Packing
 from erniekit.models.decoder import ErnieForCausalLM
 from erniekit.precision.packed import packed_weights
-from erniekit.precision.stored import StoredCodes
 from tests.quantised import quantise_folder
 
 WIDE = families.FAMILIES["micro-moe"] | dict(
@@ -36,7 +35,7 @@ WIDE = families.FAMILIES["micro-moe"] | dict(
 )  # fmt: skip
 FORMATS = [
     ("wint8", None), ("wint8", 32), ("wint4", None), ("wint4", 64), ("w4a8", None), ("w4a8c8", None), ("fp8", None),
-    ("fp8", 128),
+    ("fp8", 128), ("wint2", None), ("wint2.5", None),
 ]  # fmt: skip
 IDS = np.random.default_rng(2).integers(3, 500, [2, 40])
 
@@ -188,6 +187,9 @@ def test_what_does_not_go_with_a_quantised_folder_is_refused(quantised, tmp_path
         load_for_answers(path, adapter=tmp_path / "adapter")
     with pytest.raises(CheckpointError, match=r"is a quantised model .* made for inference"):
         Folder.open(path)
+    with pytest.raises(CheckpointError, match=r"holds 25 weights in few bits .*models in high precision are saved"):
+        save_model(load_model(path), tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
 
 
 HEAVY = families.FAMILIES["micro-moe"] | dict(
@@ -225,7 +227,7 @@ def test_peak_memory_is_the_packed_size_and_the_largest_tensor_at_most(quantised
         env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[3])}, capture_output=True, text=True, check=True,
     )  # fmt: skip
     model = load_model(path)
-    packed = sum(layer.store.num_bytes() for layer in packed_weights(model).values() if stored(layer))
+    packed = sum(layer.store.num_bytes() for layer in packed_weights(model).values())
     others = sum(4 * int(p.size) for p in model.parameters())
     largest = max(4 * int(p.size) for p in model.parameters())
     assert len(json.loads((path / "config.json").read_text())) > 10
@@ -234,5 +236,3 @@ def test_peak_memory_is_the_packed_size_and_the_largest_tensor_at_most(quantised
                         packed_weights(model).values()) * 0.51  # fmt: skip
 
 
-def stored(layer: object) -> bool:
-    return isinstance(layer.store, StoredCodes)

@@ -123,6 +123,10 @@ def test_a_run_that_fits_and_one_that_does_not(machine, run, tmp_path):
     assert "8.0 GiB free" in run("run.yaml", "save_total_limit=3", code=2)
     assert "is not known" in run("run.yaml", "model_name_or_path=apples")
     assert "cannot be trained yet" in run("run.yaml", "model_name_or_path=ERNIE-4.5-VL-28B-A3B")
+    machine.update(disk=(800 * GIB, True))
+    fp8 = run("run.yaml", "compute_type=fp8", "max_seq_len=128", code=2)
+    assert "problem  run" in fp8 and "compute_type: fp8 needs GPUs" in fp8 and "cure: fp8_emulate=true" in fp8
+    assert "fp8 needs" not in run("run.yaml", "compute_type=fp8", "fp8_emulate=true", "max_seq_len=128")
 
 
 def test_the_range_of_paddle_is_that_of_setup_py():

@@ -98,6 +98,8 @@ def test_a_weight_s_gradient_is_that_of_rows_filled_up_with_zeros(counts: list[i
     """Its cosine with that of unrounded operands is above 0.999."""
     rng = np.random.default_rng(0)
     x, grad = (rng.normal(size=(sum(counts), 128)).astype("float32") for _ in range(2))
+    sizes = np.float32(100.0) ** np.repeat(np.arange(len(counts)), counts)  # no block may reach into its neighbour
+    x, grad = x * sizes[:, None], grad * sizes[:, None]
     layer = Linear(128, 128, bias=False, dtype="float32")
     stack = paddle.zeros([len(counts), 128, 128])
     module = blockwise.Module("m", blockwise.Watch(["m"]), blockwise._Common(), keep=True)
@@ -303,6 +305,19 @@ def test_rows_on_the_wire_are_cast_rows(rows: int) -> None:
     arrived = block.experts.wire.decode(written)
     np.testing.assert_array_equal(arrived.numpy(), dense(quantise(x, Rows())).numpy())
     np.testing.assert_array_equal(dense(quantise(arrived, Rows())).numpy(), arrived.numpy())
+
+
+@pytest.mark.parametrize("counts", [[0, 0, 0, 0], [0, 3, 0, 2]], ids=str)
+def test_experts_may_have_no_rows(counts: list[int]) -> None:
+    block = part("experts")
+    watch = use_blockwise(named(block), SETTINGS).watch
+    watch.begin(looking=True, comparing=True)
+    x, weights = paddle.randn([sum(counts), 128]), paddle.rand([sum(counts)])
+    x.stop_gradient = weights.stop_gradient = False
+    block.experts(x, counts, weights).sum().backward()
+    assert x.grad.shape == x.shape and weights.grad.shape == weights.shape
+    there = block.experts.down_proj.grad.abs().sum([1, 2]).numpy() > 0
+    assert there.tolist() == [count > 0 for count in counts]
 
 
 @pytest.mark.parametrize("where", ["input", "gradient of the output"])

@@ -17,7 +17,9 @@ from erniekit.adapters.lora import add_adapters
 from erniekit.adapters.targets import adapter_config
 from erniekit.config.align import AlignConfig
 from erniekit.config.architecture import ErnieConfig
+from erniekit.config.cut import Cut
 from erniekit.config.families import count_parameters, family
+from erniekit.config.layout import Layout
 from erniekit.config.load import load_config
 from erniekit.config.lora import LoraConfig
 from erniekit.data.batch import Batch, PreferenceBatch
@@ -203,6 +205,18 @@ def test_bytes_of_a_parameter(keys, on_gpu, weights, gradients, states):
     assert (needed.numbers, needed.trained) == (count, count)
     found = (needed.weights, needed.gradients, needed.states)
     assert found == tuple(count * part for part in (weights, gradients, states))
+
+
+def test_fp8_copies_of_weights():
+    """A byte for every number of the modules that compute in FP8; none where weights are given away (stage 3)."""
+    keys = {"compute_type": "fp8", "stage": "PT", "max_seq_len": 128}
+    needed, plain = run_budget(load_config(keys), MOE), run_budget(load_config({"max_seq_len": 128}), MOE)
+    dense, expert, shared = 3 * 128 * 320, 4 * 3 * 128 * 96, 3 * 128 * 96
+    assert needed.copies == dense + 2 * (expert + shared) and plain.copies == 0
+    assert needed.peak == plain.peak + needed.copies
+    assert "FP8 copies 0.5" in needed.text and "FP8" not in plain.text
+    cut = Cut.of(Layout(2, sharding=2, stage=3), 0)
+    assert run_budget(load_config(keys), MOE, cut=cut).copies == 0
 
 
 def test_adapters_on_a_quantised_base():
