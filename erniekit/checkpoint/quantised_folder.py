@@ -121,11 +121,13 @@ class QuantisedFolder(Folder):
         if name not in self.fields:
             array = self.stored[name].read(name)
             return array.view(FORMATS["BF16"]) if array.dtype == np.uint16 else array
-        if self._decoded is None or self._decoded[0] != name:
+        found = self._decoded
+        if found is None or found[0] != name:
             encoder = self.scheme.encoder_of(name)
             assert encoder is not None
-            self._decoded = (name, encoder.decode(self.arrays(name), num_in=self.shapes[name][0]))
-        return self._decoded[1]
+            found = (name, encoder.decode(self.arrays(name), num_in=self.shapes[name][0]))
+            self._decoded = found  # another thread may put its own there
+        return found[1]
 
     def release_tensor(self, name: str) -> None:
         """Let the system drop a tensor's pages."""
