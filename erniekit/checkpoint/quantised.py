@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -20,16 +20,18 @@ import numpy as np
 from erniekit.base.errors import CheckpointError, ConfigError, did_you_mean, listed
 from erniekit.config.architecture import ErnieConfig
 from erniekit.ops.arrays.float8 import E4M3
+from erniekit.ops.arrays.hadamard import SIZE
 from erniekit.precision.ccq import EFFORTS, Search, Wint2, Wint25
-from erniekit.precision.encoders import BLOCK, W4A8, Encoder, Float8, Float8Blocks, Integers
+from erniekit.precision.encoders import BLOCK, W4A8, Encoder, Float8, Float8Blocks, Float8Qat, Integers
 
-QuantKind = Literal["wint8", "wint4", "w4a8", "fp8", "fp8_blocks", "wint2", "wint2.5"]
+QuantKind = Literal["wint8", "wint4", "w4a8", "fp8", "fp8_blocks", "fp8_rotated", "fp8_plain", "wint2", "wint2.5"]
 QUANTIZATION, OURS, VERSION = "quantization_config", "erniekit", 1
 ACTIVATION_SCALE = "activation_scale"
 CACHE_SCALES = ("cachek_matmul." + ACTIVATION_SCALE, "cachev_matmul." + ACTIVATION_SCALE)  # of keys, of values
 PUBLISHED_LAYERS, PUBLISHED_INT4_LAYERS = 54, 7  # of ERNIE-4.5-300B-A47B-2Bits: layers 0 to 6 of 54 are int4
 CCQ_GROUP = 64
-ROUNDS_INPUTS = ("w4a8", "fp8")  # kinds with a static activation scale
+TRAINED = ("fp8_rotated", "fp8_plain")  # codes and scales that quantisation-aware training computed with
+ROUNDS_INPUTS = ("w4a8", "fp8", *TRAINED)  # kinds with a static activation scale
 WEIGHS_ERRORS = ("wint2", "wint2.5")  # kinds whose encoder asks which inputs count most
 
 _LAYER = re.compile(r"ernie\.(layers|mtp_block)\.(\d+)\.(.+)\.weight")
@@ -80,6 +82,8 @@ _ENCODERS: dict[QuantKind, Callable[[int | None], Encoder]] = {
     "w4a8": lambda _group_size: W4A8(),
     "fp8": lambda _group_size: Float8(),
     "fp8_blocks": lambda _group_size: Float8Blocks(),
+    "fp8_rotated": lambda _group_size: Float8Qat(rotated=True),
+    "fp8_plain": lambda _group_size: Float8Qat(rotated=False),
     "wint2.5": lambda _group_size: Wint25(),
 }
 
@@ -99,6 +103,7 @@ class Scheme:
     sparse: bool = True  # whether the model has experts
     num_layers: int = 0
     search: Search = "full"  # of wint2: how long its encoder looks; the folder does not tell
+    trained: QuantKind | None = None  # one of TRAINED: fp8 as a run of quantisation-aware training computed
 
     @classmethod
     def new(
@@ -134,6 +139,8 @@ class Scheme:
     def kind_of(self, tensor: str) -> QuantKind | None:
         """The kind of a tensor in -Paddle layout; None: it stays as it is (embedding, head, router, norm, bias)."""
         kind = self._kind(tensor)
+        if kind == "fp8" and self.trained:
+            return None if _MTP_PROJECTION.fullmatch(tensor) else self.trained  # which training leaves as it is
         return "fp8_blocks" if kind == "fp8" and self.group_size else kind
 
     def _kind(self, tensor: str) -> QuantKind | None:
@@ -148,6 +155,10 @@ class Scheme:
             return form.early if is_early and form.early else form.experts
         return form.dense if _ATTENTION.fullmatch(module) or _MLP.fullmatch(module) else None
 
+    def as_trained(self, *, rotated: bool) -> Scheme:
+        """The scheme fp8 with the codes and scales that quantisation-aware training computed with."""
+        return replace(self, trained="fp8_rotated" if rotated else "fp8_plain")
+
     def encoder_of(self, tensor: str) -> Encoder | None:
         """The encoder of a tensor; None: it stays as it is."""
         kind = self.kind_of(tensor)
@@ -157,6 +168,8 @@ class Scheme:
     def needs_text(self) -> bool:
         """Whether scales depend on what goes through the model."""
         kinds = {self.format.dense, self.format.experts}
+        if self.trained:
+            return False
         return self.format.int8_cache or (bool(kinds & {*ROUNDS_INPUTS}) and not self.group_size)
 
     @property
@@ -185,7 +198,7 @@ class Scheme:
         """What config.json says under quantization_config."""
         ours = {
             "version": VERSION, "format": self.format.name, "group_size": self.group_size,
-            "int4_layers": self.int4_layers, "codes": "plain",
+            "int4_layers": self.int4_layers, "codes": "plain", "trained": self.trained,
         }  # fmt: skip
         return {**self._published(), "is_quantized": True, OURS: ours}
 
@@ -213,6 +226,9 @@ class Scheme:
         }  # fmt: skip
         if self.group_size and form.name == "fp8":
             made["weight_block_size"] = [BLOCK, BLOCK]
+        if self.trained:
+            rotated = self.trained == "fp8_rotated"
+            made |= {"weight_quantize_algo": "fp8linear", "apply_hadamard": rotated, "hadamard_block_size": SIZE}
         return made | ({"kv_cache_quant_type": "int8"} if form.int8_cache else {})
 
     @classmethod
@@ -231,8 +247,11 @@ class Scheme:
                 f"{ours.get('version')!r}); this one reads version {VERSION}. Quantise the original again."
             )
         int4_layers = ours.get("int4_layers") if FORMATS[ours["format"]].early else None
+        if (trained := ours.get("trained")) not in (None, *TRAINED) or (trained and ours["format"] != "fp8"):
+            raise CheckpointError(f"{where}: its quantization_config is damaged: trained is {trained!r}.")
         try:
-            return cls.new(ours["format"], cfg, group_size=ours.get("group_size"), int4_layers=int4_layers)
+            made = cls.new(ours["format"], cfg, group_size=ours.get("group_size"), int4_layers=int4_layers)
+            return replace(made, trained=trained)
         except (ConfigError, TypeError) as error:
             raise CheckpointError(f"{where}: its quantization_config is damaged: {error}") from error
 
@@ -244,7 +263,7 @@ def _layers(start: int, stop: int) -> dict[str, int]:
 def input_scale(kind: QuantKind | None, largest: float) -> np.ndarray:
     """The static scale of inputs whose largest number was seen: that number for w4a8, as its published reader takes
     it, and for fp8 what codes are multiplied by. Inputs that were always zero have 1."""
-    scale = largest / E4M3.largest if kind == "fp8" else largest
+    scale = largest / E4M3.largest if kind == "fp8" else largest  # of TRAINED, it is the scale
     return np.array([scale or 1.0], np.float32)
 
 

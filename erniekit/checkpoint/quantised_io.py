@@ -13,11 +13,10 @@ import numpy as np
 import paddle
 
 from erniekit.base.console import notice
-from erniekit.base.errors import MeshError
 from erniekit.checkpoint.ernie45 import Tensor, memory_table
 from erniekit.checkpoint.model_io import Packed, fill_model
-from erniekit.checkpoint.quantised import ACTIVATION_SCALE
-from erniekit.checkpoint.quantised_folder import QuantisedFolder
+from erniekit.checkpoint.quantised import ACTIVATION_SCALE, TRAINED
+from erniekit.checkpoint.quantised_folder import QuantisedFolder, require_whole_matrices
 from erniekit.config.architecture import ErnieConfig
 from erniekit.config.cut import WHOLE, Cut
 from erniekit.models.cache import Kept
@@ -25,7 +24,7 @@ from erniekit.models.decoder import ErnieForCausalLM
 from erniekit.parallel.part import hold_part
 from erniekit.precision.inputs import FixedRounding, Int8Cache, int8_steps, rounded_rows
 from erniekit.precision.packed import Rounding, Store, packed_weights, use_stores
-from erniekit.precision.stored import StoredCodes
+from erniekit.precision.stored import StoredCodes, store_of
 
 
 class Origin(NamedTuple):
@@ -45,11 +44,7 @@ def build_quantised(
 
     Raises CheckpointError if a tensor is missing, extra or misshapen.
     """
-    if cut.layout.tensor > 1:
-        raise MeshError(
-            f"{folder.path}: is quantised, and codes are not cut over tensor ranks (tensor_parallel_degree is "
-            f"{cut.layout.tensor}). Set it to 1; ranks can share the experts: expert_parallel_degree."
-        )
+    require_whole_matrices(folder, tensor=cut.layout.tensor)
     folder.check()
     for text in folder.notices:
         notice(text)
@@ -60,7 +55,7 @@ def build_quantised(
     def store(module: str, shape: tuple[int, int, int]) -> Store | None:
         name = _weight_of(module, origins)
         encoder = folder.scheme.encoder_of(origins[name][0].tensor) if name in origins else None
-        return StoredCodes(encoder, shape, dtype=dtype) if encoder else None
+        return store_of(encoder, shape, dtype=dtype) if encoder else None
 
     with paddle.LazyGuard():  # what is quantised never gets memory of its own
         model = ErnieForCausalLM(cfg, dtype=dtype, lm_head_bias=folder.has_head_bias)
@@ -122,7 +117,7 @@ def _rounding(name: str, origins: Sequence[Origin], folder: QuantisedFolder) -> 
     kind = folder.scheme.kind_of(origins[0].tensor)
     if kind == "fp8_blocks":
         return rounded_rows(name)
-    if not folder.scheme.rounds_inputs(origins[0].tensor):
+    if kind in TRAINED or not folder.scheme.rounds_inputs(origins[0].tensor):  # those round by themselves
         return None
     scales_E = np.concatenate([folder.arrays(tensor)[ACTIVATION_SCALE].reshape(-1) for tensor, _ in origins])
     if kind == "w4a8":  # the largest number; of fp8 the step between codes

@@ -57,7 +57,8 @@ class OptimizerConfig:
         "of the global norm.",
     )
     use_lowprecision_moment: bool = key(
-        False, "Keep the optimizer's moments in bf16: half the memory, dithered so that slow averages go on moving."
+        False, "Keep the optimizer's moments in bf16: half the memory, dithered so that slow averages go on moving. "
+        "Unless said, true with fp8_recipe qat.",
     )
 
     freeze: list[str] | None = key(

@@ -38,6 +38,10 @@ def fill_defaults(values: dict[str, Any], origins: dict[str, str]) -> None:
         stage = values["stage"]
         values["fp8_recipe"] = "blockwise" if stage == "PT" and not rotated else "qat"
         origins["fp8_recipe"] = f"{DEFAULT} for {'apply_hadamard' if rotated else f'stage {stage}'}"
+    moments = "use_lowprecision_moment"
+    if (values["compute_type"], values["fp8_recipe"]) == ("fp8", "qat") and origins[moments].startswith(DEFAULT):
+        values[moments] = True
+        origins[moments] = f"{DEFAULT} for fp8_recipe qat"
 
 
 def problems(config: RunConfig, failed: Collection[str]) -> list[str]:

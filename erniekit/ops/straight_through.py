@@ -25,6 +25,12 @@ from erniekit.ops.hadamard import SIZE, rotate, rotate_inputs
 LEAST = 1e-8  # added to every scale, as published: a tensor of zeros has one, too
 
 
+def scale_of(largest: paddle.Tensor, kind: Kind) -> paddle.Tensor:
+    """The scale of a tensor with this largest number. A division: Paddle multiplies by the reciprocal of a Python
+    number, which is off by a bit, and then stored weights would not have the codes of training (encoders.py)."""
+    return largest / paddle.full([1], kind.largest) + LEAST
+
+
 @dataclass(frozen=True)
 class Backward:
     """How gradients are made: which products round the output's gradient, in which format, and how ranks agree on its
@@ -51,6 +57,18 @@ def per_row(scale_E: paddle.Tensor, counts: list[int]) -> paddle.Tensor:
     return scale_E if len(counts) == 1 else scale_E.repeat_interleave(paddle.to_tensor(counts)).unsqueeze(-1)
 
 
+def rounded_rows(rows_TD: paddle.Tensor, scale_E: paddle.Tensor, counts: list[int], *, name: str) -> Float8:
+    """Rows in FP8 by the scales of their experts, [E], rows or none. Raises NotFinite with the `name` of the rows."""
+    scaled_TD = rows_TD / per_row(scale_E, counts)
+    return replace(quantise(scaled_TD, Tensor(), scale=paddle.ones([1]), name=name), scales=scale_E, counts=counts)
+
+
+def rounded_product(codes: Float8, held: Float8) -> paddle.Tensor:
+    """(Q_x Q_w) s_x s_w, [T, F] in fp32."""
+    y_TF = product(_unscaled(codes), _unscaled(held), counts=codes.counts, out="fp32")
+    return y_TF * per_row(codes.scales * held.scales.reshape([-1]), codes.counts)
+
+
 def _unscaled(given: Float8) -> Float8:
     """The numbers that codes are without their scales, which are multiplied in afterwards; rows as one matrix."""
     if given.codes.ndim == 3:
@@ -64,9 +82,7 @@ class _Product(paddle.autograd.PyLayer):
         ctx.wanted, ctx.held, ctx.way = wanted(x_TD, weight), held, backward
         ctx.counts, ctx.shape = codes.counts, weight.shape
         ctx.save_for_backward(codes.codes if backward.rounds_for_weights else x_TD, codes.scales)
-        y_TF = product(_unscaled(codes), _unscaled(held), counts=codes.counts, out="fp32")
-        scale_E = codes.scales * held.scales.reshape([-1])
-        return (y_TF * per_row(scale_E, codes.counts)).astype(x_TD.dtype)
+        return rounded_product(codes, held).astype(x_TD.dtype)
 
     @staticmethod
     def backward(ctx, grad_TF):
@@ -90,7 +106,7 @@ class _Product(paddle.autograd.PyLayer):
 def _rounded(grad_TF: paddle.Tensor, counts: list[int], way: Backward) -> Float8:
     """The gradient of the output in FP8, with one scale for all rows of all ranks."""
     amax = grad_TF.abs().max().reshape([1]) if grad_TF.size else paddle.zeros([1])
-    scale = way.everywhere(amax.astype("float32")) / way.kind.largest + LEAST
+    scale = scale_of(way.everywhere(amax.astype("float32")), way.kind)
     made = quantise(grad_TF, Tensor(), kind=way.kind, scale=scale, name="a gradient")
     way.saw(grad_TF, made)
     return replace(made, scales=scale, counts=counts)

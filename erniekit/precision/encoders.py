@@ -8,6 +8,7 @@ tell, so that a file can be laid out before anything is encoded. Convolutional c
     W4A8         quant_weight, weight_scale [out]              code * (scale / 7): the scale is the largest number, as
                                                                the published folders' reader takes it
     Float8       quant_weight, weight_scale [1]                E4M3(code) * scale
+    Float8Qat    quant_weight, weight_scale [1]                E4M3(code) * scale, turned back (qat.py)
     Float8Blocks quant_weight, weight_scale [in/128, out/128]  E4M3(code) * scale, a power of two
 """
 
@@ -20,11 +21,13 @@ import numpy as np
 
 from erniekit.ops.arrays import float8
 from erniekit.ops.arrays.float8 import E4M3, block_amax, power_of_two, spread_scales
+from erniekit.ops.arrays.hadamard import SIZE, rotated_inputs
 from erniekit.ops.arrays.threads import spread
 from erniekit.precision.quantize import code_rows, dense, pack, require_finite
 
-WEIGHT, SCALE = "quant_weight", "weight_scale"
+WEIGHT, SCALE, INPUT = "quant_weight", "weight_scale", "activation_scale"
 BLOCK = 128
+ADDED = 1e-8  # to the scales of quantisation-aware training: a tensor of zeros has one, too
 _LEAST = np.finfo(np.float32).tiny  # the scale of zeros: nothing is divided by zero, and zeros stay zeros
 
 
@@ -113,7 +116,10 @@ class W4A8(Integers):
 class Float8:
     """E4M3 codes (as int8: their bits) with one scale for the weight, so that its largest number is E4M3's."""
 
-    multiple = 1
+    @property
+    def multiple(self) -> int:
+        """See Encoder."""
+        return 1
 
     def fields(self, num_in: int, num_out: int) -> dict[str, Field]:
         """See Encoder."""
@@ -132,6 +138,34 @@ class Float8:
         """See Encoder."""
         assert len(arrays[WEIGHT]) == num_in
         return float8.decode(arrays[WEIGHT], E4M3) * arrays[SCALE]
+
+
+class Float8Qat(Float8):
+    """The codes with which quantisation-aware training computed (qat.py), bit for bit. Rotated ones meet rotated
+    inputs; the 32 of both rotations is in the scale."""
+
+    def __init__(self, *, rotated: bool) -> None:
+        self.rotated = rotated
+
+    @property
+    def multiple(self) -> int:
+        """See Encoder."""
+        return SIZE if self.rotated else 1
+
+    def encode(
+        self, weight_DF: np.ndarray, *, name: str, hessian_diag: np.ndarray | None = None  # noqa: ARG002 - no choice
+    ) -> dict[str, np.ndarray]:  # fmt: skip
+        """See Encoder."""
+        require_finite(weight_DF, name=name)
+        turned = rotated_inputs(weight_DF) if self.rotated else weight_DF
+        scale = block_amax(turned, turned.shape) / np.float32(E4M3.largest) + np.float32(ADDED)
+        share = np.float32(SIZE if self.rotated else 1)
+        return {WEIGHT: _codes(turned, scale, turned.shape), SCALE: (scale / share).reshape(1)}
+
+    def decode(self, arrays: Mapping[str, np.ndarray], *, num_in: int) -> np.ndarray:
+        """See Encoder."""
+        made = super().decode(arrays, num_in=num_in)
+        return rotated_inputs(made) if self.rotated else made
 
 
 class Float8Blocks:

@@ -35,6 +35,7 @@ import numpy as np
 import paddle
 from paddle import nn
 
+from erniekit.base.console import notice
 from erniekit.base.errors import NotFinite
 from erniekit.config.fp8 import Fp8, Qat
 from erniekit.models.layers import Linear
@@ -42,7 +43,7 @@ from erniekit.models.moe import ExpertProduct, Experts
 from erniekit.ops.float8 import E4M3, E5M2, Float8, Tensor, quantise
 from erniekit.ops.grouped import grouped_linear
 from erniekit.ops.hadamard import SIZE, rotate, rotate_inputs
-from erniekit.ops.straight_through import LEAST, Backward, per_row, straight_through
+from erniekit.ops.straight_through import LEAST, Backward, rounded_rows, scale_of, straight_through
 from erniekit.precision.watch import Watch
 
 _FUSED = {"q_proj": "qkv_proj", "k_proj": "qkv_proj", "v_proj": "qkv_proj"} | {
@@ -81,7 +82,7 @@ class InputScale:
         """The scales by which inputs with these largest numbers are rounded. Raises NotFinite on all ranks alike."""
         found_E = paddle.where(paddle.isfinite(amax_E), amax_E, paddle.full_like(amax_E, float("inf")))
         found_N = paddle.zeros_like(self.scales_N)
-        found_N[self._held] = paddle.where(found_E > 0, found_E / E4M3.largest + LEAST, found_E)
+        found_N[self._held] = paddle.where(found_E > 0, scale_of(found_E, E4M3), found_E)
         found_N = (self._ranks.everywhere if training else self._ranks.beside)(found_N)
         if bool(paddle.isinf(found_N).any()):
             raise NotFinite(
@@ -160,8 +161,8 @@ class SharedScales:
             largest = [self._turned(number).abs().astype("float32") for number in range(len(self._members))]
             each = [one.amax([1, 2]) if one.ndim == 3 else one.max().reshape([1]) for one in largest]
             found_N = paddle.zeros([self._num])
-            found_N[self.held] = paddle.stack(each).max(0) / E4M3.largest
-            self._scale_E = self._ranks.beside(found_N)[self.held] + LEAST
+            found_N[self.held] = paddle.stack(each).max(0)
+            self._scale_E = scale_of(self._ranks.beside(found_N)[self.held], E4M3)
         return self._scale_E
 
     @paddle.no_grad()
@@ -174,13 +175,11 @@ class SharedScales:
         rows_TD = x.detach().reshape([-1, x.shape[-1]])
         rotated_TD = rotate(rows_TD) if self._qat.rotate else rows_TD
         scale_E = self.input.of(_largest(rotated_TD, counts), training=training, name=module)
-        scaled_TD = rotated_TD / per_row(scale_E, counts)
-        made = quantise(scaled_TD, Tensor(), scale=paddle.ones([1]), name=f"the input of {module}")
+        made = rounded_rows(rotated_TD, scale_E, counts, name=f"the input of {module}")
         if self._watch.looking:
             there = paddle.to_tensor([expert for expert, count in enumerate(counts) if count], "int64")
             scales = scale_E.gather(there).unsqueeze(-1)  # experts without rows have no block
-            self._watch.saw(module, "x", given=rotated_TD, cast=replace(made, scales=scales, counts=counts))
-        made = replace(made, scales=scale_E, counts=counts)
+            self._watch.saw(module, "x", given=rotated_TD, cast=replace(made, scales=scales))
         if len(self._members) > 1:
             self._last = (weakref.ref(x), training, made)
         return made
@@ -215,8 +214,9 @@ def _exact(x_TD: paddle.Tensor, weight: paddle.Tensor, counts: list[int]) -> pad
 class QatTraining:
     """The scales of a model's modules by name: what a run carries from step to step (training/state.py)."""
 
-    def __init__(self, groups: Mapping[str, SharedScales], watch: Watch) -> None:
-        self.groups, self.watch = groups, watch
+    def __init__(self, groups: Mapping[str, SharedScales], watch: Watch, *, forget: bool) -> None:
+        """`forget`: what earlier lives of the run found out is not taken over."""
+        self.groups, self.watch, self._forget = groups, watch, forget
 
     def after_update(self) -> None:
         """A step was taken: its scales count, and the weights are others."""
@@ -236,6 +236,9 @@ class QatTraining:
 
     def load_state(self, state: Mapping[str, np.ndarray]) -> None:
         """See Memory."""
+        if self._forget:
+            notice("fp8_force_clear_state: the scales of inputs are forgotten, and found anew.")
+            return
         for name, group in self.groups.items():
             if (key := f"activation_scale/{name}") in state:  # modules may have been added with fp8_modules
                 group.input.load(state[key], state[f"activation_steps/{name}"])
@@ -262,7 +265,7 @@ def use_qat(model: nn.Layer, settings: Fp8, *, ranks: Ranks = Ranks()) -> QatTra
         group = groups[name] = SharedScales(qat, ranks, watch, num=num, experts=held)
         number, backward = group.add(name, experts, weight), _backward(name, qat, ranks, watch)
         setattr(experts, _STACKS[weight], _expert_product(group, number, backward))
-    return QatTraining(groups, watch)
+    return QatTraining(groups, watch, forget=qat.forget)
 
 
 def _backward(name: str, qat: Qat, ranks: Ranks, watch: Watch) -> Backward:

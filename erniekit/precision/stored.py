@@ -12,10 +12,24 @@ from collections.abc import Mapping
 import numpy as np
 import paddle
 
+from erniekit.ops import float8
 from erniekit.ops.arrays.packed import E4M3, INT4, INT8, WINT2, WINT25
+from erniekit.ops.hadamard import rotate, rotate_inputs
 from erniekit.ops.packed import packed_product, unpack
+from erniekit.ops.straight_through import rounded_product, rounded_rows
 from erniekit.precision.ccq import Wint2, Wint25
-from erniekit.precision.encoders import BLOCK, SCALE, W4A8, WEIGHT, Encoder, Float8, Float8Blocks, Integers
+from erniekit.precision.encoders import (
+    BLOCK,
+    INPUT,
+    SCALE,
+    W4A8,
+    WEIGHT,
+    Encoder,
+    Float8,
+    Float8Blocks,
+    Float8Qat,
+    Integers,
+)
 from erniekit.precision.packed import put
 
 
@@ -47,6 +61,46 @@ class StoredCodes:
     def num_bytes(self) -> int:
         """What the codes and scales take in memory."""
         return sum(int(x.size) * x.element_size() for x in (self.codes, self.scales))
+
+
+class QatCodes(StoredCodes):
+    """Codes of quantisation-aware training with the fixed scales of their inputs: products as training made them, to
+    the last bit."""
+
+    def __init__(self, encoder: Float8Qat, shape: tuple[int, int, int], *, dtype: str) -> None:
+        super().__init__(encoder, shape, dtype=dtype)
+        self.rotated = encoder.rotated
+        self.codes, self.scales = paddle.empty(list(shape), "uint8"), paddle.ones([shape[0], 1, 1])
+        self.inputs_E = paddle.ones([shape[0]])
+
+    def take(self, index: int, arrays: Mapping[str, np.ndarray], columns: np.ndarray | None) -> None:
+        """See StoredCodes."""
+        put(self.codes[index], _picked(arrays[WEIGHT], columns).view(np.uint8))
+        for stored, name in ((self.scales, SCALE), (self.inputs_E, INPUT)):
+            stored[index] = float(arrays[name].item())
+
+    def dense(self, index: int) -> paddle.Tensor:
+        """See Store."""
+        made = float8.dense(self._held(slice(index, index + 1)))[0]
+        return (rotate_inputs(made) if self.rotated else made).astype(self.dtype)
+
+    def product(self, x_TD: paddle.Tensor, counts: list[int], *, bf16: bool) -> paddle.Tensor:  # noqa: ARG002 - is FP8
+        """See Store."""
+        rows_TD = rotate(x_TD) if self.rotated else x_TD
+        codes = rounded_rows(rows_TD, self.inputs_E, counts, name="the input of a product")
+        return rounded_product(codes, self._held(slice(None))).astype(x_TD.dtype)
+
+    def _held(self, which: slice) -> float8.Float8:
+        codes = self.codes[which]
+        rows = [self.shape[1]] * codes.shape[0]
+        return float8.Float8(codes, self.scales[which], float8.Tensor(), float8.E4M3, rows)
+
+
+def store_of(encoder: Encoder, shape: tuple[int, int, int], *, dtype: str) -> StoredCodes:
+    """An empty store for the weights of an encoder."""
+    if isinstance(encoder, Float8Qat):
+        return QatCodes(encoder, shape, dtype=dtype)
+    return StoredCodes(encoder, shape, dtype=dtype)
 
 
 def _kernel_kind(encoder: Encoder) -> int:

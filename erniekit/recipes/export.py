@@ -15,12 +15,14 @@ import numpy as np
 from erniekit.base.console import notice, warn
 from erniekit.base.errors import ConfigError
 from erniekit.base.files import write_json
+from erniekit.base.progress import ByteProgress
 from erniekit.checkpoint.adapter_folder import AdapterFolder, mark_of
 from erniekit.checkpoint.adapter_forms import is_adapter
 from erniekit.checkpoint.chosen import base_of, trained_model
 from erniekit.checkpoint.convert import convert, write_converted
 from erniekit.checkpoint.folder import Folder
 from erniekit.checkpoint.merge import Merged, Recipe
+from erniekit.checkpoint.qat import trained_checkpoint, trained_in_fp8, write_dequantised
 from erniekit.checkpoint.save import GB, MERGE_FILE, require_empty
 from erniekit.config.readiness import require_ready
 from erniekit.config.run import RunConfig
@@ -66,6 +68,13 @@ def export(
             _merge(cfg, base, picked, target, to=to)
     elif adapter_only:
         raise ConfigError(f"{source} holds no adapter to export; leave --adapter out to export a whole model.")
+    elif qat := trained_in_fp8(cfg):
+        folder = trained_checkpoint(cfg, step)
+        exported = f"the weights that the FP8 codes of {folder.path} stand for"
+        with ByteProgress("rounding as in training") as progress:
+            write_dequantised(
+                target, folder, qat, to=to, max_shard_bytes=cfg.export.max_shard_size * GB, progress=progress
+            )  # fmt: skip
     else:
         exported = str(source)
         convert(trained_model(cfg, step=step), target, to=to, max_shard_bytes=cfg.export.max_shard_size * GB)

@@ -21,6 +21,7 @@ from erniekit.checkpoint.adapter_forms import is_adapter
 from erniekit.checkpoint.chosen import adapter_of, base_of, trained_model
 from erniekit.checkpoint.folder import Folder
 from erniekit.checkpoint.merge import Merged
+from erniekit.checkpoint.qat import trained_checkpoint, trained_in_fp8, trained_scales
 from erniekit.checkpoint.quantise import Made, Statistics, write_quantised
 from erniekit.checkpoint.quantised import Scheme, format_of
 from erniekit.checkpoint.save import GB
@@ -53,7 +54,14 @@ def quantise(
     format_of(settings.kind)  # a word that is not known is told before anything is looked for
     if settings.calibration_tokens < 1:
         raise ConfigError(f"--calibration-tokens {settings.calibration_tokens}: at least 1.")
-    base, source, name = _model(cfg, folder, step)
+    qat = trained_in_fp8(cfg) if folder is None and settings.kind == "fp8" and not settings.group_size else None
+    base: Folder
+    source: Source
+    if qat:
+        base = trained_checkpoint(cfg, step)
+        source, name = base, str(base.path)
+    else:
+        base, source, name = _model(cfg, folder, step)
     base.check()
     for text in base.notices:
         notice(text)
@@ -61,13 +69,14 @@ def quantise(
         settings.kind, base.disk_config, group_size=settings.group_size, int4_layers=settings.int4_layers,
         search=settings.search,
     )  # fmt: skip
+    scheme = scheme.as_trained(rotated=qat.rotate) if qat else scheme
     target = out or _default_target(cfg, folder, step, settings.kind)
     started, calibrating = time.monotonic(), 0.0
 
     def statistics() -> Statistics:
         nonlocal calibrating
         begun = time.monotonic()
-        found = _statistics(cfg, base, source, scheme, settings)
+        found = trained_scales(base) if qat else _statistics(cfg, base, source, scheme, settings)
         calibrating = time.monotonic() - begun
         return found
 

@@ -18,7 +18,7 @@ from erniekit.models.moe import MoE
 from erniekit.parallel.expert import use_expert_parallel
 from erniekit.parallel.mesh import Mesh
 from erniekit.precision.blockwise import use_blockwise
-from tests.parallel.equal import Case, parallel
+from tests.parallel.equal import Case, together, train
 from tests.parallel.ranks import run_ranks
 from tests.parallel.samples import VOCABULARY, steps_of, write_model
 
@@ -137,7 +137,7 @@ def test_training_is_that_of_one_process(case: Case, layout: Layout) -> None:
     """With one process's weights, gradients are the same: to the last bits, but for tensor ranks, which round partial
     sums to bf16. After the first update weights differ in their last bits. Then a number here and there lies on the
     other side of the middle between two codes, 6 % away, and gradients differ by as much as rounding does to them."""
-    (found,) = parallel([case], layout)
+    found = together(case, layout, run_ranks(train, layout, case, seconds=180))
     for step, (mine, its) in enumerate(zip(found.figures, case.alone.figures, strict=True)):
         assert mine["loss"] == pytest.approx(its["loss"], rel=LOSS if step or layout.tensor > 1 else 1e-6), step
         allowed = LATER if step else NEAR if layout.tensor > 1 else EXACT

@@ -28,10 +28,27 @@ def rotate(x: np.ndarray, y: np.ndarray, blocks: int) -> None:
 
 
 def rotate_columns(x: np.ndarray, y: np.ndarray, blocks: int, columns: int) -> None:
-    """Every 32 neighbours of a column; `blocks` times 32 rows."""
-    x_BNC, y_BNC, h = x.reshape(blocks, SIZE, columns), y.reshape(blocks, SIZE, columns), sylvester()
+    """Every 32 neighbours of a column; `blocks` times 32 rows. Sums are made in the order of the compiled kernel: the
+    same bits."""
+    x_BNC, y_BNC = x.reshape(blocks, SIZE, columns), y.reshape(blocks, SIZE, columns)
 
     def work(part: slice) -> None:
-        np.matmul(h, x_BNC[part], out=y_BNC[part])
+        made = y_BNC[part]
+        made[...] = x_BNC[part]
+        step = 1
+        while step < SIZE:
+            pairs = made.reshape(len(made), SIZE // (2 * step), 2, step, columns)
+            low, high = pairs[:, :, 0], pairs[:, :, 1]
+            total = low + high
+            np.subtract(low, high, out=high)
+            low[...] = total
+            step *= 2
 
     spread_rows(blocks, SIZE * columns, work)
+
+
+def rotated_inputs(weight_DF: np.ndarray) -> np.ndarray:
+    """H w of a weight [in, out]."""
+    weight, made = np.ascontiguousarray(weight_DF, np.float32), np.empty(weight_DF.shape, np.float32)
+    rotate_columns(weight, made, len(weight) // SIZE, weight.shape[1])
+    return made

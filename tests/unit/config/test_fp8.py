@@ -131,3 +131,13 @@ def test_a_part_of_a_size_names_the_degree_and_the_way_out():
 def test_rotated_inputs_may_not_straddle_devices():
     (line,) = misfits(family("micro-moe"), 2, tensor_parallel_degree=2, fp8_modules=["experts", "attention"])
     assert "model.layers.1.mlp.experts in blocks of 32" in line and "16 of moe_intermediate_size 32" in line
+
+
+def test_moments_are_small_with_qat_unless_said():
+    for keys, small in (({}, True), ({"use_lowprecision_moment": False}, False), ({"stage": "PT"}, False)):
+        assert load_config({"compute_type": "fp8", **keys}).optimizer.use_lowprecision_moment is small
+
+
+def test_the_reference_of_preferences_stands_still():
+    with pytest.raises(ConfigError, match=r"ref_model_update_steps: 5.*compute_type: fp8"):
+        load_config({"compute_type": "fp8", "stage": "DPO", "ref_model_update_steps": 5})
