@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from erniekit.base.errors import CheckpointError, listed
+from erniekit.base.errors import CheckpointError, MeshError, listed
 from erniekit.checkpoint.ernie45 import Form, Table, layout_table
 from erniekit.checkpoint.folder import Folder
 from erniekit.checkpoint.hf_files import FORMATS, SafetensorsFile, format_tag, open_shards
@@ -37,6 +37,15 @@ def is_quantised(path: str | Path) -> bool:
 def open_to_answer(path: str | Path) -> Folder:
     """A model folder, quantised or not, to ask its model something."""
     return QuantisedFolder.open(path) if is_quantised(path) else Folder.open(path)
+
+
+def require_whole_matrices(folder: Folder, *, tensor: int) -> None:
+    """Raise MeshError if `tensor` ranks are to share the matrices of a quantised folder."""
+    if tensor > 1 and isinstance(folder, QuantisedFolder):
+        raise MeshError(
+            f"{folder.path}: is quantised, and codes are not cut over tensor ranks (tensor_parallel_degree is "
+            f"{tensor}). Set it to 1; ranks can share experts: expert_parallel_degree."
+        )
 
 
 def layout_fields(table: Table, scheme: Scheme, cfg: ErnieConfig) -> dict[str, dict[str, tuple[str, tuple[int, ...]]]]:

@@ -13,11 +13,10 @@ import numpy as np
 import paddle
 
 from erniekit.base.console import notice
-from erniekit.base.errors import MeshError
 from erniekit.checkpoint.ernie45 import Tensor, memory_table
 from erniekit.checkpoint.model_io import Packed, fill_model
 from erniekit.checkpoint.quantised import ACTIVATION_SCALE, TRAINED
-from erniekit.checkpoint.quantised_folder import QuantisedFolder
+from erniekit.checkpoint.quantised_folder import QuantisedFolder, require_whole_matrices
 from erniekit.config.architecture import ErnieConfig
 from erniekit.config.cut import WHOLE, Cut
 from erniekit.models.cache import Kept
@@ -45,11 +44,7 @@ def build_quantised(
 
     Raises CheckpointError if a tensor is missing, extra or misshapen.
     """
-    if cut.layout.tensor > 1:
-        raise MeshError(
-            f"{folder.path}: is quantised, and codes are not cut over tensor ranks (tensor_parallel_degree is "
-            f"{cut.layout.tensor}). Set it to 1; ranks can share the experts: expert_parallel_degree."
-        )
+    require_whole_matrices(folder, tensor=cut.layout.tensor)
     folder.check()
     for text in folder.notices:
         notice(text)

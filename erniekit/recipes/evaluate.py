@@ -23,7 +23,7 @@ from erniekit.checkpoint.chosen import adapter_of
 from erniekit.checkpoint.download import locate_model
 from erniekit.checkpoint.folder import Folder
 from erniekit.checkpoint.load import load_for_answers
-from erniekit.checkpoint.quantised_folder import open_to_answer
+from erniekit.checkpoint.quantised_folder import open_to_answer, require_whole_matrices
 from erniekit.config.layout import layout_of
 from erniekit.config.model import PREFERENCE_STAGES
 from erniekit.config.packing import packing_of
@@ -77,7 +77,9 @@ def evaluate(cfg: RunConfig, *, reference: str | None = None) -> dict[str, float
     _check_kind(cfg, folder, adapter)
     tokenizer = Tokenizer.from_folder(folder.path)
     tokenizer.check_vocab(folder.config.vocab_size)
-    mesh = open_mesh(layout_of(cfg, place.world, folder.config, verb="eval"), place, config=facts_of(cfg))
+    layout = layout_of(cfg, place.world, folder.config, verb="eval")
+    require_whole_matrices(folder, tensor=layout.tensor)
+    mesh = open_mesh(layout, place, config=facts_of(cfg))
     require_same_model(mesh, folder, tokenizer)
     read = first_alone(mesh, "data", lambda: _read_data(cfg, tokenizer))
     data = read or _read_data(cfg, tokenizer)  # the others find it tokenised

@@ -1,7 +1,8 @@
 """FP8 runs of two ranks, from their config to the model folder: those of one process with the rows of both.
 
-What is summed in another order may be rounded to the next number, which is 6 % away in E4M3, in one place of a product:
-losses agree to what such places come to, not to fp32's last digits.
+What is summed in another order may be rounded to the next number, which is 6 % away in E4M3, in one place of a product.
+The first loss shows hardly any of it; from then on weights differ, and more places with them. (What ranks must agree on
+number by number is compared in test_qat.py and test_blockwise.py.)
 """
 
 from __future__ import annotations
@@ -63,6 +64,6 @@ def test_two_ranks_train_as_one(alone: tuple[str, list[dict[str, Any]]], wide: B
     assert len(found) == len(rows) == 5
     for own, row in zip(found, rows, strict=True):
         assert own["tokens"] == row["tokens"]
-        assert own["loss"] == pytest.approx(row["loss"], rel=2e-4), row["step"]
-        assert own["grad_norm"] == pytest.approx(row["grad_norm"], rel=1e-2), row["step"]
+        assert own["loss"] == pytest.approx(row["loss"], rel=1e-5 if row["step"] == 1 else 1e-3), row["step"]
+        assert own["grad_norm"] == pytest.approx(row["grad_norm"], rel=5e-3), row["step"]
     assert found[-1]["fp8_amax"] == pytest.approx(rows[-1]["fp8_amax"], rel=0.05)
