@@ -7,7 +7,7 @@ not acted on.
 
 from dataclasses import dataclass
 
-from erniekit.config.keys import Alias, speed
+from erniekit.config.keys import SPEED, Alias, key, speed
 
 
 @dataclass(frozen=True)
@@ -38,8 +38,11 @@ class KernelConfig:
     fuse_swiglu: bool = speed(True, "Fused SwiGLU.")
     fuse_gate_detach_matmul: bool = speed(True, "Fused router product.")
     moe_with_send_router_loss: bool = speed(False, "Send router losses along the pipeline.")
-    offload_optim: bool = speed(False, "Keep optimizer states in host memory.")
-    tensorwise_offload_optimizer: bool = speed(False, "Move optimizer states tensor by tensor.")
+    tensorwise_offload_optimizer: bool = key(
+        False, "Keep the optimizer's states in host memory; in an update they come to the device tensor by tensor. On "
+        "a CPU they are there anyway.",
+        effect=SPEED, aliases=(Alias("offload_optim", bool, {True: (True,), False: ()}),),
+    )
     optim_shard_num: int = speed(1, "Files that the optimizer states are saved in.")
     release_grads: bool = speed(False, "Free gradients after every step.")
     flatten_param_grads: bool = speed(False, "Gradients in one buffer.")

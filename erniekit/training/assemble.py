@@ -124,7 +124,7 @@ def assemble_model(
 ) -> ErnieForCausalLM:  # fmt: skip
     """This rank's part of the model that will be trained: `weights` is the base folder or a checkpoint. With `adapter`,
     always the base, and `trained` is an adapter folder to go on from."""
-    on_gpu = paddle.device.is_compiled_with_cuda() and paddle.get_device().startswith("gpu")
+    on_gpu = _on_gpu()
     dtype = "bfloat16" if on_gpu and cfg.model.compute_type != "fp32" else "float32"
     if cfg.model.compute_type == "bf16" and not on_gpu and not cfg.model.cpu_bf16_matmul:
         notice("compute_type bf16: a CPU computes in fp32, with fp32 masters; only the saved model is rounded.")
@@ -145,6 +145,10 @@ def assemble_model(
     if cfg.train.recompute:
         apply_recompute(model, cfg.train.recompute_granularity)
     return model
+
+
+def _on_gpu() -> bool:
+    return paddle.device.is_compiled_with_cuda() and paddle.get_device().startswith("gpu")
 
 
 def _adapt(
@@ -201,6 +205,8 @@ def assemble_optimizer(model: ErnieForCausalLM, cfg: RunConfig, *, mesh: Mesh = 
     if keys.moe_gate_lr_ratio is not None and not any(re.search(ROUTERS, name) for name in names):
         notice(f"moe_gate_lr_ratio has no effect: the {'routers are frozen' if adapted else 'model has no routers'}")
     small = keys.use_lowprecision_moment or keys.optim == "adamw_16bit_moment"
+    if cfg.kernels.tensorwise_offload_optimizer and not _on_gpu():
+        notice("tensorwise_offload_optimizer: on a CPU, the optimizer's states are in host memory anyway.")
     return Optimizer(
         model.named_parameters(),
         AdamWSettings(
@@ -211,6 +217,7 @@ def assemble_optimizer(model: ErnieForCausalLM, cfg: RunConfig, *, mesh: Mesh = 
         matrices=matrices_inside(model) if keys.optim == "muon" else None,
         moments="bfloat16" if small else "float32", ema_decay=keys.ema_decay, ema_interval=keys.zcc_ema_interval,
         adaptive_clip=bool(keys.adaptive_norm_clip), sync=_gradient_sync(model, cfg, mesh),
+        offload=cfg.kernels.tensorwise_offload_optimizer,
     )  # fmt: skip
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import paddle
 
 from erniekit.parallel.zero import GradientSync
+from erniekit.training.offload import to_device
 
 
 class Averages:
@@ -29,7 +30,7 @@ class Averages:
             return
         for name, average in self.tensors.items():
             weight = masters.get(name)
-            weight = self._sync.weight(name) if weight is None else weight
+            weight = self._sync.weight(name) if weight is None else to_device(weight, average)
             average.add_((weight - average) * (1.0 - self._decay))
 
     def load(self, arrays: Mapping[str, np.ndarray]) -> None:

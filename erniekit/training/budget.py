@@ -44,8 +44,8 @@ _ALWAYS_FP32 = (".gate.weight", _NEVER_TRAINED)
 class Budget:
     """Bytes. `activations` are kept between the passes of a micro-batch; `peak` is the most of tensors at once, which
     is less than the sum of its parts, for gradients come as activations go; `kernels` is what kernels take inside.
-    `copies` are FP8 copies of weights. `numbers` counts the numbers of all parameters, `trained` of those that are
-    trained."""
+    `copies` are FP8 copies of weights; `host` is in host memory, not on the device. `numbers` counts
+    the numbers of all parameters, `trained` of those that are trained."""
 
     weights: int
     gradients: int
@@ -56,6 +56,7 @@ class Budget:
     numbers: int
     trained: int
     copies: int = 0
+    host: int = 0
 
     @property
     def text(self) -> str:
@@ -65,7 +66,8 @@ class Budget:
             "activations": self.activations, **({"FP8 copies": self.copies} if self.copies else {}),
         }  # fmt: skip
         told = ", ".join(f"{name} {megabytes(size)}" for name, size in parts.items())
-        return f"memory: budget {megabytes(self.peak)} MB ({told}), and {megabytes(self.kernels)} MB in kernels"
+        host = f"; optimizer states in host memory {megabytes(self.host)} MB" if self.host else ""
+        return f"memory: budget {megabytes(self.peak)} MB ({told}), and {megabytes(self.kernels)} MB in kernels{host}"
 
 
 def memory_text(*, budget: int, kernels: int, tensors: int, process: int) -> str:
@@ -83,13 +85,14 @@ def megabytes(num_bytes: float) -> str:
 
 @dataclass(frozen=True)
 class Formats:
-    """Bytes of a number of a weight (and its gradient and activations), and of the optimizer's states of a trained one;
-    `packing` keeps frozen weights in few bits."""
+    """Bytes of a number of a weight (and its gradient and activations), and of the optimizer's states of a trained one,
+    `offloaded` of them in host memory; `packing` keeps frozen weights in few bits."""
 
     weight: int = 4
     states: int = 8
     packing: Packing | None = None
     fp8: Fp8 | None = None
+    offloaded: int = 0
 
     @classmethod
     def of(cls, cfg: RunConfig, *, on_gpu: bool) -> Formats:
@@ -97,8 +100,9 @@ class Formats:
         keys = cfg.optimizer
         weight = 2 if on_gpu and cfg.model.compute_type != "fp32" else 4
         moments = 4 if keys.use_lowprecision_moment or keys.optim == "adamw_16bit_moment" else 8
-        states = moments + (4 if weight == 2 else 0) + (4 if keys.ema_decay is not None else 0)
-        return cls(weight, states, packing_of(cfg), fp8_of(cfg))
+        moved = moments + (4 if weight == 2 else 0)
+        states, offloads = moved + (4 if keys.ema_decay is not None else 0), cfg.kernels.tensorwise_offload_optimizer
+        return cls(weight, states, packing_of(cfg), fp8_of(cfg), offloaded=moved if on_gpu and offloads else 0)
 
     def copies(self, name: str) -> bool:
         """Whether there is an FP8 copy of a weight."""
@@ -277,7 +281,9 @@ def budget(
         arch, load, gradients, recompute=recompute, adapter=parameters.adapter, terms=terms, number=formats.weight,
         packed=formats.packs, cut=cut,
     ).step()  # fmt: skip
-    states = sum(-(-math.prod(parameters.shapes[name]) // shares.ranks(name)) for name in whole) * formats.states
+    own = [-(-math.prod(parameters.shapes[name]) // shares.ranks(name)) for name in whole]
+    host = sum(own) * formats.offloaded
+    states = sum(own) * formats.states - host + max(own, default=0) * formats.offloaded
     on_the_way, kept = shares.on_the_way(whole), sum(gradients.values())
     copied = on_the_way // 2 if micro_batches > 1 else 0  # else the first flat is laid out when activations have gone
     working = tape.walk(again=micro_batches > 1).total + shares.waiting(whole) + copied
@@ -287,6 +293,6 @@ def budget(
     return Budget(
         weights=weights, gradients=kept, states=states, activations=tape.kept(),
         peak=weights + passing + states + copies + max(working, kept, on_the_way), kernels=chunk, copies=copies,
-        trained=sum(math.prod(parameters.shapes[name]) for name in whole),
+        host=host, trained=sum(math.prod(parameters.shapes[name]) for name in whole),
         numbers=sum(math.prod(shape) for shape in parameters.shapes.values()),
     )  # fmt: skip

@@ -22,6 +22,7 @@ from erniekit.parallel.mesh import Mesh
 from erniekit.parallel.zero import GradientSync
 from erniekit.training.averages import Averages
 from erniekit.training.clipping import AdaptiveClip
+from erniekit.training.offload import to_device, to_host
 from erniekit.training.selection import EMBEDDING, HEAD, ROUTERS
 
 _NO_MATRICES = rf"{EMBEDDING}|{HEAD}|{ROUTERS}|e_score_correction_bias$"
@@ -61,6 +62,7 @@ class Optimizer:
 
     The states are ours (named, fp32 unless `moments` says bfloat16) and the arithmetic is a fused kernel (ops/adamw.py)
     or a few products (ops/muon.py). A parameter that is not fp32 has an fp32 master, which is what the update moves.
+    With `offload`, moments and masters are in host memory but for those of the parameter that is being updated.
     On a mesh, gradients are summed over ranks and a rank updates its own ranges, of which it has the states
     (parallel/zero.py).
     """
@@ -69,7 +71,7 @@ class Optimizer:
         self, named_parameters: Iterable[tuple[str, paddle.Tensor]], settings: AdamWSettings, *,
         rates: Mapping[str, float] | None = None, matrices: Mapping[str, int] | None = None, moments: str = "float32",
         ema_decay: float | None = None, ema_interval: int = 1, adaptive_clip: bool = False,
-        sync: GradientSync | None = None,
+        sync: GradientSync | None = None, offload: bool = False,
     ) -> None:  # fmt: skip
         """`rates` are factors on the learning rate by name; `matrices` says how many stand side by side in a weight;
         `ema_decay` is what the moving average of the weights keeps at each update (None: there is no average); `sync`
@@ -79,6 +81,7 @@ class Optimizer:
         self.num_steps = 0
         self.sync = sync or GradientSync(self.parameters, Mesh.single())
         self._rates, self._matrices, self._moments = rates or {}, matrices or {}, moments
+        self._offload = offload
         assert all(self.sync.is_whole(name) for name in self._matrices), "Muon needs whole matrices"
         self._states: dict[str, dict[str, paddle.Tensor]] = {}
         self._masters: dict[str, paddle.Tensor] = {}
@@ -133,7 +136,7 @@ class Optimizer:
         if gradient is None:
             gradient = paddle.zeros(weight.shape, "float32")  # other ranks have one, of other rows
         decay = self.settings.weight_decay if decays(name) else 0.0
-        state, master = self._state_of(name, weight), self._masters.get(name)
+        state, master = self._fetched(name, weight)
         if name in self._matrices:
             muon(
                 weight, gradient, momentum=state["momentum"], master=master, update=update, weight_decay=decay,
@@ -145,13 +148,24 @@ class Optimizer:
                 weight, gradient, first=first, second=second, master=master, update=update, weight_decay=decay,
                 start=start,
             )  # fmt: skip
+        self._put(name, state, master)
 
-    def _state_of(self, name: str, weight: paddle.Tensor) -> dict[str, paddle.Tensor]:
+    def _fetched(self, name: str, weight: paddle.Tensor) -> tuple[dict[str, paddle.Tensor], paddle.Tensor | None]:
+        """The moments and the master of a parameter, on the device of its `weight`."""
         if name not in self._states:
-            self._states[name] = {part: paddle.zeros(weight.shape, self._moments) for part in self._parts(name)}
-            if weight.dtype != paddle.float32:
-                self._masters[name] = weight.astype("float32")
-        return self._states[name]
+            master = weight.astype("float32") if weight.dtype != paddle.float32 else None
+            return {part: paddle.zeros(weight.shape, self._moments) for part in self._parts(name)}, master
+        state, master = self._states[name], self._masters.get(name)
+        if not self._offload:
+            return state, master
+        state = {part: to_device(tensor, weight) for part, tensor in state.items()}
+        return state, None if master is None else to_device(master, weight)
+
+    def _put(self, name: str, state: dict[str, paddle.Tensor], master: paddle.Tensor | None) -> None:
+        """Keep the moments and the master of a parameter where they belong."""
+        self._states[name] = {part: to_host(tensor) for part, tensor in state.items()} if self._offload else state
+        if master is not None:
+            self._masters[name] = to_host(master) if self._offload else master
 
     def _parts(self, name: str) -> tuple[str, ...]:
         return ("momentum",) if name in self._matrices else ("moment1", "moment2")
@@ -230,9 +244,9 @@ class Optimizer:
             shape = self.sync.weight(name).shape
             arrays = {part: np.asarray(state[f"{name}.{part}"], np.float32) for part in self._parts(name)}
             made = {part: paddle.to_tensor(array.reshape(shape)) for part, array in arrays.items()}
-            self._states[name] = {part: tensor.astype(self._moments) for part, tensor in made.items()}
-            if f"{name}.master" in state:
-                self._masters[name] = paddle.to_tensor(np.asarray(state[f"{name}.master"]).reshape(shape))
+            made = {part: tensor.astype(self._moments) for part, tensor in made.items()}
+            master = state.get(f"{name}.master")
+            self._put(name, made, None if master is None else paddle.to_tensor(np.asarray(master).reshape(shape)))
         if self._averages:
             self._averages.load({key[: -len(".ema")]: array for key, array in state.items() if key.endswith(".ema")})
         if self._clip:

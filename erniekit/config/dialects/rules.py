@@ -106,7 +106,7 @@ def deepspeed(value: Raw) -> Outcome:
     stage = next((number for number in "123" if f"zero{number}" in text or f"z{number}" in text), None)
     if stage is None:
         return Outcome(reason="a DeepSpeed file; `sharding` (stage1 to stage3) is what shards here")
-    settings = {"sharding": f"stage{stage}"} | ({"offload_optim": "true"} if "offload" in text else {})
+    settings = {"sharding": f"stage{stage}"} | ({"tensorwise_offload_optimizer": "true"} if "offload" in text else {})
     return Outcome(settings, "read from the name; other settings of that file are not known")
 
 

@@ -8,7 +8,7 @@ from erniekit.cli.main import main
 from erniekit.cli.verbs import RANKS, VERBS
 from erniekit.recipes.export import Several
 
-GOOD = "seed: 1\nlearning_rate: 1e-4\nmodel_name_or_path: nowhere/ERNIE-4.5-0.3B-PT\noffload_optim: true\n"
+GOOD = "seed: 1\nlearning_rate: 1e-4\nmodel_name_or_path: nowhere/ERNIE-4.5-0.3B-PT\nrelease_grads: true\n"
 
 
 @pytest.fixture
@@ -75,7 +75,7 @@ def test_show_names_every_origin(run, config):
 def test_show_changed(run, config):
     out = run("show", config, "--changed", "stage=SFT").out
     assert [line.split()[0] for line in out.splitlines()] == [
-        "model_name_or_path", "stage", "seed", "learning_rate", "offload_optim",
+        "model_name_or_path", "stage", "seed", "learning_rate", "release_grads",
     ]  # fmt: skip
     assert len({line.index("  run.yaml") for line in out.splitlines() if "  run.yaml" in line}) == 1  # aligned
 

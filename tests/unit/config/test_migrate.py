@@ -52,7 +52,7 @@ def test_llama_factory():
     assert (config.model.stage, config.model.fine_tuning, config.lora.lora_rank) == ("SFT", "LoRA", 16)
     assert (config.data.max_seq_len, config.data.packing, config.data.random_shuffle) == (2048, False, False)
     assert (config.train.batch_size, config.train.evaluation_strategy) == (1, "steps")
-    assert (config.value("sharding"), config.value("offload_optim")) == ("stage2", True)
+    assert (config.value("sharding"), config.value("tensorwise_offload_optimizer")) == ("stage2", True)
     assert "packing" in done.added and "max_seq_len" not in done.added
     assert "only ERNIE 4.5" in reasons(done, CHANGED)["model_name_or_path"]
     lost = reasons(done, LOST)

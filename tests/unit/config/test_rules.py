@@ -52,13 +52,13 @@ def test_an_evaluation_of_nothing_is_named():
 
 
 def test_speed_keys_share_one_notice():
-    (text,) = notices(offload_optim=True, amp_custom_white_list=None, fuse_rope=1, fuse_linear=True, recompute=True)
+    (text,) = notices(release_grads=True, amp_custom_white_list=None, fuse_rope=1, fuse_linear=True, recompute=True)
     assert text.startswith("accepted and not acted on in this version")
-    assert text.endswith(": fuse_linear, fuse_rope, offload_optim")
+    assert text.endswith(": fuse_linear, fuse_rope, release_grads")
 
 
 def test_speed_keys_that_ask_for_nothing_are_not_named():
-    assert notices(offload_optim=False, fuse_rope="false", dataloader_num_workers=0, virtual_pp_degree=1) == ()
+    assert notices(release_grads=False, fuse_rope="false", dataloader_num_workers=0, virtual_pp_degree=1) == ()
 
 
 def test_keys_without_effect_share_one_notice():

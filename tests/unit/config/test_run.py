@@ -81,7 +81,7 @@ def test_what_may_not_change_on_resume(key, value):
     [
         ("max_steps", 50), ("logging_steps", 7), ("save_steps", 7), ("eval_steps", 7), ("save_strategy", "epoch"),
         ("evaluation_strategy", "steps"), ("output_dir", "elsewhere"), ("overwrite_output_dir", True),
-        ("resume_anyway", True), ("save_total_limit", 2), ("recompute", True), ("offload_optim", True),
+        ("resume_anyway", True), ("save_total_limit", 2), ("recompute", True), ("tensorwise_offload_optimizer", True),
         ("do_eval", True), ("disable_tqdm", True), ("logging_dir", "x"), ("max_new_tokens", 5), ("port", 80),
         ("eval_dataset_path", "e.jsonl"),
     ],

@@ -26,7 +26,7 @@ from erniekit.data.batch import Batch, PreferenceBatch
 from erniekit.models.decoder import ErnieForCausalLM
 from erniekit.parallel.recompute import apply_recompute
 from erniekit.training.activations import Load, Terms
-from erniekit.training.budget import Budget, Formats, Parameters, architecture_of, budget, run_budget
+from erniekit.training.budget import Budget, Formats, Parameters, architecture_of, budget, megabytes, run_budget
 from erniekit.training.objective import LanguageModelObjective, LossWeights
 from erniekit.training.optimizer import AdamWSettings, Optimizer
 from erniekit.training.preference import preference_objective
@@ -205,6 +205,19 @@ def test_bytes_of_a_parameter(keys, on_gpu, weights, gradients, states):
     assert (needed.numbers, needed.trained) == (count, count)
     found = (needed.weights, needed.gradients, needed.states)
     assert found == tuple(count * part for part in (weights, gradients, states))
+
+
+def test_offloaded_states_are_in_host_memory():
+    """Those of the largest parameter come to the device; on a CPU nothing changes, and averages stay where they are."""
+    keys, arch = {"ema_decay": 0.99}, family("0.3B")
+    count, largest = count_parameters(arch), arch.vocab_size * arch.hidden_size
+    plain = run_budget(load_config(keys), arch, on_gpu=True)
+    needed = run_budget(load_config({**keys, "tensorwise_offload_optimizer": True}), arch, on_gpu=True)
+    assert (plain.states, plain.host) == (16 * count, 0) and "host" not in plain.text
+    assert (needed.states, needed.host) == (4 * count + 12 * largest, 12 * count)
+    assert needed.peak == plain.peak - plain.states + needed.states
+    assert f"host memory {megabytes(12 * count)} MB" in needed.text
+    assert run_budget(load_config({"offload_optim": True}), arch) == run_budget(load_config({}), arch)
 
 
 def test_fp8_copies_of_weights():
