@@ -18,9 +18,9 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import paddle
 import paddle.nn.functional as F
@@ -34,10 +34,12 @@ from erniekit.ops.grouped import rows_of_experts
 
 __all__ = [
     "E4M3", "E5M2", "Blocks", "Columns", "Float8", "Kind", "Rows", "Scheme", "Statistics", "Tensor", "bf16_numbers",
-    "dense", "has_float8", "power_of_two", "product", "quantise", "rounded", "statistics", "weight_product",
+    "dense", "has_float8", "power_of_two", "product", "quantise", "quantise_or_nan", "rounded", "statistics",
+    "weight_product",
 ]  # fmt: skip
 
 Result = Literal["bf16", "fp32"]  # which numbers a product is made of, however they are stored
+_NAN = 0x7F  # its code in both formats
 _MANTISSA, _THREE_QUARTERS, _BIAS = 1 << 23, 0x600000, 127  # of fp32
 
 
@@ -170,6 +172,18 @@ def quantise(
     if made is None:
         raise _not_finite(name, kind)
     return Float8(*made, scheme, kind, counts)
+
+
+def quantise_or_nan(x: paddle.Tensor, scheme: Scheme, *, tell: Callable[[str], None], **how: Any) -> Float8:
+    """`quantise`, but what is not finite becomes NaN throughout, after `tell` was told so."""
+    try:
+        return quantise(x, scheme, **how)
+    except NotFinite as error:
+        tell(str(error))
+    if how.get("scale") is not None:
+        how["scale"] = paddle.ones_like(how["scale"])
+    made = quantise(paddle.zeros_like(x), scheme, **how)
+    return replace(made, codes=paddle.full_like(made.codes, _NAN))
 
 
 def _fits(shape: Sequence[int], scheme: Scheme) -> bool:

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 
 import paddle
 
-from erniekit.ops.float8 import E4M3, Float8, Kind, Tensor, product, quantise, weight_product
+from erniekit.ops.float8 import E4M3, Float8, Kind, Tensor, product, quantise_or_nan, weight_product
 from erniekit.ops.gradients import wanted
 from erniekit.ops.grouped import rows_of_experts
 from erniekit.ops.hadamard import SIZE, rotate, rotate_inputs
@@ -42,6 +42,8 @@ class Backward:
     kind: Kind
     everywhere: Callable[[paddle.Tensor], paddle.Tensor]
     saw: Callable[[paddle.Tensor, Float8], None]  # is shown what was rounded, and the result
+    lost: Callable[[str], None]  # is told of what is not finite, of which NaN is made
+    name: str  # of the module
 
 
 def straight_through(
@@ -57,10 +59,14 @@ def per_row(scale_E: paddle.Tensor, counts: list[int]) -> paddle.Tensor:
     return scale_E if len(counts) == 1 else scale_E.repeat_interleave(paddle.to_tensor(counts)).unsqueeze(-1)
 
 
-def rounded_rows(rows_TD: paddle.Tensor, scale_E: paddle.Tensor, counts: list[int], *, name: str) -> Float8:
-    """Rows in FP8 by the scales of their experts, [E], rows or none. Raises NotFinite with the `name` of the rows."""
+def rounded_rows(
+    rows_TD: paddle.Tensor, scale_E: paddle.Tensor, counts: list[int], *, name: str, lost: Callable[[str], None]
+) -> Float8:  # fmt: skip
+    """Rows in FP8 by the scales of their experts, [E], rows or none. `lost` is told of what is not finite, with the
+    `name` of the rows; NaN is made of it."""
     scaled_TD = rows_TD / per_row(scale_E, counts)
-    return replace(quantise(scaled_TD, Tensor(), scale=paddle.ones([1]), name=name), scales=scale_E, counts=counts)
+    made = quantise_or_nan(scaled_TD, Tensor(), tell=lost, scale=paddle.ones([1]), name=name)
+    return replace(made, scales=scale_E, counts=counts)
 
 
 def rounded_product(codes: Float8, held: Float8) -> paddle.Tensor:
@@ -107,7 +113,8 @@ def _rounded(grad_TF: paddle.Tensor, counts: list[int], way: Backward) -> Float8
     """The gradient of the output in FP8, with one scale for all rows of all ranks."""
     amax = grad_TF.abs().max().reshape([1]) if grad_TF.size else paddle.zeros([1])
     scale = scale_of(way.everywhere(amax.astype("float32")), way.kind)
-    made = quantise(grad_TF, Tensor(), kind=way.kind, scale=scale, name="a gradient")
+    name = f"the gradient of the output of {way.name}"
+    made = quantise_or_nan(grad_TF, Tensor(), tell=way.lost, kind=way.kind, scale=scale, name=name)
     way.saw(grad_TF, made)
     return replace(made, scales=scale, counts=counts)
 

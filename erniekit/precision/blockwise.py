@@ -24,7 +24,7 @@ kept and no kept ones are used. Where a rank gives its weights away between uses
 would be the model once more.
 
 E4M3 has no infinity, and casts lose NaN. So neither is ever cast: a module that meets them says so, and what it makes
-of them is NaN throughout. A step with such a loss or gradient is not taken, by any rank (training/step.py).
+of them is NaN throughout. A step with such a loss or gradient is not taken, by any rank (training/loop.py).
 
 Knows layers and their slots; neither ranks, nor files, nor the run's config. On a GPU nothing of it was run.
 Shapes: T rows (sorted by expert), D inputs, F outputs, I width, E experts.
@@ -34,14 +34,11 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import paddle
 from paddle import nn
 
-from erniekit.base.console import warn
-from erniekit.base.errors import NotFinite
 from erniekit.config.fp8 import BLOCK, Fp8
 from erniekit.models.layers import Linear
 from erniekit.models.moe import ExpertMLP, ExpertProduct, Experts
@@ -55,25 +52,24 @@ from erniekit.ops.float8 import (
     bf16_numbers,
     dense,
     product,
-    quantise,
+    quantise_or_nan,
     weight_product,
 )
 from erniekit.ops.gradients import wanted
 from erniekit.ops.mlp import weighted_gated, weighted_gated_backward
 from erniekit.precision.watch import Role, Watch
 
-_NAN, _SCALE = 0x7F, 4  # its code; bytes of a scale
+_SCALE = 4  # bytes of a scale
 _TOLD: dict[Role, str] = {"x": "the input of", "w": "the weight of", "g": "the gradient of the output of"}
 
 
 class _Common:
-    """What all modules of a model share: the rows that were cast last (gate and up get the same ones, and one cast
-    serves both), and that one of them told of numbers that are not finite: all that follow meet them, too."""
+    """What all modules of a model share: the rows that were cast last. Gate and up get the same ones, and one cast
+    serves both."""
 
     def __init__(self) -> None:
         self._of: weakref.ref | None = None
         self._cast: Float8 | None = None
-        self.told = False
 
     def cast_of(self, x: paddle.Tensor) -> Float8 | None:
         """The cast of x, if that was the last."""
@@ -100,16 +96,8 @@ class Module:
 
     def cast(self, x: paddle.Tensor, scheme: Scheme, role: Role, *, counts: list[int] | None = None) -> Float8:
         """x in FP8; all of it NaN, with a warning, if x is not finite."""
-        short = isinstance(scheme, Columns)
-        how: dict[str, Any] = {"kind": E4M3, "counts": counts, "short": short}
-        try:
-            made = quantise(x, scheme, **how, name=f"{_TOLD[role]} {self.name}")
-        except NotFinite as error:
-            if not self.common.told:
-                warn(str(error))
-            self.common.told = True
-            made = quantise(paddle.zeros_like(x), scheme, **how)
-            return replace(made, codes=paddle.full_like(made.codes, _NAN))
+        short, name = isinstance(scheme, Columns), f"{_TOLD[role]} {self.name}"
+        made = quantise_or_nan(x, scheme, tell=self.watch.lost, counts=counts, short=short, name=name)
         if self.watch.looking and not short:
             self.watch.saw(self.name, role, given=x, cast=made)
         return made

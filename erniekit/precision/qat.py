@@ -19,7 +19,9 @@ fp32.
 
 A step counts once. Micro-batches, layers computed again and repeated calls leave the largest scale of the step behind;
 `after_update` folds it into a. Within a step nothing moves, so a layer computed again gives the same numbers. Every
-rank comes to the same scales: those of weights agree over ranks that share a matrix, those of inputs over all.
+rank comes to the same scales: those of weights agree over ranks that share a matrix, those of inputs over all. Where
+one of them meets NaN or infinity it says so, the scale is NaN for all, and so is what comes of it: a step with such a
+loss or gradient is not taken, by any rank (training/loop.py).
 
 Knows layers and what they hold; neither ranks (it is handed `Ranks`), nor files, nor the run's config.
 Shapes: T rows sorted by expert, D inputs, F outputs, E experts held (1: a linear layer), N all experts there are.
@@ -36,11 +38,10 @@ import paddle
 from paddle import nn
 
 from erniekit.base.console import notice
-from erniekit.base.errors import NotFinite
 from erniekit.config.fp8 import Fp8, Qat
 from erniekit.models.layers import Linear
 from erniekit.models.moe import ExpertProduct, Experts
-from erniekit.ops.float8 import E4M3, E5M2, Float8, Tensor, quantise
+from erniekit.ops.float8 import E4M3, E5M2, Float8, Tensor, quantise_or_nan
 from erniekit.ops.grouped import grouped_linear
 from erniekit.ops.hadamard import SIZE, rotate, rotate_inputs
 from erniekit.ops.straight_through import LEAST, Backward, rounded_rows, scale_of, straight_through
@@ -78,22 +79,18 @@ class InputScale:
         self._seen_N = paddle.zeros([num])  # the largest of the step under way
         self._qat, self._ranks, self._held = qat, ranks, experts
 
-    def of(self, amax_E: paddle.Tensor, *, training: bool, name: str) -> paddle.Tensor:
-        """The scales by which inputs with these largest numbers are rounded. Raises NotFinite on all ranks alike."""
-        found_E = paddle.where(paddle.isfinite(amax_E), amax_E, paddle.full_like(amax_E, float("inf")))
+    def of(self, amax_E: paddle.Tensor, *, training: bool) -> paddle.Tensor:
+        """The scales by which inputs with these largest numbers are rounded; NaN if one is not finite on any rank."""
+        found_E = _nan_is_infinity(amax_E)
         found_N = paddle.zeros_like(self.scales_N)
         found_N[self._held] = paddle.where(found_E > 0, scale_of(found_E, E4M3), found_E)
         found_N = (self._ranks.everywhere if training else self._ranks.beside)(found_N)
-        if bool(paddle.isinf(found_N).any()):
-            raise NotFinite(
-                f"{name}: its input holds NaN or infinity, for which FP8 has no number: the run has gone astray. Lower "
-                "learning_rate, or go on from an earlier checkpoint."
-            )
         if training:
             self._seen_N = paddle.maximum(self._seen_N, found_N)
             chosen_N = paddle.where(self.steps_N < self._qat.online_steps, found_N, self._moved(found_N))
         else:
             chosen_N = paddle.where(self.scales_N > 0, self.scales_N, found_N)
+        chosen_N = paddle.where(paddle.isinf(found_N), paddle.full_like(found_N, float("nan")), chosen_N)
         return chosen_N[self._held].clip(min=LEAST)
 
     def _moved(self, found_N: paddle.Tensor) -> paddle.Tensor:
@@ -143,7 +140,8 @@ class SharedScales:
         if number not in self._codes:
             scale_E = self._weight_scale()
             module, rotated = self._members[number][0], self._turned(number)
-            codes = quantise(rotated, Tensor(), scale=scale_E, name=f"the weight of {module}")
+            name = f"the weight of {module}"
+            codes = quantise_or_nan(rotated, Tensor(), tell=self._watch.lost, scale=scale_E, name=name)
             if self._watch.looking:
                 self._watch.saw(module, "w", given=rotated, cast=codes)
             share = 1.0 / SIZE if self._qat.rotate else 1.0
@@ -161,7 +159,7 @@ class SharedScales:
             largest = [self._turned(number).abs().astype("float32") for number in range(len(self._members))]
             each = [one.amax([1, 2]) if one.ndim == 3 else one.max().reshape([1]) for one in largest]
             found_N = paddle.zeros([self._num])
-            found_N[self.held] = paddle.stack(each).max(0)
+            found_N[self.held] = _nan_is_infinity(paddle.stack(each).max(0))
             self._scale_E = scale_of(self._ranks.beside(found_N)[self.held], E4M3)
         return self._scale_E
 
@@ -174,8 +172,8 @@ class SharedScales:
         module = self._members[number][0]
         rows_TD = x.detach().reshape([-1, x.shape[-1]])
         rotated_TD = rotate(rows_TD) if self._qat.rotate else rows_TD
-        scale_E = self.input.of(_largest(rotated_TD, counts), training=training, name=module)
-        made = rounded_rows(rotated_TD, scale_E, counts, name=f"the input of {module}")
+        scale_E, name = self.input.of(_largest(rotated_TD, counts), training=training), f"the input of {module}"
+        made = rounded_rows(rotated_TD, scale_E, counts, name=name, lost=self._watch.lost)
         if self._watch.looking:
             there = paddle.to_tensor([expert for expert, count in enumerate(counts) if count], "int64")
             scales = scale_E.gather(there).unsqueeze(-1)  # experts without rows have no block
@@ -195,6 +193,11 @@ class SharedScales:
         if self._watch.comparing:
             self._watch.compared(module, y_TF, exact=_exact(rows_TD, weight, counts))
         return y_TF.reshape([*x.shape[:-1], y_TF.shape[-1]])
+
+
+def _nan_is_infinity(x: paddle.Tensor) -> paddle.Tensor:
+    """Ranks look for the largest number among them, which NaN is not everywhere."""
+    return paddle.where(paddle.isfinite(x), x, paddle.full_like(x, float("inf")))
 
 
 def _largest(rows_TD: paddle.Tensor, counts: list[int]) -> paddle.Tensor:
@@ -275,7 +278,8 @@ def _backward(name: str, qat: Qat, ranks: Ranks, watch: Watch) -> Backward:
 
     return Backward(
         rotated=qat.rotate, rounds_for_inputs=qat.quant_input_grad, rounds_for_weights=qat.quant_weight_grad,
-        kind=E5M2 if qat.gradients == "e5m2" else E4M3, everywhere=ranks.everywhere, saw=saw,
+        kind=E5M2 if qat.gradients == "e5m2" else E4M3, everywhere=ranks.everywhere, saw=saw, lost=watch.lost,
+        name=name,
     )  # fmt: skip
 
 

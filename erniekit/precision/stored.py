@@ -12,6 +12,7 @@ from collections.abc import Mapping
 import numpy as np
 import paddle
 
+from erniekit.base.errors import NotFinite
 from erniekit.ops import float8
 from erniekit.ops.arrays.packed import E4M3, INT4, INT8, WINT2, WINT25
 from erniekit.ops.hadamard import rotate, rotate_inputs
@@ -31,6 +32,10 @@ from erniekit.precision.encoders import (
     Integers,
 )
 from erniekit.precision.packed import put
+
+
+def _refuse(text: str) -> None:
+    raise NotFinite(text)
 
 
 class StoredCodes:
@@ -87,7 +92,7 @@ class QatCodes(StoredCodes):
     def product(self, x_TD: paddle.Tensor, counts: list[int], *, bf16: bool) -> paddle.Tensor:  # noqa: ARG002 - is FP8
         """See Store."""
         rows_TD = rotate(x_TD) if self.rotated else x_TD
-        codes = rounded_rows(rows_TD, self.inputs_E, counts, name="the input of a product")
+        codes = rounded_rows(rows_TD, self.inputs_E, counts, name="the input of a product", lost=_refuse)
         return rounded_product(codes, self._held(slice(None))).astype(x_TD.dtype)
 
     def _held(self, which: slice) -> float8.Float8:

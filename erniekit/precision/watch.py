@@ -31,14 +31,21 @@ class Watch:
         """`modules` are all modules that will ever show anything, by name."""
         self.modules = tuple(modules)
         self.looking = self.comparing = False
+        self.astray = ""  # what a module first told of numbers that are not finite, in this step
         self._places = {name: place for place, name in enumerate(self.modules)}
         self._seen_MRF = np.zeros([len(self.modules), len(ROLES), len(FIGURES)])
         self._off_M = np.zeros(len(self.modules))
 
     def begin(self, *, looking: bool, comparing: bool) -> None:
         """A step begins."""
-        self.looking, self.comparing = looking, comparing
+        self.looking, self.comparing, self.astray = looking, comparing, ""
         self._seen_MRF[:], self._off_M[:] = 0.0, 0.0
+
+    def lost(self, text: str) -> None:
+        """A module met numbers that are not finite; all that follow will, too, so only the first is told of."""
+        if not self.astray:
+            self.astray = text
+            warn(text)
 
     @paddle.no_grad()
     def saw(self, module: str, role: Role, *, given: paddle.Tensor, cast: Float8) -> None:

@@ -39,7 +39,7 @@ class Fp8Training:
         self, settings: Fp8, held: Held, watch: Watch, *, memory: Memory | None = None, mesh: Mesh = Mesh.single()
     ) -> None:  # fmt: skip
         self.settings, self.memory = settings, memory
-        self._held, self._watch, self._axis = held, watch, mesh.axis("world")
+        self._held, self._watch, self._axis, self._words = held, watch, mesh.axis("world"), mesh.words
         self._told: set[str] = set()
 
     def begin(self, step: int, *, logged: bool) -> None:
@@ -63,6 +63,10 @@ class Fp8Training:
             yield
         finally:
             self.forget_weights()
+
+    def astray(self) -> str:
+        """What modules told of numbers that are not finite in this step, on the first rank that did; all call it."""
+        return next(filter(None, self._words.collect("astray", self._watch.astray)), "")
 
     def report(self, step: int) -> tuple[dict[str, Any], dict[str, dict[str, float]]]:
         """What was seen in the 1-based `step`: the worst for the log, and the figures by module for the boards. All

@@ -193,7 +193,8 @@ def _step(run: Run, step: int) -> StepResult:
             mesh=run.mesh,
         )  # fmt: skip
     except TrainingStopped as stop:
-        keep(math.nan, str(stop))
+        why = run.fp8.astray() if run.fp8 else ""
+        keep(math.nan, f"{stop}; {why}" if why else str(stop))
         saved = run.checkpoints.newest_step()
         kept = f"checkpoint-{saved} stands" if saved else "no checkpoint had been saved yet"
         samples = ", ".join(run.data.sample_names(step)[:8])

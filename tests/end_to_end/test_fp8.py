@@ -1,14 +1,19 @@
-"""FP8 training from the command line, emulated: what is refused, a run that was cut, and what it leaves."""
+"""FP8 training from the command line, emulated: what is refused, a run that was killed, one that goes astray, and what
+is left."""
 
 from __future__ import annotations
 
 import json
 import shutil
+import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import paddle
 import pytest
 from safetensors.numpy import load_file
 
@@ -17,6 +22,19 @@ from tests.end_to_end.conftest import Bench
 
 KEYS: dict[str, Any] = {"compute_type": "fp8", "fp8_emulate": "true", "apply_online_actscale_step": 2}
 RECIPES = ("blockwise", "qat")
+KILLED = """
+import os, signal, sys
+from erniekit.cli.main import main
+from erniekit.training.fp8 import Fp8Training
+taken = Fp8Training.after_update
+def after_update(self):
+    taken(self)
+    self.steps = getattr(self, "steps", 0) + 1
+    if self.steps == 4:
+        os.kill(os.getpid(), signal.SIGKILL)
+Fp8Training.after_update = after_update
+main(["train", sys.argv[1]])
+"""
 SIZES = {"hidden_size": 128, "intermediate_size": 128, "moe_intermediate_size": 128, "head_dim": 32}
 
 
@@ -80,20 +98,41 @@ def test_figures_of_casts_are_logged(whole):
     assert "fp8_recipe: " in lock and "fp8_emulate: true" in lock
 
 
-def test_a_run_that_was_cut_goes_on_bit_for_bit(whole, wide, run, tmp_path):
+def test_kill_9_and_the_same_command(whole, wide, run, tmp_path):
+    """Killed when the fourth step has moved the weights and is not logged; the third goes by kept scales, too."""
     recipe, out = whole
     config = wide.config(tmp_path / "cut", **KEYS, fp8_recipe=recipe, fp8_check_every=3, logging_steps=2, eval_steps=3)
-    shutil.copytree(out, tmp_path / "cut")
-    for name in ("checkpoint-4", "checkpoint-6"):
-        shutil.rmtree(tmp_path / "cut" / name)
-    record = json.loads((tmp_path / "cut" / "run.json").read_text())
-    (tmp_path / "cut" / "run.json").write_text(json.dumps({**record, "finished_at": None}))
+    killed = subprocess.run([sys.executable, "-c", KILLED, str(config)], capture_output=True, text=True, check=False)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert [path.name for path in (tmp_path / "cut").glob("checkpoint-*")] == ["checkpoint-2"]
     told, _ = run("train", config)
     assert "step 3/6" not in told and "step 4/6" in told
     assert rows(tmp_path / "cut") == rows(out)
     for name in ("model.safetensors", "checkpoint-6/model.safetensors", "checkpoint-6/training/optimizer.safetensors"):
         assert (tmp_path / "cut" / name).read_bytes() == (out / name).read_bytes(), name
     assert (out / "checkpoint-6" / "training" / "memory.safetensors").is_file() == (recipe == "qat")
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_step_that_is_not_finite_is_kept_and_its_module_named(wide, run, tmp_path, monkeypatch, recipe):
+    from erniekit.training import loop
+
+    take = loop.train_step
+
+    def train_step(model, optimizer, **keys):
+        if optimizer.num_steps == 1:
+            with paddle.no_grad():
+                model.model.layers[1].mlp.experts.down_proj[1, 3, 5] = float("nan")
+        return take(model, optimizer, **keys)
+
+    monkeypatch.setattr(loop, "train_step", train_step)
+    _, err = run("train", wide.config(tmp_path / "out", **KEYS, fp8_recipe=recipe, save_steps=1), code=2)
+    assert "step 2: the loss is nan" in err and "checkpoint-1 stands" in err
+    assert err.count("warning: the weight of model.layers.1.mlp.experts.down_proj holds NaN or infinity") == 1
+    monkeypatch.undo()
+    shown, _ = run("replay", tmp_path / "out" / "replay" / "step-2")
+    assert "step 2 was kept: the loss is nan" in shown
+    assert "the weight of model.layers.1.mlp.experts.down_proj holds NaN" in shown.partition("\n")[0]
 
 
 def test_the_export_is_a_plain_model(whole, wide, run, tmp_path):

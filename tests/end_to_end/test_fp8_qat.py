@@ -85,6 +85,38 @@ def test_exports(finished, bench, run):
     assert config["dense_quant_type"] == config["moe_quant_type"] == "tensor_wise_fp8" and config["apply_hadamard"]
 
 
+@pytest.mark.parametrize("verb", [["export"], ["export", "--quantize", "fp8"]], ids=["plain", "codes"])
+def test_what_cannot_be_exported_with_its_scales(finished, bench, run, tmp_path, verb):
+    def refused(*more: str, out: Path = finished, **keys: object) -> str:
+        name, *rest = verb
+        return run(name, *words(bench, out, **keys), *rest, "--out", tmp_path / "new", *more, code=2)[1]
+
+    left_out = refused(fp8_modules="[experts, attention]")
+    assert "the run trained without mlp, shared_experts" in left_out and "compute_type=bf16" in left_out
+    assert "say which checkpoint is meant with --checkpoint STEP" in refused(load_best_model_at_end=True)
+    assert "holds no checkpoint-3" in refused("--checkpoint", "3")
+    assert "holds no checkpoints:" in refused(out=tmp_path / "nowhere")
+    assert not (tmp_path / "new").exists()
+
+
+def test_the_best_model_is_exported_with_its_own_scales(bench, run, tmp_path):
+    """The run ends with the weights of step 1, whose checkpoint has the scales that go with them."""
+    out = tmp_path / "out"
+    keys = {"load_best_model_at_end": True, "eval_steps": 1, "save_steps": 2, "max_steps": 2,
+            "metric_for_best_model": "eval_loss", "greater_is_better": True, "learning_rate": "1e-2"}  # fmt: skip
+    run("train", *words(bench, out, **keys))
+    assert (out / "model.safetensors").is_file()
+    first, last = (Folder.open(out / f"checkpoint-{step}") for step in (1, 2))
+    for verb in (["export"], ["export", "--quantize", "fp8"]):
+        run(*verb[:1], *words(bench, out, **keys), *verb[1:], "--checkpoint", 1, "--out", tmp_path / f"{len(verb)}")
+    scales = {folder: load_file(folder.path / "training" / "memory.safetensors") for folder in (first, last)}
+    name = "activation_scale/model.layers.0.self_attn.o_proj"
+    assert scales[first][name] != scales[last][name]
+    made = load_file(tmp_path / "3" / "model.safetensors")
+    (found,) = [array for key, array in made.items() if "layers.0.self_attn.o_proj" in key and "activation" in key]
+    assert found.reshape([-1])[0] == pytest.approx(float(scales[first][name].item()), rel=1e-6)
+
+
 def test_scales_can_be_forgotten(finished, bench, run, tmp_path):
     out = tmp_path / "out"
     keys = {"save_steps": 1, "eval_steps": 100}

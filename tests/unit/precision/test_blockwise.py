@@ -43,7 +43,7 @@ def exactly(monkeypatch: pytest.MonkeyPatch) -> None:
         pairs = zip(x.codes.split(counts), grad.codes.split(counts), strict=True)
         return paddle.stack([paddle.matmul(a, b, transpose_x=True) for a, b in pairs])
 
-    monkeypatch.setattr(blockwise, "quantise", kept)
+    monkeypatch.setattr(blockwise, "quantise_or_nan", kept)
     monkeypatch.setattr(blockwise, "dense", lambda x: x.codes)
     monkeypatch.setattr(blockwise, "product", product)
     monkeypatch.setattr(blockwise, "weight_product", weight_product)
@@ -162,13 +162,13 @@ class Counting:
     """How often weights were cast."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.weights, plain = 0, blockwise.quantise
+        self.weights, plain = 0, blockwise.quantise_or_nan
 
         def counted(x: paddle.Tensor, scheme: Scheme, **how: Any) -> Float8:
             self.weights += isinstance(scheme, Blocks)
             return plain(x, scheme, **how)
 
-        monkeypatch.setattr(blockwise, "quantise", counted)
+        monkeypatch.setattr(blockwise, "quantise_or_nan", counted)
 
     def during(self, work: Callable[[], object]) -> int:
         """How often in this."""
@@ -285,9 +285,9 @@ def test_what_is_covered_computes_in_fp8_and_nothing_else() -> None:
 def test_gate_and_up_share_the_cast_of_their_input(monkeypatch: pytest.MonkeyPatch) -> None:
     mlp = part("dense")
     use_blockwise(named(mlp), SETTINGS)
-    casts, plain = [], blockwise.quantise
+    casts, plain = [], blockwise.quantise_or_nan
     monkeypatch.setattr(
-        blockwise, "quantise", lambda x, scheme, **how: casts.append(how["name"]) or plain(x, scheme, **how)
+        blockwise, "quantise_or_nan", lambda x, scheme, **how: casts.append(how["name"]) or plain(x, scheme, **how)
     )
     mlp(paddle.randn([1, 7, 128]))
     inputs = [name for name in casts if "input" in name]

@@ -11,12 +11,11 @@ import paddle
 import pytest
 from paddle import nn
 
-from erniekit.base.errors import NotFinite
 from erniekit.config.fp8 import Fp8, Qat
 from erniekit.models.layers import MLP, Linear
 from erniekit.models.moe import Experts
 from erniekit.ops.hadamard import SIZE, sylvester
-from erniekit.precision.qat import LEAST, QatTraining, use_qat
+from erniekit.precision.qat import LEAST, QatTraining, Ranks, use_qat
 
 QAT = Qat(True, False, False, "e5m2", online_steps=200, moving_rate=0.01, forget=False)
 E4M3 = ml_dtypes.float8_e4m3fn
@@ -221,12 +220,32 @@ def test_gate_and_up_share_a_scale(rng: np.random.Generator) -> None:
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_what_is_not_finite_is_refused(xw: tuple[np.ndarray, np.ndarray], bad: float) -> None:
+@pytest.mark.parametrize("where", ["input", "weight", "gradient of the output"])
+def test_what_is_not_finite_is_told_once_and_becomes_nan(
+    xw: tuple[np.ndarray, np.ndarray], where: str, bad: float, capsys: pytest.CaptureFixture[str]
+) -> None:
     x, w = xw
-    layer, _ = linear(x, w)
-    x[3, 5] = bad
-    with pytest.raises(NotFinite, match=r"0\.self_attn\.o_proj"):
-        layer(paddle.to_tensor(x))
+    if where in ("input", "weight"):
+        (x if where == "input" else w)[3, 5] = bad
+    layer, training = linear(x, w, dataclasses.replace(QAT, quant_input_grad=True, online_steps=0))
+    given = paddle.to_tensor(x, stop_gradient=False)
+    for _ in range(2):
+        y = layer(given)
+        assert np.isnan(y.numpy()).all() == (where != "gradient of the output")
+        (y.sum() * bad).backward()
+        assert np.isnan(given.grad.numpy()).all()
+    assert f"the {where} of 0.self_attn.o_proj holds NaN or infinity" in training.watch.astray
+    assert capsys.readouterr().err.count("NaN or infinity") == 1
+    training.watch.begin(looking=False, comparing=False)
+    assert training.watch.astray == ""
+
+
+def test_numbers_of_another_rank_that_are_not_finite_count_here(xw: tuple[np.ndarray, np.ndarray]) -> None:
+    x, w = xw
+    model = nn.LayerList([Block(Two(*w.shape))])
+    there = Ranks(everywhere=lambda found: paddle.full_like(found, float("inf")))
+    use_qat(model, Fp8("qat", ("attention",), emulate=True, qat=QAT), ranks=there)
+    assert np.isnan(model[0].self_attn.o_proj(paddle.to_tensor(x)).numpy()).all()
 
 
 def test_the_state_comes_back(xw: tuple[np.ndarray, np.ndarray]) -> None:
