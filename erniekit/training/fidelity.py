@@ -122,14 +122,14 @@ def reference_of(folder: Folder, cfg: RunConfig, asked: str | None, *, mesh: Mes
 def _origin(folder: Folder, *, mesh: Mesh) -> Folder | None:
     """The folder that a quantised one was made from, where every machine has it and memory for it."""
     report = report_of(folder) if isinstance(folder, QuantisedFolder) else None
-    if report is None or report.model is None:
-        return None
-    here = Path(report.model, "config.json").is_file()
+    origin = Path(report.model) if report and report.model else None
+    here = origin is not None and (origin / "config.json").is_file()
     if not all(mesh.words.collect("the origin", here)):
-        why = "from which it was made: it is not here"
-        notice(f"not compared with {report.model}, {why}; --reference DIR compares with DIR")
+        if origin:
+            notice(f"not compared with {origin}, from which it was made: it is gone; --reference DIR compares with DIR")
         return None
-    found = Folder.open(report.model)
+    assert origin is not None
+    found = Folder.open(origin)
     needed, offered = _memory(mesh, answering_bytes(found, mesh=mesh))
     takes = f"{found.path}, from which it was made (in memory {needed / 1e6:,.1f} MB"
     if needed > offered:
