@@ -59,6 +59,7 @@ setup(
             "import-linter>=2.3",
             "mypy>=1.15",
             "pytest>=8.3",
+            "pytest-xdist>=3.6",
             "rouge-score==0.1.2",  # what our ROUGE-L is compared with
             "ruff>=0.12",
             "setuptools>=70.1",  # the wheel test builds with it
