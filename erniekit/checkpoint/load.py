@@ -5,6 +5,7 @@ Used by whoever asks a model and does not train it.
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -65,6 +66,13 @@ def load_for_answers(
     use_expert_parallel(model, mesh)
     model.eval()
     return model
+
+
+def answering_bytes(folder: Folder, *, mesh: Mesh) -> int:
+    """What the weights of a high-precision folder take on this rank when `load_for_answers` has made a model of it."""
+    table = memory_table(folder.config, head_bias=folder.has_head_bias, cut=Cut.of(mesh.layout, mesh.rank))
+    numbers = sum(math.prod(tensor.shape) for tensor in table.tensors.values())
+    return numbers * (4 if _dtype(folder) == "float32" else 2)
 
 
 def _dtype(folder: Folder) -> str:

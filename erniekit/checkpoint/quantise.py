@@ -27,12 +27,12 @@ from erniekit.checkpoint.ernie45 import Table, Tensor, layout_table
 from erniekit.checkpoint.folder import Folder
 from erniekit.checkpoint.hf_files import INDEX_FILE, SINGLE_FILE, Entry, SharedFile, create_safetensors, index_content
 from erniekit.checkpoint.journal import Journal, resumable
-from erniekit.checkpoint.quantised import ACTIVATION_SCALE, CACHE_SCALES, QUANTIZATION, Scheme, input_scale, stored_name
+from erniekit.checkpoint.quantised import CACHE_SCALES, QUANTIZATION, Scheme, input_scale, stored_name
 from erniekit.checkpoint.quantised_folder import layout_fields
 from erniekit.checkpoint.save import METADATA, REPORT_FILE, copy_companions, finish, publish
 from erniekit.checkpoint.source import Source, fill, made
 from erniekit.ops.arrays.threads import sum_rows
-from erniekit.precision.encoders import Encoder
+from erniekit.precision.encoders import ACTIVATION_SCALE, Encoder
 from erniekit.precision.quantize import require_finite
 
 _STATISTICS = ".statistics.npz"  # hidden: neither the manifest nor the folder gets it

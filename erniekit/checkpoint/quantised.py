@@ -22,11 +22,19 @@ from erniekit.config.architecture import ErnieConfig
 from erniekit.ops.arrays.float8 import E4M3
 from erniekit.ops.arrays.hadamard import SIZE
 from erniekit.precision.ccq import EFFORTS, Search, Wint2, Wint25
-from erniekit.precision.encoders import BLOCK, W4A8, Encoder, Float8, Float8Blocks, Float8Qat, Integers
+from erniekit.precision.encoders import (
+    ACTIVATION_SCALE,
+    BLOCK,
+    W4A8,
+    Encoder,
+    Float8,
+    Float8Blocks,
+    Float8Qat,
+    Integers,
+)
 
 QuantKind = Literal["wint8", "wint4", "w4a8", "fp8", "fp8_blocks", "fp8_rotated", "fp8_plain", "wint2", "wint2.5"]
 QUANTIZATION, OURS, VERSION = "quantization_config", "erniekit", 1
-ACTIVATION_SCALE = "activation_scale"
 CACHE_SCALES = ("cachek_matmul." + ACTIVATION_SCALE, "cachev_matmul." + ACTIVATION_SCALE)  # of keys, of values
 PUBLISHED_LAYERS, PUBLISHED_INT4_LAYERS = 54, 7  # of ERNIE-4.5-300B-A47B-2Bits: layers 0 to 6 of 54 are int4
 CCQ_GROUP = 64
@@ -167,9 +175,9 @@ class Scheme:
     @property
     def needs_text(self) -> bool:
         """Whether scales depend on what goes through the model."""
-        kinds = {self.format.dense, self.format.experts}
         if self.trained:
             return False
+        kinds = {self.format.dense, self.format.experts}
         return self.format.int8_cache or (bool(kinds & {*ROUNDS_INPUTS}) and not self.group_size)
 
     @property

@@ -45,10 +45,10 @@ def layer_errors(folder: QuantisedFolder, reference: Folder | None) -> dict[str,
         return {}
     sums: dict[str, tuple[float, float]] = {}
     for tensor, error, whole in report.rows if report else _measured(folder, reference):
-        layer = match[0] if (match := _LAYER.match(tensor)) else "other"
-        for key in (f"error/{layer}", "error"):
-            before = sums.get(key, (0.0, 0.0))
-            sums[key] = before[0] + error, before[1] + whole
+        key = f"error/{match[0] if (match := _LAYER.match(tensor)) else 'other'}"
+        before = sums.get(key, (0.0, 0.0))
+        sums[key] = before[0] + error, before[1] + whole
+    sums["error"] = sum(error for error, _ in sums.values()), sum(whole for _, whole in sums.values())
     return {key: math.sqrt(error / whole) if whole else 0.0 for key, (error, whole) in sums.items()}
 
 

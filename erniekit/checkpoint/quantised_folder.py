@@ -16,14 +16,9 @@ from erniekit.base.errors import CheckpointError, MeshError, listed
 from erniekit.checkpoint.ernie45 import Form, Table, layout_table
 from erniekit.checkpoint.folder import Folder
 from erniekit.checkpoint.hf_files import FORMATS, SafetensorsFile, format_tag, open_shards
-from erniekit.checkpoint.quantised import (
-    ACTIVATION_SCALE,
-    CACHE_SCALES,
-    QUANTIZATION,
-    Scheme,
-    stored_name,
-)
+from erniekit.checkpoint.quantised import CACHE_SCALES, QUANTIZATION, Scheme, stored_name
 from erniekit.config.architecture import ErnieConfig
+from erniekit.precision.encoders import ACTIVATION_SCALE
 
 
 def is_quantised(path: str | Path) -> bool:

@@ -15,14 +15,15 @@ import paddle
 from erniekit.base.console import notice
 from erniekit.checkpoint.ernie45 import Tensor, memory_table
 from erniekit.checkpoint.model_io import Packed, fill_model
-from erniekit.checkpoint.quantised import ACTIVATION_SCALE, TRAINED
+from erniekit.checkpoint.quantised import TRAINED
 from erniekit.checkpoint.quantised_folder import QuantisedFolder, require_whole_matrices
 from erniekit.config.architecture import ErnieConfig
 from erniekit.config.cut import WHOLE, Cut
 from erniekit.models.cache import Kept
 from erniekit.models.decoder import ErnieForCausalLM
 from erniekit.parallel.part import hold_part
-from erniekit.precision.inputs import FixedRounding, Int8Cache, int8_steps, rounded_rows
+from erniekit.precision.encoders import ACTIVATION_SCALE
+from erniekit.precision.inputs import FixedRounding, Int8Cache, int8_steps, rounding_by_rows
 from erniekit.precision.packed import Rounding, Store, packed_weights, use_stores
 from erniekit.precision.stored import StoredCodes, store_of
 
@@ -116,7 +117,7 @@ def _rounding(name: str, origins: Sequence[Origin], folder: QuantisedFolder) -> 
     """What the inputs of a quantised weight go through, if the format rounds them."""
     kind = folder.scheme.kind_of(origins[0].tensor)
     if kind == "fp8_blocks":
-        return rounded_rows(name)
+        return rounding_by_rows(name)
     if kind in TRAINED or not folder.scheme.rounds_inputs(origins[0].tensor):  # those round by themselves
         return None
     scales_E = np.concatenate([folder.arrays(tensor)[ACTIVATION_SCALE].reshape(-1) for tensor, _ in origins])

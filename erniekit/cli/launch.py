@@ -134,10 +134,11 @@ def _log_folder(verb: str, arguments: Arguments, job: Job) -> Path | None:
 
         lock = read_lock(Path(arguments.places[0]))
         return runtime.log_folder() or place_of_repetition(lock, arguments.text("out")) / LOGS
+    from erniekit.cli.runs import config_to_ask
     from erniekit.config.load import load_config
     from erniekit.config.readiness import require_ready
 
-    config = load_config(arguments.places[0], arguments.overrides)
+    config = config_to_ask(arguments) if verb == "eval" else load_config(arguments.places[0], arguments.overrides)
     require_ready(config, verb, world=job.world, cards=len(job.gpus))
     if folder := runtime.log_folder():
         return folder

@@ -15,6 +15,7 @@ from erniekit.config.load import load_config
 from erniekit.config.readiness import require_built
 
 if TYPE_CHECKING:
+    from erniekit.config.run import RunConfig
     from erniekit.recipes.export import Several
     from erniekit.recipes.quantise import Settings
 
@@ -27,11 +28,19 @@ def train(arguments: Arguments) -> None:
     recipes.train(config)
 
 
+def config_to_ask(arguments: Arguments) -> RunConfig:
+    """The config of a verb that asks a model something; a folder or a repository stands for the model in it."""
+    place = arguments.places[0]
+    return load_config({"model_name_or_path": place} if _is_model(place) else place, arguments.overrides)
+
+
+def _is_model(place: str) -> bool:
+    return os.path.isdir(place) or is_repository(place)
+
+
 def evaluate(arguments: Arguments) -> None:
     """Evaluate the model of the config, or of a folder."""
-    place = arguments.places[0]
-    is_folder = os.path.isdir(place) or is_repository(place)
-    config = load_config({"model_name_or_path": place} if is_folder else place, arguments.overrides)
+    config = config_to_ask(arguments)
     with runtime.keeping_sigterm():
         from erniekit.recipes.evaluate import evaluate
 
@@ -125,10 +134,9 @@ def _number(name: str, text: str) -> float:
 def chat(arguments: Arguments) -> None:
     """Talk to a model folder, or to the model of a config."""
     place = arguments.places[0]
-    is_folder = os.path.isdir(place) or is_repository(place)
-    config = load_config({"model_name_or_path": place} if is_folder else place, arguments.overrides)
+    config = config_to_ask(arguments)
     require_built(config, "chat")
     from erniekit.checkpoint.download import locate_model
     from erniekit.recipes.chat import chat
 
-    chat(config, folder=locate_model(place, config.model.download_hub) if is_folder else None)
+    chat(config, folder=locate_model(place, config.model.download_hub) if _is_model(place) else None)

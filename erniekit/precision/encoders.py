@@ -25,7 +25,7 @@ from erniekit.ops.arrays.hadamard import SIZE, rotated_inputs
 from erniekit.ops.arrays.threads import spread
 from erniekit.precision.quantize import code_rows, dense, pack, require_finite
 
-WEIGHT, SCALE, INPUT = "quant_weight", "weight_scale", "activation_scale"
+WEIGHT, SCALE, ACTIVATION_SCALE = "quant_weight", "weight_scale", "activation_scale"
 BLOCK = 128
 ADDED = 1e-8  # to the scales of quantisation-aware training: a tensor of zeros has one, too
 _LEAST = np.finfo(np.float32).tiny  # the scale of zeros: nothing is divided by zero, and zeros stay zeros

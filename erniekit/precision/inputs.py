@@ -12,10 +12,11 @@ import numpy as np
 import paddle
 
 from erniekit.ops.float8 import Rows, Tensor, dense, quantise, rounded
+from erniekit.ops.straight_through import per_row
+from erniekit.precision.encoders import BLOCK
 from erniekit.precision.packed import Rounding
 
 _LARGEST = 127.0  # of int8, without -128
-_BLOCK = 128  # inputs that share a scale which is made on the way
 
 
 def int8_steps(largest: np.ndarray) -> np.ndarray:
@@ -34,8 +35,7 @@ class FixedRounding:
         """Rows sorted by weight, `counts` for each."""
         if not x_TD.size:
             return x_TD
-        repeats = paddle.to_tensor(counts, "int64")
-        steps_T1 = paddle.repeat_interleave(self.steps_E, repeats, axis=0).unsqueeze(1)
+        steps_T1 = per_row(self.steps_E, counts)
         scaled_TD = x_TD.astype("float32") / steps_T1
         if self.kind == "int8":
             whole_TD = _whole(scaled_TD)
@@ -44,9 +44,9 @@ class FixedRounding:
         return (whole_TD * steps_T1).astype(x_TD.dtype)
 
 
-def rounded_rows(name: str) -> Rounding:
+def rounding_by_rows(name: str) -> Rounding:
     """E4M3 with a power of two for every 128 inputs of a row, made when the row comes: for weights in blocks."""
-    return lambda x_TD, _counts: rounded(x_TD, Rows(_BLOCK), name=f"what enters {name}") if x_TD.size else x_TD
+    return lambda x_TD, _counts: rounded(x_TD, Rows(BLOCK), name=f"what enters {name}") if x_TD.size else x_TD
 
 
 def _whole(scaled: paddle.Tensor) -> paddle.Tensor:

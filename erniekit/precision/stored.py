@@ -19,8 +19,8 @@ from erniekit.ops.packed import packed_product, unpack
 from erniekit.ops.straight_through import rounded_product, rounded_rows
 from erniekit.precision.ccq import Wint2, Wint25
 from erniekit.precision.encoders import (
+    ACTIVATION_SCALE,
     BLOCK,
-    INPUT,
     SCALE,
     W4A8,
     WEIGHT,
@@ -76,7 +76,7 @@ class QatCodes(StoredCodes):
     def take(self, index: int, arrays: Mapping[str, np.ndarray], columns: np.ndarray | None) -> None:
         """See StoredCodes."""
         put(self.codes[index], _picked(arrays[WEIGHT], columns).view(np.uint8))
-        for stored, name in ((self.scales, SCALE), (self.inputs_E, INPUT)):
+        for stored, name in ((self.scales, SCALE), (self.inputs_E, ACTIVATION_SCALE)):
             stored[index] = float(arrays[name].item())
 
     def dense(self, index: int) -> paddle.Tensor:

@@ -90,7 +90,7 @@ def evaluate(cfg: RunConfig, *, reference: str | None = None) -> dict[str, float
         notice(f"measured with the adapter {adapter}")
     elif cfg.model.fine_tuning == "LoRA":
         notice("neither output_dir nor lora_path names an adapter; the base is measured by itself")
-    against = reference_of(folder, cfg, reference)
+    against = reference_of(folder, cfg, reference, mesh=mesh)
     rows = Rows(data, _batch_size(cfg), cfg.train.max_evaluate_steps, mesh)
     kept = kept_of(against, rows) if against else None
     model = load_for_answers(folder.path, adapter=adapter, pack=packing_of(cfg), mesh=mesh)

@@ -8,6 +8,7 @@ divergence is exact, over the whole vocabulary, and costs tokens x hidden size o
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,11 +17,12 @@ import numpy as np
 import paddle
 import paddle.nn.functional as F
 
+from erniekit.base import resources
 from erniekit.base.console import notice
 from erniekit.base.errors import CheckpointError, ConfigError
 from erniekit.checkpoint.download import locate_model
 from erniekit.checkpoint.folder import Folder
-from erniekit.checkpoint.load import load_for_answers
+from erniekit.checkpoint.load import answering_bytes, load_for_answers
 from erniekit.checkpoint.quantised_figures import layer_errors, report_of, size_figures
 from erniekit.checkpoint.quantised_folder import QuantisedFolder
 from erniekit.config.model import PREFERENCE_STAGES
@@ -97,28 +99,56 @@ class Reference:
 
 
 # ---------------------------------------------------------------------- of a model to evaluate
-def reference_of(folder: Folder, cfg: RunConfig, asked: str | None) -> Folder | None:
+def reference_of(folder: Folder, cfg: RunConfig, asked: str | None, *, mesh: Mesh) -> Folder | None:
     """The high-precision folder with which `folder` is to be compared: the one that is asked for, else the one that a
-    quantised folder was made from, if it is here. Raises an error if they cannot be compared."""
-    if asked == "none":
+    quantised folder was made from, if it is here and fits in memory. Raises an error if they cannot be compared. All
+    ranks call this."""
+    preferences = cfg.model.stage in PREFERENCE_STAGES
+    if asked == "none" or (asked is None and preferences):
         return None
-    if asked is None:
-        report = report_of(folder) if isinstance(folder, QuantisedFolder) else None
-        if not (report and report.model and Path(report.model, "config.json").is_file()):
-            return None
-        if cfg.model.stage in PREFERENCE_STAGES:
-            return None
-        notice(f"compared with {report.model}, from which it was made (--reference none: with nothing)")
-        asked = report.model
-    elif cfg.model.stage in PREFERENCE_STAGES:
+    if preferences:
         raise ConfigError(f"--reference compares predictions of the next token; stage {cfg.model.stage} has none.")
-    found = Folder.open(locate_model(asked, cfg.model.download_hub))
+    found = Folder.open(locate_model(asked, cfg.model.download_hub)) if asked else _origin(folder, mesh=mesh)
+    if found is None:
+        return None
     if found.config.vocab_size != folder.config.vocab_size:
         raise CheckpointError(
             f"{found.path}: is no reference for {folder.path}: its vocabulary has {found.config.vocab_size} tokens, "
             f"not {folder.config.vocab_size}."
         )
     return found
+
+
+def _origin(folder: Folder, *, mesh: Mesh) -> Folder | None:
+    """The folder that a quantised one was made from, where every machine has it and memory for it."""
+    report = report_of(folder) if isinstance(folder, QuantisedFolder) else None
+    origin = Path(report.model) if report and report.model else None
+    here = origin is not None and (origin / "config.json").is_file()
+    if not all(mesh.words.collect("the origin", here)):
+        if origin:
+            notice(f"not compared with {origin}, from which it was made: it is gone; --reference DIR compares with DIR")
+        return None
+    assert origin is not None
+    found = Folder.open(origin)
+    needed, offered = _memory(mesh, answering_bytes(found, mesh=mesh))
+    takes = f"{found.path}, from which it was made (in memory {needed / 1e6:,.1f} MB"
+    if needed > offered:
+        notice(f"not compared with {takes}, and {offered / 1e6:,.1f} are free); --reference DIR compares with DIR")
+        return None
+    notice(f"compared with {takes}); --reference none compares with nothing")
+    return found
+
+
+def _memory(mesh: Mesh, needed: int) -> tuple[int, int]:
+    """Bytes that all ranks need and those that are free, where it is tightest: on one machine, or (not run) GPU. The
+    same on all ranks."""
+    place, offered = platform.node(), resources.memory()[1]
+    if gpus := resources.gpus() if paddle.device.is_compiled_with_cuda() else []:
+        place, offered = f"GPU of rank {mesh.rank}", max(gpu.num_bytes for gpu in gpus)
+    told = mesh.words.collect("memory", [place, needed, offered])
+    places = {place: (sum(n for p, n, _ in told if p == place), min(o for p, _, o in told if p == place))
+              for place, _, _ in told}  # fmt: skip
+    return max(places.values(), key=lambda found: found[0] - found[1])
 
 
 def kept_of(reference: Folder, rows: Rows) -> Reference:

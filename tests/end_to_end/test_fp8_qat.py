@@ -81,6 +81,12 @@ def test_exports(finished, bench, run):
     assert float((trained - exported).abs().max()) < 1e-5
     assert 1e-3 < float((trained - plain).abs().max()) < 0.2, "inputs are not rounded there"
     assert float((masters - plain).abs().max()) > 1e-3
+    data = [f"eval_dataset_path={bench.folder / 'eval.jsonl'}", "max_seq_len=64", "stage=SFT"]
+    measured, _ = run("eval", finished / "export-fp8", *data, "--reference", "none")
+    rows = [json.loads(line) for line in (finished / "train_log.jsonl").read_text().splitlines()]
+    (loss,) = (row["eval_loss"] for row in rows if "eval_loss" in row)
+    found = float(measured.split("eval_loss")[1].split()[0])
+    assert found == pytest.approx(loss, abs=2e-6), "the last step of training measured the same codes"
     config = json.loads((finished / "export-fp8" / "config.json").read_text())["quantization_config"]
     assert config["dense_quant_type"] == config["moe_quant_type"] == "tensor_wise_fp8" and config["apply_hadamard"]
 

@@ -12,6 +12,7 @@ import paddle
 import pytest
 
 import erniekit
+from erniekit.base import resources
 from erniekit.checkpoint.folder import Folder
 from erniekit.checkpoint.model_io import build_model
 from erniekit.checkpoint.quantised_figures import layer_errors
@@ -92,6 +93,23 @@ def test_eval_without_a_reference_and_with_one_that_does_not_fit(bench, run, fol
     assert f"{tmp_path / 'other'}: is no reference for" in err and "700 tokens" in err
     out, _ = run("eval", bench.model, *data, "compute_type=wint8", "--reference", bench.model)
     assert "eval_kl" in out and "bits_per_weight" not in out
+
+
+def test_an_origin_without_memory_or_gone_is_not_compared_with(bench, run, folders, tmp_path, monkeypatch):
+    """And it is said how much it takes: that of the micro model in fp32."""
+    data = [f"eval_dataset_path={bench.folder / 'eval.jsonl'}", "max_seq_len=64", "stage=SFT"]
+    numbers = sum(int(p.size) for p in erniekit.load_model(bench.model).parameters())
+    monkeypatch.setattr(resources, "memory", lambda: (10**9, 4 * numbers - 1))
+    out, err = run("eval", folders / "wint4", *data)
+    assert f"not compared with {bench.model}" in out + err and f"in memory {4e-6 * numbers:,.1f} MB" in out + err
+    assert "eval_kl" not in out and "error/ernie.layers.0" in out
+    monkeypatch.setattr(resources, "memory", lambda: (10**9, 4 * numbers))
+    assert "eval_kl" in run("eval", folders / "wint4", *data)[0]
+    shutil.copytree(folders / "wint4", tmp_path / "moved")
+    report = json.loads((tmp_path / "moved" / REPORT_FILE).read_bytes()) | {"model": str(tmp_path / "gone")}
+    (tmp_path / "moved" / REPORT_FILE).write_text(json.dumps(report))
+    out, err = run("eval", tmp_path / "moved", *data)
+    assert f"not compared with {tmp_path / 'gone'}" in out + err and "eval_kl" not in out
 
 
 def test_errors_of_a_folder_without_a_report_are_measured(bench, folders, tmp_path):

@@ -13,7 +13,7 @@ from safetensors.numpy import load_file
 from erniekit.adapters.lora import add_adapters
 from erniekit.adapters.targets import resolve_targets, slot
 from erniekit.checkpoint.keys import columns
-from erniekit.checkpoint.model_io import load_model
+from erniekit.checkpoint.load import load_model
 from erniekit.config.adapter import AdapterConfig
 from erniekit.models.decoder import ErnieForCausalLM
 

@@ -18,8 +18,8 @@ from erniekit.checkpoint.convert import write_converted
 from erniekit.checkpoint.ernie45 import memory_table
 from erniekit.checkpoint.folder import Folder
 from erniekit.checkpoint.hf_files import SafetensorsFile
+from erniekit.checkpoint.load import load_model
 from erniekit.checkpoint.merge import METHODS, Merged, Recipe
-from erniekit.checkpoint.model_io import load_model
 from erniekit.config.adapter import AdapterConfig
 
 CASES = {

@@ -18,12 +18,13 @@ from erniekit.checkpoint.create import create
 from erniekit.checkpoint.ernie45 import Table, layout_table
 from erniekit.checkpoint.folder import Folder
 from erniekit.checkpoint.quantise import Statistics, write_quantised
-from erniekit.checkpoint.quantised import ACTIVATION_SCALE, CACHE_SCALES, Scheme, input_scale
+from erniekit.checkpoint.quantised import CACHE_SCALES, Scheme, input_scale
 from erniekit.checkpoint.quantised_folder import QuantisedFolder, layout_fields
 from erniekit.checkpoint.save import REPORT_FILE, STAGE
 from erniekit.checkpoint.source import made
 from erniekit.checkpoint.verify import verify
 from erniekit.config import families
+from erniekit.precision.encoders import ACTIVATION_SCALE
 
 CASES = {
     "wint8": {}, "wint8 by groups": {"group_size": 16}, "wint4": {}, "wint4 by groups": {"group_size": 32},

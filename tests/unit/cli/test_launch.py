@@ -51,6 +51,17 @@ def test_ranks_get_the_words_without_the_launchers(started):
     assert [rank.words[3:] for rank in ranks] == [["export", "run.yaml", "--to", "paddle"]] * 3
 
 
+def test_ranks_measure_a_folder(started, tmp_path, monkeypatch):
+    """Which the launcher takes for a model, as `eval` on one rank does, and not for a file."""
+    (tmp_path / "run.yaml").unlink()
+    (tmp_path / "run.yaml").mkdir()
+    seen = []
+    monkeypatch.setattr("erniekit.config.readiness.require_ready", lambda config, *_, **__: seen.append(config.model))
+    ranks = started("eval", "--nproc", "2")
+    assert [rank.words[3:] for rank in ranks] == [["eval", "run.yaml"]] * 2
+    assert [model.model_name_or_path for model in seen] == ["run.yaml"]
+
+
 def test_the_place_of_every_rank(started):
     ranks = started("train", "--nproc", "2")
     zero, one = (rank.environment for rank in ranks)
