@@ -57,7 +57,7 @@ from erniekit.ops.float8 import (
 )
 from erniekit.ops.gradients import wanted
 from erniekit.ops.mlp import weighted_gated, weighted_gated_backward
-from erniekit.precision.watch import Role, Watch
+from erniekit.precision.watch import Role, Watch, unrounded
 
 _SCALE = 4  # bytes of a scale
 _TOLD: dict[Role, str] = {"x": "the input of", "w": "the weight of", "g": "the gradient of the output of"}
@@ -119,7 +119,7 @@ class Module:
         """x @ weight of the rows `x` whose cast is made: [T, F], like x in dtype."""
         y = product(cast, self.weight(weight, training=call.training), counts=call.counts).astype(x.dtype)
         if self.watch.comparing:
-            self.watch.compared(self.name, y, exact=_exact(x, weight, call.counts))
+            self.watch.compared(self.name, y, exact=unrounded(x, weight, call.counts))
         return y
 
     def backward(self, grad: paddle.Tensor, weight: paddle.Tensor, *, counts: list[int]) -> paddle.Tensor:
@@ -134,13 +134,6 @@ class Module:
         rows, grads = self.cast(x, Columns(), "x", counts=counts), self.cast(grad, Columns(), "g", counts=counts)
         made = weight_product(rows, grads, counts=counts)
         return made.reshape(weight.shape).astype(weight.dtype)
-
-
-def _exact(x: paddle.Tensor, weight: paddle.Tensor, counts: list[int]) -> paddle.Tensor:
-    """The product of unrounded operands."""
-    weights = weight.unsqueeze(0) if weight.ndim == 2 else weight
-    parts = [paddle.matmul(rows, weights[e]) for e, rows in enumerate(x.split(counts)) if counts[e]]
-    return paddle.concat(parts) if parts else paddle.zeros([0, weights.shape[2]], x.dtype)
 
 
 # ---------------------------------------------------------------------- a linear layer, or one product of the experts

@@ -42,10 +42,9 @@ from erniekit.config.fp8 import Fp8, Qat
 from erniekit.models.layers import Linear
 from erniekit.models.moe import ExpertProduct, Experts
 from erniekit.ops.float8 import E4M3, E5M2, Float8, Tensor, quantise_or_nan
-from erniekit.ops.grouped import grouped_linear
 from erniekit.ops.hadamard import SIZE, rotate, rotate_inputs
 from erniekit.ops.straight_through import LEAST, Backward, rounded_rows, scale_of, straight_through
-from erniekit.precision.watch import Watch
+from erniekit.precision.watch import Watch, unrounded
 
 _FUSED = {"q_proj": "qkv_proj", "k_proj": "qkv_proj", "v_proj": "qkv_proj"} | {
     "gate_proj": "up_gate_proj", "up_proj": "up_gate_proj"
@@ -191,7 +190,7 @@ class SharedScales:
         rows_TD = x.reshape([-1, x.shape[-1]])
         y_TF = straight_through(rows_TD, weight, codes, self.weight(number), backward=backward)
         if self._watch.comparing:
-            self._watch.compared(module, y_TF, exact=_exact(rows_TD, weight, counts))
+            self._watch.compared(module, y_TF, exact=unrounded(rows_TD, weight, counts))
         return y_TF.reshape([*x.shape[:-1], y_TF.shape[-1]])
 
 
@@ -205,13 +204,6 @@ def _largest(rows_TD: paddle.Tensor, counts: list[int]) -> paddle.Tensor:
     parts = zip(rows_TD.split(counts) if len(counts) > 1 else [rows_TD], counts, strict=True)
     found = [part.abs().max().astype("float32") if count else paddle.zeros([]) for part, count in parts]
     return paddle.stack(found)
-
-
-@paddle.no_grad()
-def _exact(x_TD: paddle.Tensor, weight: paddle.Tensor, counts: list[int]) -> paddle.Tensor:
-    """The product of unrounded operands."""
-    weight_EDF = weight if weight.ndim == 3 else weight.unsqueeze(0)
-    return grouped_linear(x_TD.detach(), weight_EDF.detach(), counts=counts)
 
 
 class QatTraining:

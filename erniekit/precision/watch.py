@@ -15,6 +15,7 @@ import paddle
 
 from erniekit.base.console import warn
 from erniekit.ops.float8 import Float8, statistics
+from erniekit.ops.grouped import grouped_linear
 
 Role = Literal["x", "w", "g"]  # inputs, weights, gradients of outputs
 
@@ -93,3 +94,10 @@ class Watch:
                 + f"{more}, where rounding makes about 4 %. If the loss suffers, leave them out with fp8_modules."
             )
         return off
+
+
+@paddle.no_grad()
+def unrounded(x_TD: paddle.Tensor, weight: paddle.Tensor, counts: list[int]) -> paddle.Tensor:
+    """The product that FP8's is compared with: rows sorted by expert, times the weight of each, or the only one."""
+    weight_EDF = weight if weight.ndim == 3 else weight.unsqueeze(0)
+    return grouped_linear(x_TD.detach(), weight_EDF.detach(), counts=counts)

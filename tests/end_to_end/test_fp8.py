@@ -18,7 +18,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from erniekit.config.families import FAMILIES
-from tests.end_to_end.conftest import Bench
+from tests.end_to_end.conftest import Bench, write_rows
 
 KEYS: dict[str, Any] = {"compute_type": "fp8", "fp8_emulate": "true", "apply_online_actscale_step": 2}
 RECIPES = ("blockwise", "qat")
@@ -35,6 +35,7 @@ def after_update(self):
 Fp8Training.after_update = after_update
 main(["train", sys.argv[1]])
 """
+WORDS = ("red", "green", "blue", "one", "moon")
 SIZES = {"hidden_size": 128, "intermediate_size": 128, "moe_intermediate_size": 128, "head_dim": 32}
 
 
@@ -145,3 +146,38 @@ def test_the_export_is_a_plain_model(whole, wide, run, tmp_path):
     assert any(not np.array_equal(exported[name], base[name]) for name in base)
     told, _ = run("eval", config, f"model_name_or_path={out / 'export'}")
     assert "eval_loss" in told
+
+
+def better(number: int) -> dict[str, Any]:
+    """A question with an answer that repeats it, and one that does not."""
+    return {"question": f"say {WORDS[number % 4]}", "chosen": WORDS[number % 4], "rejected": f"never {WORDS[-1]}"}
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        *({"stage": stage, "fp8_recipe": recipe} for stage in ("DPO", "KTO", "RM") for recipe in RECIPES),
+        {"stage": "SFT", "fp8_recipe": "blockwise", "fine_tuning": "LoRA", "lora_rank": 4},
+    ],
+    ids=lambda keys: " ".join([keys["stage"], keys["fp8_recipe"], *(["LoRA"] if "fine_tuning" in keys else [])]),
+)
+def test_other_stages_and_adapters_train(wide, run, tmp_path, keys):
+    """Near fp32's first figures, and not on them. Adapters are merged into the base as it was."""
+    pairs = {"train_dataset_type": None, "train_dataset_path": write_rows(tmp_path / "p.jsonl", map(better, range(16)))}
+    data = {"eval_dataset_path": None, "max_steps": 2, "fp8_check_every": 1, "logging_steps": 1}
+    if keys["stage"] != "SFT":
+        data |= {**pairs, "check_leaks": "false"}
+    run("train", wide.config(tmp_path / "fp8", **{**KEYS, **data, **keys}))
+    given = {name: value for name, value in {**data, **keys}.items() if not name.startswith("fp8_")}
+    run("train", wide.config(tmp_path / "fp32", **given, compute_type="fp32"))
+    found, plain = rows(tmp_path / "fp8"), rows(tmp_path / "fp32")
+    assert len(found) == 2 and all(0.01 < row["fp8_off"] < 0.1 for row in found)
+    for name in ("loss", "grad_norm"):
+        assert found[0][name] == pytest.approx(plain[0][name], rel=0.1)
+    assert found[0]["grad_norm"] != plain[0]["grad_norm"] and found[1]["loss"] != found[0]["loss"]
+    if "fine_tuning" in keys:
+        assert (tmp_path / "fp8" / "adapter_model.safetensors").is_file()
+        run("export", wide.config(tmp_path / "fp8", **{**KEYS, **data, **keys}))
+        exported, base = (load_file(at / "model.safetensors") for at in (tmp_path / "fp8" / "export", wide.model))
+        moved = {name for name in base if not np.array_equal(exported[name], base[name])}
+        assert "model.layers.0.mlp.down_proj.weight" in moved and "model.embed_tokens.weight" not in moved
