@@ -1,6 +1,6 @@
 """The gated activation with the router's weight folded in, silu(gate) * up * weight, quantised as it is computed, and
 its backward pass. (weight * a) @ w is weight * (a @ w), so experts whose activation carries the weight are summed
-without one. Plain twins: weighted_plain and weighted_backward_plain in plain.py. Knows no products.
+without one. The plain twins are weighted_gated of ops/mlp.py and quantise of ops/float8.py. Knows no products.
 
 Shapes: T rows, I width; gate and up stand side by side in [T, 2I]. Not run on a GPU.
 """
