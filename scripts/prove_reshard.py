@@ -25,9 +25,11 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from erniekit.checkpoint.manifest import write_manifest
-
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from erniekit.checkpoint.manifest import write_manifest  # noqa: E402
+
 TOLERANCE = 1e-5
 STATES = "training/optimizer.safetensors"
 SAVED, STEPS = 3, 6

@@ -1,7 +1,8 @@
 """Which layouts a run may have: what its degrees ask for, and everything that they contradict.
 
-`contradictions` needs the file alone, and `check` reports it; `misfits` knows how many ranks there are and the model's
-architecture, too. Nothing here changes a setting: what degrees leave open is filled in by layout.layout_of.
+`contradictions` needs the file alone, and `check` reports it; `world_misfits` knows how many ranks there are as well,
+`optimizer_misfits` how many of them share states, and `model_misfits` the model's architecture. Nothing here changes a
+setting: what degrees leave open is filled in by layout.layout_of.
 """
 
 from __future__ import annotations

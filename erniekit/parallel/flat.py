@@ -6,7 +6,6 @@ the ranks that share it, it falls into equal ranges, one for each; a range may b
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -14,9 +13,7 @@ import paddle
 
 from erniekit.config.architecture import ErnieConfig
 from erniekit.config.layout import Layout
-from erniekit.parallel.styles import holders, partial_over_tensor
-
-_ROUTED_EXPERTS = re.compile(r"\.mlp\.experts\.")
+from erniekit.parallel.styles import holders, is_of_routed_experts, partial_over_tensor
 
 
 @dataclass(frozen=True)
@@ -52,7 +49,7 @@ class Kind:
     def of(cls, name: str, p: paddle.Tensor, *, block: Block) -> Kind:
         """The kind of a parameter."""
         dtype = str(p.dtype).removeprefix("paddle.")
-        return cls(_ROUTED_EXPERTS.search(name) is not None, block, dtype, not p.stop_gradient)
+        return cls(is_of_routed_experts(name), block, dtype, not p.stop_gradient)
 
     @property
     def data(self) -> str:

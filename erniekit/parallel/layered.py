@@ -5,14 +5,13 @@ are on their way meanwhile. A parameter that is freed stays the same tensor, wit
 keep of it is that tensor, so freeing it frees the memory, and gathering gives it back to them. (That is so for leaves
 alone. Copies and casts of weights that an operation keeps for its backward would stay: ours keep none.)
 
-Only matrices are cut: norms, biases and routers are small, and routers are read outside their layer, too. The embedding
-and the head stay whole as well.
+Which weights these are, styles.py says; the embedding and the head stay whole as well.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Mapping
+import functools
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -24,8 +23,7 @@ from erniekit.models.decoder import DecoderLayer
 from erniekit.parallel.collectives import Handle
 from erniekit.parallel.flat import Block, Flat, lay_flat
 from erniekit.parallel.mesh import Mesh
-
-_STAYS = re.compile(r"\.mlp\.gate\.weight$|e_score_correction_bias$")
+from erniekit.parallel.styles import comes_and_goes
 
 
 class _Unit:
@@ -84,7 +82,7 @@ class LayerShards:
         """Takes what others hold from the layers' weights and their forward in hand."""
         parameters = dict(model.named_parameters())
         layers = {path: layer for path, layer in model.named_sublayers() if isinstance(layer, DecoderLayer)}
-        cut = [name for name, p in parameters.items() if _is_cut(name, p)]
+        cut = [name for name, p in parameters.items() if comes_and_goes(name, num_dims=p.ndim)]
         self.names = [[name for name in cut if name.startswith(f"{path}.")] for path in layers]
         self._units = list[_Unit]()
         self._pinned = False
@@ -150,44 +148,27 @@ class LayerShards:
         def forward(x_BSD: paddle.Tensor, *args: Any, **kwargs: Any) -> Any:
             self.enter(place, next_place=place + 1)
             if paddle.is_grad_enabled() and not x_BSD.stop_gradient:
-                x_BSD = _LeaveInBackward.apply(x_BSD, self, place)
+                # Comes last in the backward pass. The first layer over a frozen embedding has none: it is closed after
+                # the step.
+                x_BSD = _InBackward.apply(x_BSD, functools.partial(self.leave, place))
             y_BSD, routing = plain(x_BSD, *args, **kwargs)
             self.leave(place)
             if not y_BSD.stop_gradient:
-                y_BSD = _EnterInBackward.apply(y_BSD, self, place)
+                y_BSD = _InBackward.apply(y_BSD, functools.partial(self.enter, place, next_place=place - 1))
             return y_BSD, routing
 
         return forward
 
 
-class _EnterInBackward(PyLayer):
-    """Stands behind a layer, so that its backward comes first."""
+class _InBackward(PyLayer):
+    """x; `work` is done when the backward pass comes by."""
 
     @staticmethod
-    def forward(ctx: Any, x: paddle.Tensor, layers: LayerShards, place: int) -> paddle.Tensor:
-        ctx.layers, ctx.place = layers, place
+    def forward(ctx: Any, x: paddle.Tensor, work: Callable[[], None]) -> paddle.Tensor:
+        ctx.work = work
         return x.detach().view(x.shape)
 
     @staticmethod
     def backward(ctx: Any, grad: paddle.Tensor) -> paddle.Tensor:
-        ctx.layers.enter(ctx.place, next_place=ctx.place - 1)
+        ctx.work()
         return grad
-
-
-class _LeaveInBackward(PyLayer):
-    """Stands before a layer, so that its backward comes last. The first layer over a frozen embedding has none: it is
-    closed after the step."""
-
-    @staticmethod
-    def forward(ctx: Any, x: paddle.Tensor, layers: LayerShards, place: int) -> paddle.Tensor:
-        ctx.layers, ctx.place = layers, place
-        return x.detach().view(x.shape)
-
-    @staticmethod
-    def backward(ctx: Any, grad: paddle.Tensor) -> paddle.Tensor:
-        ctx.layers.leave(ctx.place)
-        return grad
-
-
-def _is_cut(name: str, p: paddle.Tensor) -> bool:
-    return p.ndim > 1 and not _STAYS.search(name)

@@ -96,12 +96,20 @@ def _part(x: Tensor, axis: Axis, dim: int) -> Tensor:
     return x.detach().slice([dim], [here.start], [here.stop]).contiguous().clone()
 
 
+def _turned(x: Tensor, order: Sequence[int]) -> Tensor:
+    return x.detach().transpose(order).contiguous()
+
+
+def _orders(num_dims: int, dim: int) -> tuple[list[int], list[int]]:
+    """The dimensions with `dim` in front, as collectives want it, and back."""
+    front = [dim, *(d for d in range(num_dims) if d != dim)]
+    return front, [front.index(d) for d in range(num_dims)]
+
+
 def _whole(x: Tensor, axis: Axis, dim: int, total: int) -> Tensor:
     """All parts along `dim`."""
-    order = [dim, *(d for d in range(x.ndim) if d != dim)]
-    found = axis.gather_uneven(x.detach().transpose(order).contiguous(), axis.shares(total))
-    back = [order.index(d) for d in range(x.ndim)]
-    return found.transpose(back).contiguous()
+    front, back = _orders(x.ndim, dim)
+    return _turned(axis.gather_uneven(_turned(x, front), axis.shares(total)), back)
 
 
 def _summed_part(x: Tensor, axis: Axis, dim: int) -> Tensor:
@@ -109,9 +117,8 @@ def _summed_part(x: Tensor, axis: Axis, dim: int) -> Tensor:
     total = x.shape[dim]
     if total % axis.size:
         return _part(_summed(x, axis), axis, dim)
-    order = [dim, *(d for d in range(x.ndim) if d != dim)]
-    found = axis.reduce_scatter(x.detach().transpose(order).contiguous())
-    return found.transpose([order.index(d) for d in range(x.ndim)]).contiguous()
+    front, back = _orders(x.ndim, dim)
+    return _turned(axis.reduce_scatter(_turned(x, front)), back)
 
 
 class _CopyIn(PyLayer):

@@ -61,6 +61,21 @@ _ADAPTER = {
 _STACKED = {"_proj": (-1, -2)}
 
 
+_ROUTED_EXPERTS = ".mlp.experts."
+_ROUTER = (".mlp.gate.weight", ".e_score_correction_bias")
+
+
+def is_of_routed_experts(name: str) -> bool:
+    """Whether a parameter belongs to routed experts, of which other ranks have copies than of the rest."""
+    return _ROUTED_EXPERTS in name
+
+
+def comes_and_goes(name: str, *, num_dims: int) -> bool:
+    """Whether a parameter of a decoder layer is whole only while the layer computes, at sharding stage 3. Matrices are:
+    norms, biases and routers are small, and routers are read outside their layer, too."""
+    return num_dims > 1 and not name.endswith(_ROUTER)
+
+
 class Slot(NamedTuple):
     """A parameter: its module's style, the dimension that is cut, and whether it belongs to an adapter."""
 

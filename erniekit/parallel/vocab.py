@@ -39,9 +39,9 @@ def head_kernels(axis: Axis) -> HeadKernels:
     )  # fmt: skip
 
 
-def _local_labels(labels_M: Tensor, num_tokens: int, axis: Axis) -> Tensor:
+def _local_labels(labels_M: Tensor, weight: Tensor, axis: Axis, *, vocab_first: bool) -> Tensor:
     """Labels as this rank counts its tokens; ELSEWHERE for the others'."""
-    labels_M = labels_M.astype("int64")
+    labels_M, num_tokens = labels_M.astype("int64"), weight.shape[0 if vocab_first else 1]
     total = num_tokens * axis.size
     wrong = (labels_M != IGNORED).logical_and((labels_M < 0).logical_or(labels_M >= total))
     if bool(wrong.any()):
@@ -115,7 +115,7 @@ def _loss_sum(
     vocab_first: bool, bias_V: Tensor | None = None, bf16: bool = False, axis: Axis,
 ) -> Tensor:  # fmt: skip
     how = {"vocab_first": vocab_first, "bf16": bf16}
-    local_M = _local_labels(labels_M, weight.shape[0 if vocab_first else 1], axis)
+    local_M = _local_labels(labels_M, weight, axis, vocab_first=vocab_first)
     return _LossSum.apply(copy_in(hidden_MD, axis), weight, bias_V, local_M, axis, how, paddle.is_grad_enabled())
 
 
@@ -124,7 +124,7 @@ def _log_probs(
     vocab_first: bool, bias_V: Tensor | None = None, bf16: bool = False, axis: Axis,
 ) -> Tensor:  # fmt: skip
     how = {"vocab_first": vocab_first, "bf16": bf16}
-    local_M = _local_labels(labels_M, weight.shape[0 if vocab_first else 1], axis)
+    local_M = _local_labels(labels_M, weight, axis, vocab_first=vocab_first)
     return _LogProbs.apply(copy_in(hidden_MD, axis), weight, bias_V, local_M, axis, how)
 
 
@@ -133,7 +133,7 @@ def _token_scores(
     hidden_MD: Tensor, weight: Tensor, labels_M: Tensor, *,
     vocab_first: bool, bias_V: Tensor | None = None, axis: Axis,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    local_M = _local_labels(labels_M, weight.shape[0 if vocab_first else 1], axis)
+    local_M = _local_labels(labels_M, weight, axis, vocab_first=vocab_first)
     how = {"vocab_first": vocab_first, "bias_V": bias_V}
     _, losses_M, found, correct_M = _scored(hidden_MD, weight, local_M, axis, how)
     # The first of the best: better than all before, no worse than all behind.

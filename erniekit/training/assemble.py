@@ -128,13 +128,13 @@ def assemble_model(
     dtype = "bfloat16" if on_gpu and cfg.model.compute_type != "fp32" else "float32"
     if cfg.model.compute_type == "bf16" and not on_gpu and not cfg.model.cpu_bf16_matmul:
         notice("compute_type bf16: a CPU computes in fp32, with fp32 masters; only the saved model is rounded.")
-    wholes = Wholes(mesh, arch)
+    wholes, cut = Wholes(mesh, arch), Cut.of(mesh.layout, mesh.rank)
     model = build_model(
         weights, arch, dtype=dtype, mtp_init=cfg.model.mtp_init, seed=cfg.train.seed, pack=packing_of(cfg),
-        cut=Cut.of(mesh.layout, mesh.rank), greatest=wholes.greatest,
+        cut=cut, greatest=wholes.greatest,
     )  # fmt: skip
     if adapter:
-        _adapt(model, adapter, trained, seed=cfg.train.seed, parts=wholes, cut=Cut.of(mesh.layout, mesh.rank))
+        _adapt(model, adapter, trained, seed=cfg.train.seed, parts=wholes, cut=cut)
     freeze(model, cfg.optimizer)
     if cfg.model.cpu_bf16_matmul and on_gpu:
         notice("cpu_bf16_matmul is about CPUs; on a GPU compute_type says how products are computed.")

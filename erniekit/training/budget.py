@@ -29,13 +29,13 @@ from erniekit.config.parallel import FLAT_BYTES
 from erniekit.config.readiness import architecture_here
 from erniekit.config.run import RunConfig
 from erniekit.data.batch import ROW_MULTIPLE
+from erniekit.parallel.styles import comes_and_goes, is_of_routed_experts
 from erniekit.training.activations import Head, Load, Terms, Writer
 from erniekit.training.selection import trained_names
 
 MB = 1e6
 CHUNK_TOKENS = 512  # of the head's kernels (ops/cross_entropy.py)
 _NEVER_TRAINED = ".e_score_correction_bias"
-_EXPERTS = ".mlp.experts."
 _LAYER = re.compile(r"model\.(layers|mtp_block)\.\d+\.")
 _ALWAYS_FP32 = (".gate.weight", _NEVER_TRAINED)
 
@@ -225,8 +225,7 @@ class Shares:
         layers = {}
         for name, shape in parameters.shapes.items() if layout.stage == 3 else ():
             found = _LAYER.match(name)
-            stays = len(shape) < 2 or name.endswith(_ALWAYS_FP32) or formats.packs(name)
-            if found and not stays:
+            if found and comes_and_goes(name, num_dims=len(shape)) and not formats.packs(name):
                 layers[name] = found[0]
         return cls(layout, flat_bytes, layers)
 
@@ -234,7 +233,7 @@ class Shares:
         """How many share the states of a parameter."""
         if not self.layout.stage:
             return 1
-        return len(self.layout.groups("expert_shard" if _EXPERTS in name else "shard")[0])
+        return len(self.layout.groups("expert_shard" if is_of_routed_experts(name) else "shard")[0])
 
     def gradients(self, sizes: Mapping[str, int]) -> dict[str, int]:
         """What is kept of gradients while others are made. A model that fits one flat keeps them to the end."""
@@ -254,7 +253,7 @@ class Shares:
         layers, others = Counter[tuple[str, bool]](), [0]
         for name, own in sizes.items():
             if name in self.layers:
-                layers[self.layers[name], _EXPERTS in name] += own
+                layers[self.layers[name], is_of_routed_experts(name)] += own
             else:
                 others.append(own)
         return max(min(sum(others), max(self.flat_bytes, *others)), *layers.values(), 0)
