@@ -74,7 +74,7 @@ setup(
             "transformers>=5.23",
             "peft>=0.21",
             "trl>=1.16",
-            "triton>=3.4; platform_system == 'Linux'",  # whose interpreter runs ops/triton on a CPU
+            "triton>=3.7; platform_system == 'Linux'",  # whose interpreter runs ops/triton on a CPU
         ],
     },
 )

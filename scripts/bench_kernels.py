@@ -4,12 +4,15 @@
     python scripts/bench_kernels.py --interpret     correctness alone, tiny shapes, on any CPU
     python scripts/bench_kernels.py --compile       only compile for Hopper, at the true shapes, on any machine
 
-Every kernel is checked in the run that times it, against torch in fp32 or fp64. Rounds go through all contenders in
-turn, so that a busy or hot minute hits all alike; each round's time is that of `repeats` launches between two events.
-Operands are larger than the L2 cache. TFLOP/s counts products, GB/s each operand read once and each result written
-once. Products of experts stand beside two peers: torch's own product for each expert, and one torch product with the
-same number of operations, which no routing slows. Moves stand beside a copy of as many bytes. Without a Hopper GPU
-nothing is timed, and the JSON says so. Exit code 1 if a kernel computes something wrong.
+Every kernel is checked before it is timed, in the same run, against torch in fp32 or fp64. Each launch is timed by
+itself, between two events, after the L2 cache was filled with something else; the GPU waits until all launches of a
+round are queued, so that the host's time between them is not counted. Rounds go through all contenders in turn, so that
+a busy or hot minute hits all alike; a first round is thrown away. TFLOP/s counts products, GB/s each operand read once
+and each result written once. Products of experts stand beside two peers: torch's own product for each expert, and one
+torch product with the same number of operations, which no routing slows. Moves stand beside a copy of as many bytes.
+
+Without a Hopper GPU nothing is timed, the JSON says "not run", and the exit code is 0. It is 1 if a kernel fails or
+computes something wrong, or if --only names none.
 """
 
 from __future__ import annotations
@@ -21,21 +24,25 @@ import os
 import platform
 import statistics
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-NOT_RUN = "not run: no Hopper GPU"
+SHAPES = ("21B-A3B", "300B-A47B")
+FLUSHED = 256 << 20  # bytes written between two launches: several L2 caches
+WAIT = 2_000_000  # cycles of the GPU for a launch to be queued, about 1 ms
 
-# TFLOP/s without sparsity and TB/s of NVIDIA's data sheets; the first name that the device's contains.
-CHIPS = (
-    ("H100 PCIe", {"fp8": 1513, "bf16": 756, "tb_per_s": 2.0}),
-    ("H100 NVL", {"fp8": 1671, "bf16": 835, "tb_per_s": 3.9}),
-    ("H100", {"fp8": 1979, "bf16": 989, "tb_per_s": 3.35}),
-    ("H800", {"fp8": 1979, "bf16": 989, "tb_per_s": 3.35}),
-    ("H200", {"fp8": 1979, "bf16": 989, "tb_per_s": 4.8}),
-    ("H20", {"fp8": 296, "bf16": 148, "tb_per_s": 4.0}),
-)
+# TFLOP/s without sparsity and TB/s of NVIDIA's data sheets, by the device's name. Another chip gets no limits.
+CHIPS = {
+    "NVIDIA H100 80GB HBM3": {"fp8": 1979, "bf16": 989, "tb_per_s": 3.35},  # SXM
+    "NVIDIA H100 PCIe": {"fp8": 1513, "bf16": 756, "tb_per_s": 2.0},
+    "NVIDIA H100 NVL": {"fp8": 1671, "bf16": 835, "tb_per_s": 3.9},
+    "NVIDIA H200": {"fp8": 1979, "bf16": 989, "tb_per_s": 4.8},
+    "NVIDIA H200 NVL": {"fp8": 1671, "bf16": 835, "tb_per_s": 4.8},
+    "NVIDIA H800": {"fp8": 1979, "bf16": 989, "tb_per_s": 3.35},
+    "NVIDIA H20": {"fp8": 296, "bf16": 148, "tb_per_s": 4.0},
+}
 
 
 def options() -> argparse.Namespace:
@@ -43,7 +50,7 @@ def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--repeats", type=int, default=10)
-    parser.add_argument("--shapes", nargs="+", default=["21B-A3B", "300B-A47B"])
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=SHAPES)
     parser.add_argument("--interpret", action="store_true")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--only", default="", help="kernels with these words in their name")
@@ -77,36 +84,32 @@ def provenance() -> dict[str, Any]:
     return found
 
 
-def limits(name: str) -> dict[str, float] | None:
-    """What the chip can do, if it is known."""
-    return next((figures for part, figures in CHIPS if part in name), None)
-
-
-def milliseconds(run: Any, repeats: int) -> float:
-    """The time of one launch among `repeats`."""
+def milliseconds(run: Any, repeats: int, *, other: Any) -> float:
+    """The median time of `repeats` launches that find `other` in the L2 cache."""
     import torch
 
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    start.record()
-    for _ in range(repeats):
+    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
+    torch.cuda.synchronize()
+    torch.cuda._sleep(WAIT * repeats)
+    for start, end in events:
+        other.zero_()
+        start.record()
         run()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) / repeats
+        end.record()
+    torch.cuda.synchronize()
+    return statistics.median(start.elapsed_time(end) for start, end in events)
 
 
-def timed(case: Any, *, rounds: int, repeats: int, chip: dict[str, float] | None) -> dict[str, Any]:
+def timed(case: Any, *, rounds: int, repeats: int, chip: dict[str, float] | None, other: Any) -> dict[str, Any]:
     """All contenders of a case, round by round."""
     contenders = {f"ours {setting}" if setting else "ours": lambda s=setting: case.run(s) for setting in case.settings}
     contenders |= case.peers
-    for run in contenders.values():
-        run()  # compiles
     times: dict[str, list[float]] = {name: [] for name in contenders}
-    for _ in range(rounds):
+    for _ in range(rounds + 1):
         for name, run in contenders.items():
-            times[name].append(milliseconds(run, repeats))
+            times[name].append(milliseconds(run, repeats, other=other))
     out = {}
-    for name, spread in times.items():
+    for name, (_, *spread) in times.items():  # the first warms up
         middle = statistics.median(spread)
         figures = {"ms": {"median": middle, "least": min(spread), "most": max(spread)}}
         figures["gb_per_s"] = case.bytes / middle / 1e6
@@ -127,7 +130,7 @@ def checked(case: Any, settings: Any) -> dict[str, Any]:
             result.fill_(float("nan"))  # what the last setting wrote must not help this one
         case.run(setting)
         errors.append(float(case.error()))
-    return {"error": max(errors), "limit": case.limit, "correct": max(errors) <= case.limit}
+    return {"error": max(errors), "limit": case.limit, "correct": all(error <= case.limit for error in errors)}
 
 
 def compiled(shapes: list[str], only: str) -> list[dict[str, Any]]:
@@ -146,49 +149,68 @@ def compiled(shapes: list[str], only: str) -> list[dict[str, Any]]:
     return found
 
 
+def measured(
+    given: argparse.Namespace, shapes: list[Any], *, device: str, chip: dict[str, float] | None = None
+) -> Iterator[dict[str, Any]]:
+    """Every kernel checked, and on a GPU timed. One that fails does not stop the others."""
+    import kernel_cases
+    import torch
+    from triton.runtime.errors import TritonError
+
+    other = torch.empty(FLUSHED if device == "cuda" else 0, dtype=torch.uint8, device=device)
+    for shape in shapes:
+        for case in kernel_cases.cases(shape, device):
+            if given.only not in case.name:
+                continue
+            row: dict[str, Any] = {"shape": shape.name, "kernel": case.name}
+            try:
+                row |= checked(case, case.settings[:1] if given.interpret else case.settings)
+                if device == "cuda":
+                    how = {"rounds": given.rounds, "repeats": given.repeats}
+                    row["contenders"] = timed(case, **how, chip=chip, other=other)
+            except (RuntimeError, TritonError) as error:
+                row |= {"failed": f"{type(error).__name__}: {error}", "correct": False}
+            print(json.dumps(row), file=sys.stderr)
+            yield row
+
+
 def measure(given: argparse.Namespace) -> dict[str, Any]:
     """The JSON's content."""
     missing = [name for name in ("torch", "triton") if not importlib.util.find_spec(name)]
     if missing:
-        return {"status": f"{NOT_RUN}, and {' and '.join(missing)} not installed"}
-    if given.interpret:
-        os.environ["TRITON_INTERPRET"] = "1"
+        return {"status": f"not run: {' and '.join(missing)} not installed"}
+    os.environ["TRITON_INTERPRET"] = str(int(given.interpret))  # whatever it was: an interpreter's times mean nothing
     sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
     import torch
 
     result = provenance()
     if given.compile:
-        return result | {"status": f"compiled for sm_90, {NOT_RUN}", "kernels": compiled(given.shapes, given.only)}
+        kernels = compiled(given.shapes, given.only)
+        return result | {"status": "compiled for sm_90; not run", "kernels": kernels}
     import kernel_cases
 
     if given.interpret:
         from erniekit.ops.triton.interpreter import put_right
 
         put_right()
-        shapes, device, status = [kernel_cases.TINY], "cpu", f"correctness in Triton's interpreter; speed {NOT_RUN}"
-    elif not torch.cuda.is_available() or torch.cuda.get_device_capability() < (9, 0):
-        return result | {"status": NOT_RUN}
-    else:
-        shapes, device, status = [kernel_cases.SHAPES[name] for name in given.shapes], "cuda", "run"
-        result["chip"] = limits(result["device"]["name"])
-    rows = []
-    for shape in shapes:
-        for case in kernel_cases.cases(shape, device):
-            if given.only not in case.name:
-                continue
-            row: dict[str, Any] = {"shape": shape.name, "kernel": case.name}
-            row |= checked(case, case.settings[:1] if given.interpret else case.settings)
-            if device == "cuda":
-                row["contenders"] = timed(case, rounds=given.rounds, repeats=given.repeats, chip=result["chip"])
-            rows.append(row)
-            print(json.dumps(row), file=sys.stderr)
-    return result | {"status": status, "rounds": given.rounds, "repeats": given.repeats, "kernels": rows}
+        kernels = list(measured(given, [kernel_cases.TINY], device="cpu"))
+        return result | {"status": "correctness in Triton's interpreter; speed not run", "kernels": kernels}
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9:
+        return result | {"status": "not run: torch sees no Hopper GPU"}
+    result |= {
+        "status": "run", "chip": CHIPS.get(torch.cuda.get_device_name()), "rounds": given.rounds,
+        "repeats": given.repeats, "flushed": FLUSHED,
+    }  # fmt: skip
+    shapes = [kernel_cases.SHAPES[name] for name in given.shapes]
+    return result | {"kernels": list(measured(given, shapes, device="cuda", chip=result["chip"]))}
 
 
 def main() -> int:
     """Print the JSON; the exit code says whether every kernel was right."""
     given = options()
     result = measure(given)
+    if not result.get("kernels", True):
+        sys.exit(f"no kernel has {given.only!r} in its name")
     print(json.dumps(result, indent=1))
     if given.out:
         given.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

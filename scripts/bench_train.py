@@ -20,6 +20,7 @@ import importlib
 import json
 import os
 import platform
+import shutil
 import statistics
 import subprocess
 import sys
@@ -224,6 +225,8 @@ def machine() -> dict[str, Any]:
 
 def commit() -> str:
     """The commit measured, marked if files differ from it."""
+    if not shutil.which("git"):
+        return "unknown"
     found = subprocess.run(
         ["git", "describe", "--always", "--dirty", "--abbrev=12"], cwd=ROOT, capture_output=True, text=True, check=False
     )

@@ -65,11 +65,11 @@ def spread(scales: torch.Tensor, shape: torch.Size, block: tuple[int, int]) -> t
 
 
 def quantised(x: torch.Tensor, block: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """(E4M3 numbers, scales) of a matrix: powers of two, found by logarithms of numbers and not of bits."""
+    """(E4M3 numbers, scales) of a matrix: powers of two, found by division of numbers and not by their bits."""
     x = x.float()
     amax = blocks_of(x, block).abs().amax((1, 3))
-    half, exponent = torch.frexp(amax)  # amax = half * 2^exponent, 0.5 <= half < 1
-    scales = torch.ldexp(torch.ones_like(amax), exponent - 9 + (half > 0.875).int())
+    half, _ = torch.frexp(amax)  # 0.5 <= half < 1, and amax / half is a power of two
+    scales = amax / half * torch.where(half > 0.875, 2 / 512, 1 / 512)  # 448 is 0.875 * 512
     scales = torch.where(amax == 0, torch.ones_like(amax), scales)
     return (x / spread(scales, x.shape, block)).clamp(-LARGEST, LARGEST).to(FP8), scales
 
@@ -330,14 +330,14 @@ def products(routed: Routed, name: str, k: int, n: int) -> Iterator[Case]:
 
     def dense(operand: tuple[torch.Tensor, torch.Tensor], rows: slice) -> torch.Tensor:
         codes = operand[0][rows]
-        return codes.double() * spread(operand[1][rows], codes.shape, (1, BLOCK))
+        return (codes.float() * spread(operand[1][rows], codes.shape, (1, BLOCK))).double()
 
     def dense_weight(expert: int) -> torch.Tensor:
-        return w8[expert].double() * spread(w_scales[expert], w8[expert].shape, (BLOCK, BLOCK))
+        return (w8[expert].float() * spread(w_scales[expert], w8[expert].shape, (BLOCK, BLOCK))).double()
 
     def dense_along(rows: slice, operand: torch.Tensor) -> torch.Tensor:
         codes, scales = quantised(operand[rows], (BLOCK, 1))
-        return codes.double() * spread(scales, codes.shape, (BLOCK, 1))
+        return (codes.float() * spread(scales, codes.shape, (BLOCK, 1))).double()
 
     yield Case(
         f"FP8 {name} forward",

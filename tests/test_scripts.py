@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import pytest
 
@@ -144,34 +144,74 @@ def test_a_short_proof_of_training_resumes_bit_equal(small_archive: Path) -> Non
     assert found["runs"][0]["steps"] == 3
 
 
-def test_kernels_are_not_timed_without_a_hopper_gpu(tmp_path: Path) -> None:
+def test_kernels_are_not_timed_without_a_hopper_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     found = run_script("bench_kernels", "--out", tmp_path / "kernels.json")
-    assert found["status"].startswith("not run: no Hopper GPU")
+    assert found["status"].startswith("not run: ")
+    assert "kernels" not in found
     assert json.loads((tmp_path / "kernels.json").read_text()) == found
 
 
-def test_figures_of_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ours takes 2, 4 and 3 ms, the peer 8: medians, spread and shares of an H200, contender by contender."""
+@pytest.fixture
+def bench_kernels(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.syspath_prepend(str(ROOT / "scripts"))
-    bench = importlib.import_module("bench_kernels")
+    return importlib.import_module("bench_kernels")
+
+
+def test_a_launch_is_timed_alone_and_finds_an_empty_cache(
+    bench_kernels: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[str] = []
+    times = iter([5.0, 1.0, 2.0])
+
+    def event(*, enable_timing: bool) -> SimpleNamespace:
+        assert enable_timing
+        return SimpleNamespace(record=lambda: done.append("event"), elapsed_time=lambda _: next(times))
+
+    cuda = SimpleNamespace(
+        Event=event, synchronize=lambda: done.append("wait"), _sleep=lambda _: done.append("sleep")
+    )
+    monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(cuda=cuda))
+    other = SimpleNamespace(zero_=lambda: done.append("flush"))
+    assert bench_kernels.milliseconds(lambda: done.append("run"), 3, other=other) == 2.0
+    assert done == ["wait", "sleep", *["flush", "event", "run", "event"] * 3, "wait"]
+
+
+def test_figures_of_kernels(bench_kernels: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ours takes 2, 4 and 3 ms, the peer 8: medians, spread and shares of an H200, contender by contender. The first
+    round, 99 ms, is not counted."""
     order: list[str] = []
     case = SimpleNamespace(
         settings=(None,), run=lambda _: order.append("ours"), peers={"torch": lambda: order.append("torch")},
         bytes=6 * 10**9, flops=3 * 10**12, numbers="fp8",
     )  # fmt: skip
-    answers = iter([2.0, 8.0, 4.0, 8.0, 3.0, 8.0])
-    monkeypatch.setattr(bench, "milliseconds", lambda run, _: (run(), next(answers))[1])
-    chip = bench.limits("NVIDIA H200")
-    found = bench.timed(case, rounds=3, repeats=1, chip=chip)
-    assert order == ["ours", "torch"] * 4  # once to compile
+    answers = iter([99.0, 99.0, 2.0, 8.0, 4.0, 8.0, 3.0, 8.0])
+    monkeypatch.setattr(bench_kernels, "milliseconds", lambda run, _, other: (run(), next(answers))[1])
+    given = {"repeats": 1, "chip": bench_kernels.CHIPS["NVIDIA H200"], "other": None}
+    found = bench_kernels.timed(case, rounds=3, **given)
+    assert order == ["ours", "torch"] * 4
     assert found["ours"]["ms"] == {"median": 3.0, "least": 2.0, "most": 4.0}
     assert found["ours"]["tflops"] == pytest.approx(1000)
     assert found["ours"]["gb_per_s"] == pytest.approx(2000)
     assert found["ours"]["share_of_chip"] == pytest.approx(1000 / 1979)
     assert found["torch"]["tflops"] == pytest.approx(375)
     case.flops = 0
-    answers = iter([3.0, 8.0])
-    share = bench.timed(case, rounds=1, repeats=1, chip=chip)["ours"]["share_of_chip"]
-    assert share == pytest.approx(2.0 / 4.8)
-    assert bench.limits("NVIDIA H100 PCIe")["tb_per_s"] == 2.0
-    assert bench.limits("NVIDIA A100") is None
+    answers = iter([99.0, 99.0, 3.0, 8.0])
+    assert bench_kernels.timed(case, rounds=1, **given)["ours"]["share_of_chip"] == pytest.approx(2.0 / 4.8)
+
+
+@pytest.mark.parametrize(
+    ("kernels", "code"), [([{"correct": True}], 0), ([{"correct": True}, {"correct": False}], 1), ([{}], 0)]
+)
+def test_a_wrong_kernel_shows_in_the_exit_code(bench_kernels, monkeypatch, capsys, kernels, code) -> None:
+    monkeypatch.setattr(sys, "argv", ["bench_kernels.py"])
+    monkeypatch.setattr(bench_kernels, "measure", lambda _: {"kernels": kernels})
+    assert bench_kernels.main() == code
+    assert json.loads(capsys.readouterr().out) == {"kernels": kernels}
+
+
+def test_a_name_that_no_kernel_has(bench_kernels, monkeypatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["bench_kernels.py", "--only", "fp4"])
+    monkeypatch.setattr(bench_kernels, "measure", lambda _: {"kernels": []})
+    with pytest.raises(SystemExit, match="no kernel has 'fp4' in its name"):
+        bench_kernels.main()

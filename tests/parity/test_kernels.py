@@ -16,16 +16,23 @@ HAS_TRITON = bool(importlib.util.find_spec("triton"))
 pytestmark = [pytest.mark.parity, pytest.mark.skipif(not HAS_TRITON, reason="needs triton (extra parity)")]
 
 
-def bench(*arguments: str, code: int = 0) -> dict:
-    command = [sys.executable, "scripts/bench_kernels.py", *arguments]
+WITHOUT_PADDLE = (
+    "import runpy, sys; sys.modules['paddle'] = None; sys.argv = sys.argv[1:];"
+    "runpy.run_path(sys.argv[0], run_name='__main__')"
+)
+
+
+def bench(*arguments: str) -> dict:
+    """What the script prints where Paddle cannot be imported, as beside torch and Triton alone."""
+    command = [sys.executable, "-c", WITHOUT_PADDLE, "scripts/bench_kernels.py", *arguments]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == code, done.stderr
+    assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
 
 def test_every_kernel_computes_what_torch_does():
     found = bench("--interpret")
-    assert "not run: no Hopper GPU" in found["status"]
+    assert found["status"] == "correctness in Triton's interpreter; speed not run"
     wrong = [row for row in found["kernels"] if not row["correct"]]
     assert wrong == []
     names = {row["kernel"] for row in found["kernels"]}
@@ -36,7 +43,7 @@ def test_every_kernel_computes_what_torch_does():
 def test_products_compile_to_hoppers_own_instructions():
     """FP8 operands go to the tensor cores as FP8, and nothing spills from the registers. Nothing runs."""
     found = bench("--compile", "--shapes", "21B-A3B", "--only", "FP8 down")
-    assert found["status"] == "compiled for sm_90, not run: no Hopper GPU"
+    assert found["status"] == "compiled for sm_90; not run"
     assert {kernel["kernel"] for kernel in found["kernels"]} >= {"_product8", "_weight_product8"}
     for kernel in found["kernels"]:
         if kernel["kernel"] in ("_product8", "_weight_product8"):

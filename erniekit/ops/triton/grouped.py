@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 
 from erniekit.ops.triton.device import BLOCK, numbers_at, stored_as, tile_of
-from erniekit.ops.triton.launch import FUSED, cdiv, is_dense, slots_for, strides
+from erniekit.ops.triton.launch import FUSED, cdiv, is_dense, is_whole, slots_for, strides
 
 
 class Setting(NamedTuple):
@@ -169,7 +169,7 @@ def product8(
     lie, with what was called K and N changing places. ends (int32 [E]): the row behind each expert's last."""
     (codes, scales), (weight, weight_scales) = x, w
     (rows, size), (experts, wide, _) = codes.shape, weight.shape
-    assert is_dense(codes) and is_dense(weight) and is_dense(y) and setting.wide == 128
+    assert is_dense(codes, weight, y) and is_whole(ends) and setting.wide == 128
     tiles_high = cdiv(rows, setting.high) + experts
     w_expert, w_column, _ = strides(weight)
     scales_expert, scales_n, scales_k = strides(weight_scales)
@@ -189,7 +189,7 @@ def weight_product8(
     and [N, P] with the tokens innermost, scales [P/128, K] and [P/128, N]."""
     (x_codes, x_scales), (g_codes, g_scales) = x, g
     experts, high, wide = out.shape
-    assert all(is_dense(t) for t in (x_codes, x_scales, g_codes, g_scales, out))
+    assert is_dense(x_codes, x_scales, g_codes, g_scales, out) and is_whole(ends)
     _weight_product8[(cdiv(high, setting.high) * cdiv(wide, setting.wide), experts)](
         x_codes, x_scales, g_codes, g_scales, out, ends, experts, high, wide, strides(x_codes)[0],
         strides(x_scales)[0], strides(g_codes)[0], strides(g_scales)[0], *strides(out)[:2], ADD=add,
@@ -201,7 +201,7 @@ def weight_product8(
 def product16(x: Any, w: Any, y: Any, *, ends: Any, turned: bool = False, setting: Setting = BF16[0]) -> None:
     """y [T, N] = x [T, K] @ w [E, K, N] of each row's expert, all bf16, summed in fp32; `turned`: w is [E, N, K]."""
     (rows, size), experts, wide = x.shape, w.shape[0], y.shape[1]
-    assert is_dense(x) and is_dense(w) and is_dense(y)
+    assert is_dense(x, w, y) and is_whole(ends)
     tiles_high = cdiv(rows, setting.high) + experts
     w_expert, *inner = strides(w)
     w_k, w_column = inner[::-1] if turned else inner
@@ -217,7 +217,7 @@ def weight_product16(
 ) -> None:
     """out [E, K, N] (fp32 or bf16) (+)= x^T @ g over each expert's rows; x [T, K] and g [T, N] in bf16."""
     experts, high, wide = out.shape
-    assert is_dense(x) and is_dense(g) and is_dense(out)
+    assert is_dense(x, g, out) and is_whole(ends)
     _weight_product16[(cdiv(high, setting.high) * cdiv(wide, setting.wide), experts)](
         x, g, out, ends, high, wide, strides(x)[0], strides(g)[0], *strides(out)[:2],
         ADD=add, HIGH=setting.high, WIDE=setting.wide, DEEP=64, num_warps=setting.warps, num_stages=setting.stages,

@@ -16,9 +16,15 @@ def strides(tensor: Any) -> tuple[int, ...]:
     return tuple(found)
 
 
-def is_dense(tensor: Any) -> bool:
-    """Whether neighbours in the last dimension are neighbours in memory, as the kernels read them."""
-    return 0 in tensor.shape or tensor.shape[-1] == 1 or strides(tensor)[-1] == 1
+def is_dense(*tensors: Any) -> bool:
+    """Whether neighbours in the last dimension are neighbours in memory, as the kernels read them; None is nothing."""
+    given = (t for t in tensors if t is not None)
+    return all(0 in t.shape or t.shape[-1] == 1 or strides(t)[-1] == 1 for t in given)
+
+
+def is_whole(*tensors: Any) -> bool:
+    """Whether nothing lies between the rows either, for what kernels index without strides; None is nothing."""
+    return all(t is None or t.is_contiguous() for t in tensors)
 
 
 def cdiv(size: int, step: int) -> int:

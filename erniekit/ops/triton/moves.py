@@ -1,5 +1,5 @@
 """Copying tokens to their experts and summing them back, each row read once and written once. The plain twins are
-`permute` and `combine` of ops/grouped.py and their gradients. Knows no products.
+`permute_plain` and `combine_plain` of ops/grouped.py and their gradients. Knows no products.
 
 Shapes: M tokens, C choices, T = M*C sorted rows, D numbers of a row; places [M, C]: the sorted row of each choice.
 Not run on a GPU.
@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from erniekit.ops.triton.device import stored_as
-from erniekit.ops.triton.launch import EXACT, cdiv, is_dense, strides
+from erniekit.ops.triton.launch import EXACT, cdiv, is_dense, is_whole, strides
 
 _ROWS, _WIDE = 8, 256
 
@@ -77,7 +77,7 @@ def _grid(rows: int, size: int) -> tuple[int, int]:
 def spread(x: Any, y: Any, *, places: Any, weights: Any = None) -> None:
     """y [T, D]: row m of x [M, D] at each of the rows places[m], times weights [M, C] if they are given."""
     (rows, size), choices = x.shape, places.shape[1]
-    assert is_dense(x) and is_dense(y) and is_dense(places)
+    assert is_dense(x, y) and is_whole(places, weights)
     if rows:
         _spread[_grid(rows, size)](
             x, y, places, weights, rows, size, strides(x)[0], strides(y)[0],
@@ -88,7 +88,7 @@ def spread(x: Any, y: Any, *, places: Any, weights: Any = None) -> None:
 def gather(x: Any, y: Any, *, places: Any, weights: Any = None) -> None:
     """y [M, D]: for every token the sum of its rows of x [T, D], times weights [M, C] if they are given; in fp32."""
     (rows, size), choices = y.shape, places.shape[1]
-    assert is_dense(x) and is_dense(y) and is_dense(places)
+    assert is_dense(x, y) and is_whole(places, weights)
     if rows:
         _gather[_grid(rows, size)](
             x, y, places, weights, rows, size, strides(x)[0], strides(y)[0],
@@ -99,7 +99,7 @@ def gather(x: Any, y: Any, *, places: Any, weights: Any = None) -> None:
 def dots(x: Any, grad: Any, out: Any, *, places: Any) -> None:
     """out [M, C]: the scalar product of each choice's row of x [T, D] with its token's row of grad [M, D]."""
     (rows, size), choices = grad.shape, places.shape[1]
-    assert is_dense(x) and is_dense(grad) and is_dense(out) and is_dense(places)
+    assert is_dense(x, grad) and is_whole(out, places)
     if rows:
         _dots[(cdiv(rows, _ROWS), choices)](
             x, grad, out, places, rows, size, strides(x)[0], strides(grad)[0],

@@ -22,7 +22,7 @@ from erniekit.ops.triton.device import (
     scale_of,
     tile_of,
 )  # fmt: skip
-from erniekit.ops.triton.launch import EXACT, cdiv, is_dense, slots_for, strides
+from erniekit.ops.triton.launch import EXACT, cdiv, is_dense, is_whole, slots_for, strides
 
 _ROWS, _WARPS = 32, 4  # rows and warps of a program
 
@@ -136,7 +136,7 @@ def quantise_rows(x: Any, codes: Any, scales: Any, *, places: Any = None, e5m2: 
     rows, size = x.shape
     if not rows:
         return
-    assert is_dense(x) and is_dense(codes)
+    assert is_dense(x, codes) and is_whole(places)
     _rows[(cdiv(rows, _ROWS), cdiv(size, 128))](
         x, codes, scales, places, rows, size, strides(x)[0], strides(codes)[0], *strides(scales),
         CHOICES=0 if places is None else places.shape[1], ROWS=_ROWS, E5M2=e5m2, num_warps=_WARPS, **EXACT,
@@ -147,7 +147,7 @@ def quantise_blocks(w: Any, codes: Any, scales: Any, *, turned: Any = None, e5m2
     """Weights w [E, K, N] -> codes [E, K, N] and scales [E, ceil(K/128), ceil(N/128)]; `turned` [E, N, K] receives the
     same codes with K innermost, as the forward product wants them."""
     matrices, high, wide = w.shape
-    assert is_dense(w) and is_dense(codes) and (turned is None or is_dense(turned))
+    assert is_dense(w, codes, turned)
     turned_strides = (0, 0) if turned is None else strides(turned)[:2]
     _blocks[(cdiv(high, 128), cdiv(wide, 128), matrices)](
         w, codes, turned, scales, high, wide, *strides(w)[:2], *strides(codes)[:2], *turned_strides, *strides(scales),
@@ -162,7 +162,7 @@ def quantise_columns(
     expert's last row and the next multiple of 128, scales [P/128, D]. With `x_scales`, x holds E4M3 codes under these
     scales of rows. P may be any upper bound (`padded_rows`); what lies behind the last expert is left as it is."""
     experts, size = ends.shape[0], x.shape[1]
-    assert is_dense(x) and is_dense(codes) and is_dense(scales)
+    assert is_dense(x, codes, scales) and is_whole(ends)
     x_scales_strides = (0, 0) if x_scales is None else strides(x_scales)
     _columns[(codes.shape[1] // 128, cdiv(size, 64))](
         x, x_scales, codes, scales, ends, experts, size, strides(x)[0], *x_scales_strides, strides(codes)[0],
@@ -189,7 +189,7 @@ def rotated_amax(x: Any, amax: Any) -> None:
 
 def _rotate(x: Any, codes: Any, *, scale: Any, amax: Any, e5m2: bool) -> None:
     rows, size = x.shape
-    assert is_dense(x) and size % 32 == 0
+    assert is_dense(x, codes) and size % 32 == 0
     if not rows:
         return
     _hadamard[(cdiv(rows, _ROWS), cdiv(size, 128))](

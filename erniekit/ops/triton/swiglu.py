@@ -21,7 +21,7 @@ from erniekit.ops.triton.device import (
     scale_of,
     stored_as,
 )  # fmt: skip
-from erniekit.ops.triton.launch import EXACT, cdiv, is_dense, strides
+from erniekit.ops.triton.launch import EXACT, cdiv, is_dense, is_whole, strides
 
 _ROWS, _ROWS_BACKWARD = 32, 16
 
@@ -94,7 +94,7 @@ def _backward(
 def weighted_swiglu(hidden: Any, weights: Any, codes: Any, scales: Any) -> None:
     """hidden [T, 2I] and weights [T] -> E4M3 codes [T, I] and scales [T, ceil(I/128)] of silu(gate) * up * weight."""
     rows, width = hidden.shape[0], hidden.shape[1] // 2
-    assert is_dense(hidden) and is_dense(codes)
+    assert is_dense(hidden, codes) and is_whole(weights)
     if not rows:
         return
     _forward[(cdiv(rows, _ROWS), cdiv(width, 128))](
@@ -111,7 +111,7 @@ def weighted_swiglu_backward(
     weighted activation again, which the gradient of the next weight needs) and grad_weights [T] (fp32). With `codes`
     [T, 2I] and `scales` [T, 2I/128], grad_hidden also comes quantised in rows, from its bf16 numbers."""
     rows, width = hidden.shape[0], hidden.shape[1] // 2
-    assert all(is_dense(t) for t in (hidden, grad, grad_hidden, activated))
+    assert is_dense(hidden, grad, grad_hidden, activated, codes) and is_whole(weights, grad_weights)
     assert codes is None or width % 128 == 0, "a block of 128 must not hold both gates and ups"
     if not rows:
         return

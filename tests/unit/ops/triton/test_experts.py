@@ -4,18 +4,27 @@ how Paddle stands behind Triton's driver (extra `parity`)."""
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import numpy as np
 import paddle
 import pytest
 
 from erniekit.ops import dispatch, grouped
-from tests.unit.ops.twins import assert_twins, drawn, outputs_and_gradients
+from tests.unit.ops.twins import assert_close, assert_twins, drawn, outputs_and_gradients
 
 experts = pytest.importorskip("erniekit.ops.gpu.experts", reason="needs triton (extra parity)")
 driver = pytest.importorskip("erniekit.ops.gpu.driver", reason="needs triton (extra parity)")
 pytestmark = pytest.mark.parity
 TOKENS, CHOICES, EXPERTS, SIZE, WIDTH = 10, 2, 3, 24, 20
+ROWS = TOKENS * CHOICES
+OPERANDS = {
+    "permute": {"x_MD": drawn(TOKENS, SIZE)},
+    "add_up": {"y_TD": drawn(ROWS, SIZE)},
+    "combine": {"y_TD": drawn(ROWS, SIZE), "weights_MC": drawn(TOKENS, CHOICES)},
+    "grouped_linear": {"x_TD": drawn(ROWS, SIZE), "weight_EDF": drawn(EXPERTS, SIZE, WIDTH)},
+}
+Op = Callable[..., paddle.Tensor]
 
 
 @pytest.fixture
@@ -30,37 +39,39 @@ def triton(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(grouped, "expert_backend", lambda *_: "triton")
 
 
-def test_permute(order):
-    x = {"x_MD": drawn(TOKENS, SIZE)}
-    assert_twins(lambda x_MD: grouped.permute(x_MD, order), lambda x_MD: grouped.permute_plain(x_MD, order), x)
+def twins(name: str, order: grouped.Order) -> tuple[Op, Op]:
+    """The kernel and its plain twin, which take the operands alone."""
+    routed = {"counts": order.counts} if name == "grouped_linear" else {"order": order}
+    return tuple(functools.partial(getattr(grouped, n), **routed) for n in (name, f"{name}_plain"))
 
 
-def test_add_up(order):
-    y = {"y_TD": drawn(TOKENS * CHOICES, SIZE)}
-    assert_twins(lambda y_TD: grouped.add_up(y_TD, order), lambda y_TD: grouped.add_up_plain(y_TD, order), y)
+@pytest.mark.parametrize("name", OPERANDS)
+def test_twins(order, name):
+    assert_twins(*twins(name, order), OPERANDS[name])
 
 
-@pytest.mark.parametrize("frozen", [(), ("weights_MC",)], ids=str)
-def test_combine(order, frozen):
-    arrays = {"y_TD": drawn(TOKENS * CHOICES, SIZE), "weights_MC": drawn(TOKENS, CHOICES)}
-    assert_twins(
-        lambda y_TD, weights_MC: grouped.combine(y_TD, weights_MC, order),
-        lambda y_TD, weights_MC: grouped.combine_plain(y_TD, weights_MC, order), arrays, frozen=frozen,
-    )  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "frozen"), [("combine", "weights_MC"), ("grouped_linear", "x_TD"), ("grouped_linear", "weight_EDF")]
+)
+def test_what_is_frozen_gets_no_gradient(order, name, frozen):
+    found, expected = (outputs_and_gradients(op, OPERANDS[name], frozen=(frozen,)) for op in twins(name, order))
+    assert_close(found, expected)
 
 
-@pytest.mark.parametrize("frozen", [(), ("x_TD",), ("weight_EDF",)], ids=str)
-def test_grouped_linear(order, frozen):
-    arrays = {"x_TD": drawn(TOKENS * CHOICES, SIZE), "weight_EDF": drawn(EXPERTS, SIZE, WIDTH)}
-    assert_twins(
-        lambda **t: grouped.grouped_linear(**t, counts=order.counts),
-        lambda **t: grouped.grouped_linear_plain(**t, counts=order.counts), arrays, frozen=frozen,
-    )  # fmt: skip
+@pytest.mark.parametrize("name", OPERANDS)
+def test_rows_may_lie_turned(order, name):
+    """Neighbours of a row far from each other in memory."""
+    rows = next(iter(OPERANDS[name]))
+    given = OPERANDS[name] | {rows: OPERANDS[name][rows].T}
+    found, expected = (
+        outputs_and_gradients(lambda op=op, **t: op(**t | {rows: t[rows].T}), given) for op in twins(name, order)
+    )
+    assert_close(found, expected)
 
 
 def test_grouped_mlp(order):
     arrays = {
-        "x_TD": drawn(TOKENS * CHOICES, SIZE), "gate_up_ED2I": drawn(EXPERTS, SIZE, 2 * WIDTH),
+        "x_TD": drawn(ROWS, SIZE), "gate_up_ED2I": drawn(EXPERTS, SIZE, 2 * WIDTH),
         "down_EID": drawn(EXPERTS, WIDTH, SIZE),
     }  # fmt: skip
     found, expected = (
@@ -71,18 +82,19 @@ def test_grouped_mlp(order):
         np.testing.assert_allclose(found[name], want, rtol=1e-4, atol=1e-4 * np.abs(want).max(), err_msg=name)
 
 
-def test_what_training_holds_in_bf16(order):
+@pytest.mark.parametrize("name", OPERANDS)
+def test_what_training_holds_in_bf16(order, name):
     """bf16 in, bf16 out and bf16 gradients, each rounded once."""
-    x, w, g = (drawn(*shape) for shape in ([TOKENS * CHOICES, SIZE], [EXPERTS, SIZE, WIDTH], [TOKENS * CHOICES, WIDTH]))
-    x, w, g = (paddle.to_tensor(array).astype("bfloat16") for array in (x, w, g))
-    x.stop_gradient = w.stop_gradient = False
-    y = grouped.grouped_linear(x, w, counts=order.counts)
-    paddle.autograd.backward([y], [g])
-    wide = [t.detach().astype("float32") for t in (x, w, g)]
-    wide[0].stop_gradient = wide[1].stop_gradient = False
-    expected = grouped.grouped_linear_plain(*wide[:2], counts=order.counts)
-    paddle.autograd.backward([expected], [wide[2]])
-    for found, want in ((y, expected), (x.grad, wide[0].grad), (w.grad, wide[1].grad)):
+    kernel, plain = twins(name, order)
+    narrow = {key: paddle.to_tensor(array).astype("bfloat16") for key, array in OPERANDS[name].items()}
+    wide = {key: tensor.astype("float32") for key, tensor in narrow.items()}
+    for tensor in (*narrow.values(), *wide.values()):
+        tensor.stop_gradient = False
+    y, expected = kernel(**narrow), plain(**wide)
+    grad = paddle.to_tensor(drawn(*y.shape)).astype("bfloat16")
+    paddle.autograd.backward([y, expected], [grad, grad.astype("float32")])
+    pairs = [(y, expected), *((narrow[key].grad, wide[key].grad) for key in narrow)]
+    for found, want in pairs:
         assert found.dtype == paddle.bfloat16
         np.testing.assert_allclose(found.astype("float32").numpy(), want.numpy(), rtol=2**-8, atol=1e-5)
 
