@@ -141,12 +141,18 @@ def compiled(shapes: list[str], only: str) -> list[dict[str, Any]]:
     with compiling() as found:
         for shape in shapes:
             for case in kernel_cases.cases(kernel_cases.SHAPES[shape], "meta"):
+                labelled(found, f"{shape}: operands of {case.name}")  # which were quantised on the way here
                 for setting in case.settings if only in case.name else ():
                     case.run(setting)
-                    for kernel in found:
-                        kernel.setdefault("case", f"{shape}: {case.name}")
-                        kernel.setdefault("setting", str(setting) if setting else "")
+                    labelled(found, f"{shape}: {case.name}", str(setting or ""))
     return found
+
+
+def labelled(kernels: list[dict[str, Any]], case: str, setting: str = "") -> None:
+    """Says of the kernels that are new what they were compiled for."""
+    for kernel in kernels:
+        kernel.setdefault("case", case)
+        kernel.setdefault("setting", setting)
 
 
 def measured(

@@ -265,7 +265,7 @@ def moving(routed: Routed) -> Iterator[Case]:
     m, c, d = routed.shape[1:4]
     x, sent, back = routed.drawn(m, d), routed.empty(m * c, d, dtype=BF16), routed.empty(m, d, dtype=BF16)
     weights, places = torch.rand(m, c, device=routed.device), routed.places
-    rows = routed.drawn(m * c, d)
+    rows, of_weights = routed.drawn(m * c, d), routed.empty(m, c, dtype=BF16)
     size = m * d * 2 * (1 + c)
     yield Case(
         "permute", lambda _: moves.spread(x, sent, places=places),
@@ -274,6 +274,11 @@ def moving(routed: Routed) -> Iterator[Case]:
     yield Case(
         "weighted sum of rows", lambda _: moves.gather(rows, back, places=places, weights=weights),
         lambda: off(back, (rows[places].double() * weights[..., None]).sum(1)), 4e-3, size,
+        peers=copying(size, routed.device),
+    )  # fmt: skip
+    yield Case(
+        "gradient of the sum's weights", lambda _: moves.dots(rows, x, of_weights, places=places),
+        lambda: off(of_weights, (rows[places].double() @ x.double()[..., None])[..., 0]), 4e-3, size,
         peers=copying(size, routed.device),
     )  # fmt: skip
 

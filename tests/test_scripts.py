@@ -186,7 +186,7 @@ def test_figures_of_kernels(bench_kernels: ModuleType, monkeypatch: pytest.Monke
         bytes=6 * 10**9, flops=3 * 10**12, numbers="fp8",
     )  # fmt: skip
     answers = iter([99.0, 99.0, 2.0, 8.0, 4.0, 8.0, 3.0, 8.0])
-    monkeypatch.setattr(bench_kernels, "milliseconds", lambda run, _, other: (run(), next(answers))[1])
+    monkeypatch.setattr(bench_kernels, "milliseconds", lambda run, _, **__: (run(), next(answers))[1])
     given = {"repeats": 1, "chip": bench_kernels.CHIPS["NVIDIA H200"], "other": None}
     found = bench_kernels.timed(case, rounds=3, **given)
     assert order == ["ours", "torch"] * 4

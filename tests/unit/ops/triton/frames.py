@@ -27,8 +27,8 @@ class Frame:
 
 
 def cut_out(x: paddle.Tensor, *, gap: int) -> paddle.Tensor:
-    """`x` as a view of a larger tensor, with large numbers around it."""
+    """`x` as a view of a larger tensor, with other numbers around it."""
     frame = Frame(*x.shape, dtype=str(x.dtype).removeprefix("paddle."), gap=gap)
-    frame.whole.fill_(1000.0)
+    frame.whole.fill_(100)
     frame.whole[: x.shape[0], : x.shape[1]] = x
     return frame.inner
