@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from erniekit.checkpoint import quantise
 from erniekit.checkpoint.create import create
 from erniekit.checkpoint.ernie45 import layout_table
 from erniekit.checkpoint.folder import Folder
@@ -146,6 +147,26 @@ def test_what_cannot_be_is_refused_and_leaves_nothing(run, small, tmp_path, word
     for text in said:
         assert text in err
     assert not (tmp_path / "new").exists()
+
+
+def test_text_that_changed_begins_anew(bench, run, tmp_path, monkeypatch):
+    """An export that is half calibrated by one text does not go on with another."""
+    text = tmp_path / "text.jsonl"
+    words = ("export", bench.model, "--quantize", "fp8", "--calibration", text, "--calibration-tokens", 100, "--out")
+    shutil.copy(bench.folder / "train.jsonl", text)
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(quantise._Work, "_tensor", interrupted)
+        run(*words, tmp_path / "out", code=130)
+    assert "going on with an export that was interrupted" in run(*words, tmp_path / "out")[1]
+    with monkeypatch.context() as patch:
+        patch.setattr(quantise._Work, "_tensor", interrupted)
+        run(*words, tmp_path / "other", code=130)
+    shutil.copy(bench.folder / "text.jsonl", text)
+    assert "an export with other settings was not finished there" in run(*words, tmp_path / "other")[1]
 
 
 def test_sizes_that_do_not_fit_are_named(bench, run, tmp_path):
