@@ -265,7 +265,7 @@ def test_a_calibration_that_is_not_finite_is_told(model, tmp_path, monkeypatch, 
         return replace(seen, **{which: {name: value * np.nan for name, value in getattr(seen, which).items()}})
 
     monkeypatch.setattr(sys.modules[__name__], "drawn", spoilt)
-    with pytest.raises(CheckpointError, match="the calibration of .* ernie.layers.* holds NaN or infinity"):
+    with pytest.raises(CheckpointError, match=r"the calibration of .* ernie.layers.* holds NaN or infinity"):
         write(model("micro-moe"), tmp_path / "new" / "out", "w4a8c8")
     assert not (tmp_path / "new").exists()
 
