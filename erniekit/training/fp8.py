@@ -65,8 +65,8 @@ class Fp8Training:
             self.forget_weights()
 
     def astray(self) -> str:
-        """What modules told of numbers that are not finite in this step, on every rank the first. All ranks call it, and
-        it says the same to all: one alone may have met them, or got them from another."""
+        """What modules told of numbers that are not finite in this step, on every rank the first that did. All ranks
+        call it, and all hear the same."""
         return "; ".join(dict.fromkeys(filter(None, self._words.collect("astray", self._watch.astray))))
 
     def report(self, step: int) -> tuple[dict[str, Any], dict[str, dict[str, float]]]:

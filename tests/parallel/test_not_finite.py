@@ -28,13 +28,13 @@ class Spoilt(paddle.autograd.PyLayer):
     """The identity, or with one number that is not finite, forward or backward."""
 
     @staticmethod
-    def forward(ctx: Any, x: paddle.Tensor, forward: bool, backward: bool) -> paddle.Tensor:
-        ctx.spoils = backward
-        return _spoilt(x) if forward else x.clone()
+    def forward(ctx: Any, x: paddle.Tensor, where: str) -> paddle.Tensor:
+        ctx.where = where
+        return _spoilt(x) if where == "forward" else x.clone()
 
     @staticmethod
     def backward(ctx: Any, grad: paddle.Tensor) -> paddle.Tensor:
-        return _spoilt(grad) if ctx.spoils else grad
+        return _spoilt(grad) if ctx.where == "backward" else grad
 
 
 def _spoilt(x: paddle.Tensor) -> paddle.Tensor:
@@ -54,8 +54,8 @@ def spoil(rank: int, where: str) -> None:
 
     def spoilt(gate: paddle.Tensor, up: paddle.Tensor) -> paddle.Tensor:
         bad = rank == 1 and len(taken) > 1
-        y = swiglu(Spoilt.apply(gate, False, bad and where == "gradient"), up)
-        return Spoilt.apply(y, bad and where == "input", False)
+        y = swiglu(Spoilt.apply(gate, "backward" if bad and where == "gradient" else ""), up)
+        return Spoilt.apply(y, "forward" if bad and where == "input" else "")
 
     loop.train_step, layers.swiglu = train_step, spoilt
 
@@ -67,9 +67,7 @@ def spoil(rank: int, where: str) -> None:
         ("qat", "TP2", "input"), ("qat", "DP2", "gradient"), ("qat", "EP2", "gradient"),
     ],
 )  # fmt: skip
-def test_what_one_rank_sees_ends_all(
-    wide: Bench, tmp_path: Path, recipe: str, layout: str, where: str
-) -> None:
+def test_what_one_rank_sees_ends_all(wide: Bench, tmp_path: Path, recipe: str, layout: str, where: str) -> None:
     out = tmp_path / "out"
     config = wide.config(out, **KEYS, **LAYOUTS[layout], fp8_recipe=recipe)
     first, second = run_ranked(config, 2, {}, prepare=lambda rank: spoil(rank, where), seconds=100)

@@ -85,7 +85,8 @@ def make(mesh: Mesh, case: Case) -> tuple[ErnieForCausalLM, Optimizer]:
     optimizer = Optimizer(
         model.named_parameters(), AdamWSettings(max_grad_norm=case.clip, weight_decay=0.1, epsilon=1e-5),
         rates={name: 0.5 for name in trained if "gate" in name}, moments=case.moments, ema_decay=case.ema,
-        offload=case.offload, adaptive_clip=case.adaptive, sync=GradientSync(trained, mesh, flat_bytes=FLAT_BYTES, layers=layers),
+        adaptive_clip=case.adaptive, offload=case.offload,
+        sync=GradientSync(trained, mesh, flat_bytes=FLAT_BYTES, layers=layers),
     )  # fmt: skip
     return model, optimizer
 
