@@ -141,10 +141,7 @@ def _require_finite(x: paddle.Tensor, *, name: str, kind: Kind) -> None:
 
 
 def _not_finite(name: str, kind: Kind) -> NotFinite:
-    return NotFinite(
-        f"{name} holds NaN or infinity, for which {kind.name} has no number: the run has gone astray before this cast. "
-        "Lower learning_rate, or go on from an earlier checkpoint; compute_type: bf16 shows whether FP8 is the cause."
-    )
+    return NotFinite(f"{name} holds NaN or infinity, for which {kind.name} has no number")
 
 
 def quantise(

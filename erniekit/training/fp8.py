@@ -65,8 +65,9 @@ class Fp8Training:
             self.forget_weights()
 
     def astray(self) -> str:
-        """What modules told of numbers that are not finite in this step, on the first rank that did; all call it."""
-        return next(filter(None, self._words.collect("astray", self._watch.astray)), "")
+        """What modules told of numbers that are not finite in this step, on every rank the first that did. All ranks
+        call it, and all hear the same."""
+        return "; ".join(dict.fromkeys(filter(None, self._words.collect("astray", self._watch.astray))))
 
     def report(self, step: int) -> tuple[dict[str, Any], dict[str, dict[str, float]]]:
         """What was seen in the 1-based `step`: the worst for the log, and the figures by module for the boards. All
