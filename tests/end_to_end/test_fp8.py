@@ -157,7 +157,7 @@ def better(number: int) -> dict[str, Any]:
     "keys",
     [
         *({"stage": stage, "fp8_recipe": recipe} for stage in ("DPO", "KTO", "RM") for recipe in RECIPES),
-        {"stage": "SFT", "fp8_recipe": "blockwise", "fine_tuning": "LoRA", "lora_rank": 4},
+        *({"stage": stage, "fp8_recipe": "blockwise", "fine_tuning": "LoRA", "lora_rank": 4} for stage in ("SFT", "DPO")),
     ],
     ids=lambda keys: " ".join([keys["stage"], keys["fp8_recipe"], *(["LoRA"] if "fine_tuning" in keys else [])]),
 )
