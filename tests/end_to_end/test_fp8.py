@@ -22,6 +22,7 @@ from tests.end_to_end.conftest import Bench, write_rows
 
 KEYS: dict[str, Any] = {"compute_type": "fp8", "fp8_emulate": "true", "apply_online_actscale_step": 2}
 RECIPES = ("blockwise", "qat")
+_ADAPTED = ("SFT", "DPO")  # stages in which adapters are trained here
 KILLED = """
 import os, signal, sys
 from erniekit.cli.main import main
@@ -157,7 +158,7 @@ def better(number: int) -> dict[str, Any]:
     "keys",
     [
         *({"stage": stage, "fp8_recipe": recipe} for stage in ("DPO", "KTO", "RM") for recipe in RECIPES),
-        *({"stage": stage, "fp8_recipe": "blockwise", "fine_tuning": "LoRA", "lora_rank": 4} for stage in ("SFT", "DPO")),
+        *({"stage": stage, "fp8_recipe": "blockwise", "fine_tuning": "LoRA", "lora_rank": 4} for stage in _ADAPTED),
     ],
     ids=lambda keys: " ".join([keys["stage"], keys["fp8_recipe"], *(["LoRA"] if "fine_tuning" in keys else [])]),
 )
