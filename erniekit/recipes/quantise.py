@@ -127,8 +127,9 @@ def _identity(base: Folder, source: Source, cfg: RunConfig, settings: Settings) 
     adapters = [Path(adapter.name) for adapter in source.adapters] if isinstance(source, Merged) else []
     parts = [path for folder in (base.path, *adapters) for path in sorted(folder.iterdir())]
     files = [path for path in parts if path.is_file() and (path.suffix in _WEIGHTS or path.name == "config.json")]
-    read = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
     texts = settings.calibration or tuple(cfg.data.train_dataset_path or ())
+    files += [Path(text) for text in texts if Path(text).is_file()]
+    read = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
     return {
         "read": read, "texts": texts, "tokens": settings.calibration_tokens, "seed": cfg.train.seed,
         "search": settings.search,

@@ -30,7 +30,7 @@ from tests.quantised import quantise_folder
 
 WIDE = families.FAMILIES["micro-moe"] | dict(
     hidden_size=128, intermediate_size=256, moe_intermediate_size=128, num_attention_heads=4, num_key_value_heads=2,
-    head_dim=32,
+    head_dim=32, num_nextn_predict_layers=1, use_bias=True,
 )  # fmt: skip
 FORMATS = [
     ("wint8", None), ("wint8", 32), ("wint4", None), ("wint4", 64), ("w4a8", None), ("w4a8c8", None), ("fp8", None),
@@ -82,7 +82,8 @@ def test_logits_are_those_of_the_decoded_weights(quantised, name, group_size):
     found, want = model(paddle.to_tensor(IDS)).numpy(), dense(paddle.to_tensor(IDS)).numpy()
     assert np.abs(found - want).max() <= 1e-5 * np.abs(want).max()
     layers, parameters = packed_weights(model), dict(dense.named_parameters())
-    assert len(layers) == 3 * 4 + 3 + 2 * 5  # attention, a dense MLP, stacked and shared experts
+    # attention, a dense MLP, stacked and shared experts; of the prediction ahead its projection and a dense layer
+    assert len(layers) == 3 * 4 + 3 + 2 * 5 + 1 + 4 + 3
     assert not layers.keys() & dict(model.named_parameters()).keys()
     for weight, layer in layers.items():
         count = layer.store.shape[0]
@@ -186,7 +187,7 @@ def test_what_does_not_go_with_a_quantised_folder_is_refused(quantised, tmp_path
         load_for_answers(path, adapter=tmp_path / "adapter")
     with pytest.raises(CheckpointError, match=r"is a quantised model .* made for inference"):
         Folder.open(path)
-    with pytest.raises(CheckpointError, match=r"holds 25 weights in few bits .*models in high precision are saved"):
+    with pytest.raises(CheckpointError, match=r"holds 33 weights in few bits .*models in high precision are saved"):
         save_model(load_model(path), tmp_path / "saved")
     assert not (tmp_path / "saved").exists()
 
