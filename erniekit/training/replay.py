@@ -53,7 +53,7 @@ class Kept:
     samples: list[list[list[str]]]
     batches: list[Batch]
     reference: list[np.ndarray]
-    scales: Mapping[str, np.ndarray]
+    scales: Mapping[str, Any]  # arrays
 
 
 class StepKeeper:
