@@ -154,8 +154,8 @@ def quantise(
 
     Raises NotFinite with the `name` of x if it holds NaN or infinity.
     """
+    assert scale is None or (isinstance(scheme, Tensor) and counts is None), "scales from outside are of whole matrices"
     counts = _counts(x.shape, counts)
-    assert scale is None or isinstance(scheme, Tensor), "a scale from outside goes with the scheme Tensor"
     assert short or _fits(x.shape, scheme), f"{name}: {list(x.shape)} is no multiple of {scheme}"
     x, whole = x.astype("float32"), isinstance(scheme, Tensor)
     chosen = backend(x)

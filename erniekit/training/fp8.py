@@ -64,6 +64,10 @@ class Fp8Training:
         finally:
             self.forget_weights()
 
+    def scales(self) -> dict[str, np.ndarray]:
+        """By which a step rounds its inputs, as far as steps before have found them."""
+        return {name: tensor.numpy() for name, tensor in self.memory.state().items()} if self.memory else {}
+
     def astray(self) -> str:
         """What modules told of numbers that are not finite in this step, on every rank the first that did. All ranks
         call it, and all hear the same."""

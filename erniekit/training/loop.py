@@ -179,7 +179,7 @@ def _step(run: Run, step: int) -> StepResult:
         with run.mesh.pulse.phase("keeping the step"):
             run.keeper.keep(
                 run.model, step=step, reason=reason, loss=loss, batches=everybodys, rows=run.data.rows(step),
-                reference=run.reference,
+                reference=run.reference, scales=run.fp8.scales() if run.fp8 else {},
             )  # fmt: skip
 
     def before_update(loss: float) -> None:
