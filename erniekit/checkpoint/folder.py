@@ -234,8 +234,8 @@ def _pdparams_file(folder: Path) -> Path:
 def _quantised(path: Path, because: str) -> str:
     return (
         f"{path}: is a quantised model ({because}), made for inference: its weights can neither be trained nor "
-        "converted. Take the folder that it was made from; compute_type: wint8, wint4/8, wint4 or nf4 quantises that "
-        "while it is loaded, to train adapters on it (fine_tuning: LoRA), to evaluate it or to chat."
+        "converted nor quantised again. Take the folder that it was made from; compute_type: wint8, wint4/8, wint4 or "
+        "nf4 quantises that while it is loaded, to train adapters on it (fine_tuning: LoRA), to evaluate it or to chat."
     )
 
 

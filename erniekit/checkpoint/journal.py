@@ -39,8 +39,8 @@ class Journal:
 
     def _lines(self) -> list[dict[str, Any]]:
         found: list[dict[str, Any]] = []
-        with contextlib.suppress(OSError, ValueError):  # absent; a last line that a kill cut
-            for line in self.path.read_text(encoding="utf-8").splitlines():
+        for line in self.path.read_text(encoding="utf-8").splitlines() if self.path.is_file() else ():
+            with contextlib.suppress(ValueError):  # a line that a kill cut
                 found.append(json.loads(line))
         return found
 

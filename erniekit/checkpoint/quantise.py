@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -22,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from erniekit.base.console import notice
+from erniekit.base.errors import CheckpointError
 from erniekit.base.files import sha256, write_json
 from erniekit.checkpoint.ernie45 import Table, Tensor, layout_table
 from erniekit.checkpoint.folder import Folder
@@ -167,7 +169,7 @@ def _once(path: Path, statistics: Callable[[], Statistics]) -> Statistics:
 
 
 def _num_bytes(tensor: Tensor) -> int:
-    return int(np.prod(tensor.shape)) * 2  # as bf16, whatever it was
+    return math.prod(tensor.shape) * 2  # as bf16, whatever it was
 
 
 class _Work:
@@ -211,6 +213,21 @@ class _Work:
 
     def _tensor(self, name: str, shared: SharedFile) -> dict[str, Any]:
         """Write a tensor; returns its line of the report."""
+        try:
+            return self._written(name, shared)
+        except CheckpointError:
+            self._blame(name)
+            raise
+
+    def _blame(self, name: str) -> None:
+        """Raise CheckpointError if a part of this tensor holds NaN or infinity, by the name that it has in its file."""
+        for atom, _ in self.plan.table.tensors[name].parts:
+            stored = self.folder.table.places[atom].tensor
+            place = self.folder.path / self.folder.file_of[stored]
+            where = f"{place}: '{stored}'" if self.source is self.folder else f"{place}, merged: '{stored}'"
+            require_finite(self.source.read(atom).astype(np.float32), name=where)
+
+    def _written(self, name: str, shared: SharedFile) -> dict[str, Any]:
         tensor, encoder = self.plan.table.tensors[name], self.scheme.encoder_of(name)
         where = f"{self.folder.path}: {name}"
         if encoder is None:
@@ -238,6 +255,8 @@ class _Work:
         for stored in self.plan.fields[name]:
             if stored.endswith(CACHE_SCALES):
                 found[stored] = self.seen.cache[stored]
+        for scale in found.values():
+            require_finite(scale, name=f"the calibration of {self.folder.path}: {name}")
         return found
 
 
@@ -257,7 +276,7 @@ def _judged(name: str, weight: np.ndarray, encoder: Encoder, arrays: Mapping[str
     return {
         "tensor": name, "shape": list(weight.shape), "bytes": sum(array.nbytes for array in arrays.values()),
         "bits": 8 * sum(array.nbytes for array in arrays.values()) / weight.size, "mse": error / weight.size,
-        "relative_error": (error / whole) ** 0.5 if whole else 0.0, "square_error": error, "square": whole,
+        "mean_square": whole / weight.size, "relative_error": (error / whole) ** 0.5 if whole else 0.0,
     }  # fmt: skip
 
 
@@ -268,10 +287,10 @@ def _model(folder: Folder, source: Source) -> str | None:
 
 def _report(scheme: Scheme, journal: Journal, plan: _Plan, seen: Statistics) -> dict[str, Any]:
     rows = [dict(journal.rows[name]) for name in plan.table.tensors if "kind" in journal.rows[name]]
-    numbers = sum(int(np.prod(row["shape"])) for row in rows)
-    every = sum(int(np.prod(tensor.shape)) for tensor in plan.table.tensors.values())
+    numbers = sum(math.prod(row["shape"]) for row in rows)
+    every = sum(math.prod(tensor.shape) for tensor in plan.table.tensors.values())
     stored = sum(entry.num_bytes for entries in plan.entries().values() for entry in entries)
-    error, whole = (sum(row.pop(key) for row in rows) for key in ("square_error", "square"))
+    error, whole = (sum(row[key] * math.prod(row["shape"]) for row in rows) for key in ("mse", "mean_square"))
     return {
         "format": scheme.format.name, "group_size": scheme.group_size, "int4_layers": scheme.int4_layers,
         "calibration_tokens": seen.tokens, "bytes": stored, "bits_per_weight": 8 * stored / every,

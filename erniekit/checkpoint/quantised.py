@@ -197,7 +197,10 @@ class Scheme:
             if encoder and shape[0] % encoder.multiple:
                 wrong.append(f"{name} has {shape[0]}; {self.kind_of(name)} takes a multiple of {encoder.multiple}.")
         if wrong:
-            way = "Take another --group-size." if self.group_size else "Take another format: wint8 and wint4 fit all."
+            way = "Take another format: wint8 and wint4 fit all."
+            if self.group_size:
+                other = f"Leave --group-size {BLOCK} out: one scale for a weight fits all."
+                way = other if self.format.name == "fp8" else "Take another --group-size."
             head = f"{self.format.name} does not fit the inputs of {len(wrong)} weights. {way}"
             raise ConfigError([head, *listed(wrong, limit=4)])
 

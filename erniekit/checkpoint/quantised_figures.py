@@ -8,8 +8,8 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -18,6 +18,7 @@ from erniekit.checkpoint.folder import Folder
 from erniekit.checkpoint.hf_files import weight_files
 from erniekit.checkpoint.quantised_folder import QuantisedFolder
 from erniekit.checkpoint.save import REPORT_FILE
+from erniekit.precision.encoders import ACTIVATION_SCALE
 
 _LAYER = re.compile(r"ernie\.(?:layers|mtp_block)\.\d+")
 _ROWS = 1024
@@ -25,13 +26,14 @@ _ROWS = 1024
 
 def size_figures(folder: QuantisedFolder) -> dict[str, float]:
     """disk_bytes: of the weight files. bits_per_weight: of all that is stored. bits_per_quantised_weight: codes and
-    scales of what is quantised."""
+    scales of what is quantised, without those of its inputs."""
     numbers = {name: math.prod(shape) for name, shape in folder.shapes.items()}
-    coded = sum(array.nbytes for name in folder.fields for array in folder.arrays(name).values())
-    others = sum(folder.read_tensor(name).nbytes for name in numbers if name not in folder.fields)
+    fields = [(field, array) for name in folder.fields for field, array in folder.arrays(name).items()]
+    coded = sum(array.nbytes for field, array in fields if field != ACTIVATION_SCALE)
+    stored = sum(opened.read(name).nbytes for name, opened in folder.stored.items())
     return {
         "disk_bytes": sum(path.stat().st_size for path in weight_files(folder.path)),
-        "bits_per_weight": 8 * (coded + others) / sum(numbers.values()),
+        "bits_per_weight": 8 * stored / sum(numbers.values()),
         "bits_per_quantised_weight": 8 * coded / sum(numbers[name] for name in folder.fields),
     }
 
@@ -67,12 +69,15 @@ def report_of(folder: QuantisedFolder) -> Report | None:
     try:
         values = json.loads(path.read_bytes())
         model = values.get("model")
-        found = values["tensors"]
-        rows = [(str(r["tensor"]), r["mse"] * math.prod(r["shape"]), float(r["relative_error"])) for r in found]
+        rows = [_squares(row) for row in values["tensors"]]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path}: is not a report of a quantisation. Remove it, or quantise again.") from error
-    squares = [(tensor, square, square / share**2 if share else 0.0) for tensor, square, share in rows]
-    return Report(model if isinstance(model, str) else None, squares)
+    return Report(model if isinstance(model, str) else None, rows)
+
+
+def _squares(row: Mapping[str, Any]) -> tuple[str, float, float]:
+    size = math.prod(row["shape"])
+    return str(row["tensor"]), row["mse"] * size, row["mean_square"] * size
 
 
 def _measured(folder: QuantisedFolder, reference: Folder | None) -> Iterator[tuple[str, float, float]]:

@@ -134,12 +134,17 @@ def _log_folder(verb: str, arguments: Arguments, job: Job) -> Path | None:
 
         lock = read_lock(Path(arguments.places[0]))
         return runtime.log_folder() or place_of_repetition(lock, arguments.text("out")) / LOGS
-    from erniekit.cli.runs import config_to_ask
+    from erniekit.cli.runs import config_to_ask, config_to_export
     from erniekit.config.load import load_config
     from erniekit.config.readiness import require_ready
 
-    config = config_to_ask(arguments) if verb == "eval" else load_config(arguments.places[0], arguments.overrides)
-    require_ready(config, verb, world=job.world, cards=len(job.gpus))
+    place = arguments.places[0]
+    if verb == "export":
+        config = config_to_export(arguments)
+    else:
+        config = config_to_ask(arguments) if verb == "eval" else load_config(place, arguments.overrides)
+    if verb != "export" or not Path(place).is_dir():  # of a folder nothing else is wanted
+        require_ready(config, verb, world=job.world, cards=len(job.gpus))
     if folder := runtime.log_folder():
         return folder
     return Path(config.train.output_dir) / LOGS if config.train.output_dir else None

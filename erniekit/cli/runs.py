@@ -34,6 +34,21 @@ def config_to_ask(arguments: Arguments) -> RunConfig:
     return load_config({"model_name_or_path": place} if _is_model(place) else place, arguments.overrides)
 
 
+def config_to_export(arguments: Arguments) -> RunConfig:
+    """The config of an export; with --quantize a folder stands for the model in it. Raises ConfigError."""
+    place = arguments.places[0]
+    if not os.path.isdir(place):
+        return load_config(place, arguments.overrides)
+    if "quantize" not in arguments.values:
+        raise ConfigError(
+            f"{place}: is a folder; `export` takes the YAML file of a run. Of a model folder, `erniekit convert` "
+            "changes the layout and --quantize KIND makes one in few bits."
+        )
+    if arguments.number("checkpoint") is not None:
+        raise ConfigError(f"--checkpoint takes one of a run; {place} is a folder: name {place}/checkpoint-N itself.")
+    return load_config({"model_name_or_path": place}, arguments.overrides)
+
+
 def _is_model(place: str) -> bool:
     return os.path.isdir(place) or is_repository(place)
 
@@ -49,16 +64,14 @@ def evaluate(arguments: Arguments) -> None:
 
 def export(arguments: Arguments) -> None:
     """Write the trained model as a folder to deploy; files stream into files, which one of several ranks does."""
-    place = Path(arguments.places[0])
-    folder = place if "quantize" in arguments.values and place.is_dir() else None
-    config = load_config({"model_name_or_path": str(place)} if folder else place, arguments.overrides)
+    config, place = config_to_export(arguments), Path(arguments.places[0])
     if runtime.rank_place().rank:
         return
     if settings := _quantised(arguments):
         with runtime.keeping_sigterm():
             from erniekit.recipes.quantise import quantise
 
-        out = arguments.text("out")
+        out, folder = arguments.text("out"), place if place.is_dir() else None
         quantise(config, settings, folder=folder, out=Path(out) if out else None, step=arguments.number("checkpoint"))
         return
     with runtime.keeping_sigterm():

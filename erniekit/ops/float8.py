@@ -141,10 +141,7 @@ def _require_finite(x: paddle.Tensor, *, name: str, kind: Kind) -> None:
 
 
 def _not_finite(name: str, kind: Kind) -> NotFinite:
-    return NotFinite(
-        f"{name} holds NaN or infinity, for which {kind.name} has no number: the run has gone astray before this cast. "
-        "Lower learning_rate, or go on from an earlier checkpoint; compute_type: bf16 shows whether FP8 is the cause."
-    )
+    return NotFinite(f"{name} holds NaN or infinity, for which {kind.name} has no number")
 
 
 def quantise(
@@ -157,8 +154,8 @@ def quantise(
 
     Raises NotFinite with the `name` of x if it holds NaN or infinity.
     """
+    assert scale is None or (isinstance(scheme, Tensor) and counts is None), "scales from outside are of whole matrices"
     counts = _counts(x.shape, counts)
-    assert scale is None or isinstance(scheme, Tensor), "a scale from outside goes with the scheme Tensor"
     assert short or _fits(x.shape, scheme), f"{name}: {list(x.shape)} is no multiple of {scheme}"
     x, whole = x.astype("float32"), isinstance(scheme, Tensor)
     chosen = backend(x)

@@ -17,18 +17,17 @@ from dataclasses import dataclass, replace
 
 import paddle
 
+from erniekit.ops.arrays.float8 import ADDED
 from erniekit.ops.float8 import E4M3, Float8, Kind, Tensor, product, quantise_or_nan, weight_product
 from erniekit.ops.gradients import wanted
 from erniekit.ops.grouped import rows_of_experts
 from erniekit.ops.hadamard import SIZE, rotate, rotate_inputs
 
-LEAST = 1e-8  # added to every scale, as published: a tensor of zeros has one, too
-
 
 def scale_of(largest: paddle.Tensor, kind: Kind) -> paddle.Tensor:
     """The scale of a tensor with this largest number. A division: Paddle multiplies by the reciprocal of a Python
     number, which is off by a bit, and then stored weights would not have the codes of training (encoders.py)."""
-    return largest / paddle.full([1], kind.largest) + LEAST
+    return largest / paddle.full([1], kind.largest) + ADDED
 
 
 @dataclass(frozen=True)

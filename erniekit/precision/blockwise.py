@@ -16,7 +16,8 @@ Experts in one piece keep the codes of x, o1 = x w_gate_up and the weights p of 
 Rows that travel to experts elsewhere do so as codes and scales, in one message. What comes back, and all gradients,
 travel as they are.
 
-With adapters between the products these are made one by one, and a frozen weight keeps nothing of x.
+With adapters between the products these are made one by one, and a frozen weight keeps nothing of x. An adapter reads
+rows that are not rounded, so these travel as they are, too.
 
 Codes of weights are made when a step first needs them and serve all its micro-batches and all that is computed again;
 `after_update` and `forget_weights` drop them. Without gradients (evaluation, perhaps of averaged weights) none are
@@ -282,6 +283,7 @@ def use_blockwise(model: nn.Layer, settings: Fp8, *, keep: bool = True) -> Block
         layers[name].product = _linear_product(modules[name])
     for name in stacks:
         experts, pair = layers[name], (modules[f"{name}.gate_up_proj"], modules[f"{name}.down_proj"])
-        experts.mlp, experts.weighs_rows, experts.wire = _expert_mlp(pair), True, _Wire(pair[0])
+        experts.mlp, experts.weighs_rows = _expert_mlp(pair), True
+        experts.wire = _Wire(pair[0]) if experts.gate_up_adapter is None else None  # adapters read rows as they are
         experts.gate_up_product, experts.down_product = map(_expert_product, pair)
     return BlockwiseTraining(list(modules.values()), watch)

@@ -20,14 +20,13 @@ from typing import Literal, NamedTuple, Protocol
 import numpy as np
 
 from erniekit.ops.arrays import float8
-from erniekit.ops.arrays.float8 import E4M3, block_amax, power_of_two, spread_scales
+from erniekit.ops.arrays.float8 import ADDED, E4M3, block_amax, power_of_two, spread_scales
 from erniekit.ops.arrays.hadamard import SIZE, rotated_inputs
 from erniekit.ops.arrays.threads import spread
 from erniekit.precision.quantize import code_rows, dense, pack, require_finite
 
 WEIGHT, SCALE, ACTIVATION_SCALE = "quant_weight", "weight_scale", "activation_scale"
 BLOCK = 128
-ADDED = 1e-8  # to the scales of quantisation-aware training: a tensor of zeros has one, too
 _LEAST = np.finfo(np.float32).tiny  # the scale of zeros: nothing is divided by zero, and zeros stay zeros
 
 

@@ -41,9 +41,10 @@ from erniekit.base.console import notice
 from erniekit.config.fp8 import Fp8, Qat
 from erniekit.models.layers import Linear
 from erniekit.models.moe import ExpertProduct, Experts
+from erniekit.ops.arrays.float8 import ADDED
 from erniekit.ops.float8 import E4M3, E5M2, Float8, Tensor, quantise_or_nan
 from erniekit.ops.hadamard import SIZE, rotate, rotate_inputs
-from erniekit.ops.straight_through import LEAST, Backward, rounded_rows, scale_of, straight_through
+from erniekit.ops.straight_through import Backward, rounded_rows, scale_of, straight_through
 from erniekit.precision.watch import Watch, unrounded
 
 _FUSED = {"q_proj": "qkv_proj", "k_proj": "qkv_proj", "v_proj": "qkv_proj"} | {
@@ -90,7 +91,7 @@ class InputScale:
         else:
             chosen_N = paddle.where(self.scales_N > 0, self.scales_N, found_N)
         chosen_N = paddle.where(paddle.isinf(found_N), paddle.full_like(found_N, float("nan")), chosen_N)
-        return chosen_N[self._held].clip(min=LEAST)
+        return chosen_N[self._held].clip(min=ADDED)
 
     def _moved(self, found_N: paddle.Tensor) -> paddle.Tensor:
         """The moving average one step on; an input that is met for the first time begins it."""

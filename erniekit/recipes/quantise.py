@@ -6,6 +6,7 @@ beside the weights says how far each is from what it was, and `eval` measures th
 
 from __future__ import annotations
 
+import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +32,6 @@ from erniekit.config.run import RunConfig
 
 CALIBRATION_TOKENS = 4096
 _ROW = 512  # tokens that are computed together
-_SAMPLE = 64 << 10
 _WEIGHTS = (".safetensors", ".pdparams")
 
 
@@ -127,8 +127,9 @@ def _identity(base: Folder, source: Source, cfg: RunConfig, settings: Settings) 
     adapters = [Path(adapter.name) for adapter in source.adapters] if isinstance(source, Merged) else []
     parts = [path for folder in (base.path, *adapters) for path in sorted(folder.iterdir())]
     files = [path for path in parts if path.is_file() and (path.suffix in _WEIGHTS or path.name == "config.json")]
-    read = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
     texts = settings.calibration or tuple(cfg.data.train_dataset_path or ())
+    files += [Path(text) for text in texts if Path(text).is_file()]
+    read = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
     return {
         "read": read, "texts": texts, "tokens": settings.calibration_tokens, "seed": cfg.train.seed,
         "search": settings.search,
@@ -199,9 +200,10 @@ def _is_text(path: str) -> bool:
         return True
     try:
         with open(path, "rb") as file:
-            return b'"text"' in file.read(_SAMPLE).partition(b"\n")[0]
-    except OSError:
-        return False  # who opens it says why
+            row = json.loads(file.readline())
+    except (OSError, ValueError):
+        return False  # who reads it says why
+    return isinstance(row, dict) and "text" in row
 
 
 # ---------------------------------------------------------------------- what is said

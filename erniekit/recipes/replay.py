@@ -49,7 +49,9 @@ def replay(folder: str | Path) -> Finding | None:
     tokenizer = Tokenizer.from_folder(base.path)
     arch = architecture(base, cfg)
     model = weights_of(cfg, base, arch).build(folder)
-    assemble_fp8(model, cfg)
+    fp8 = assemble_fp8(model, cfg)
+    if fp8 and fp8.memory:
+        fp8.memory.load_state(kept.scales)
     model.train()
     paddle.seed(kept.seed * 1_000_003 + kept.step)
     for prepare in step_hooks(model, cfg):

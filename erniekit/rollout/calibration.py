@@ -38,12 +38,12 @@ class _Seen:
         """Look at rows [T, in]."""
         if len(rows):
             self.rows += len(rows)
-            self.largest = max(self.largest, float(np.abs(rows).max()))
+            self.largest = float(np.maximum(self.largest, np.abs(rows).max()))  # NaN stays NaN
             self.squares = self.squares + np.einsum("ti,ti->i", rows, rows, dtype=np.float64)
 
     def join(self, other: _Seen) -> None:
         """Count what another weight saw, too."""
-        self.rows, self.largest = self.rows + other.rows, max(self.largest, other.largest)
+        self.rows, self.largest = self.rows + other.rows, float(np.maximum(self.largest, other.largest))
         self.squares = self.squares + other.squares
 
     def mean_squares(self) -> np.ndarray:

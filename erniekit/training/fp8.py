@@ -64,9 +64,14 @@ class Fp8Training:
         finally:
             self.forget_weights()
 
+    def scales(self) -> dict[str, np.ndarray]:
+        """By which a step rounds its inputs, as far as steps before have found them."""
+        return {name: tensor.numpy() for name, tensor in self.memory.state().items()} if self.memory else {}
+
     def astray(self) -> str:
-        """What modules told of numbers that are not finite in this step, on the first rank that did; all call it."""
-        return next(filter(None, self._words.collect("astray", self._watch.astray)), "")
+        """What modules told of numbers that are not finite in this step, on every rank the first that did. All ranks
+        call it, and all hear the same."""
+        return "; ".join(dict.fromkeys(filter(None, self._words.collect("astray", self._watch.astray))))
 
     def report(self, step: int) -> tuple[dict[str, Any], dict[str, dict[str, float]]]:
         """What was seen in the 1-based `step`: the worst for the log, and the figures by module for the boards. All

@@ -179,7 +179,7 @@ def _step(run: Run, step: int) -> StepResult:
         with run.mesh.pulse.phase("keeping the step"):
             run.keeper.keep(
                 run.model, step=step, reason=reason, loss=loss, batches=everybodys, rows=run.data.rows(step),
-                reference=run.reference,
+                reference=run.reference, scales=run.fp8.scales() if run.fp8 else {},
             )  # fmt: skip
 
     def before_update(loss: float) -> None:
@@ -194,13 +194,15 @@ def _step(run: Run, step: int) -> StepResult:
         )  # fmt: skip
     except TrainingStopped as stop:
         why = run.fp8.astray() if run.fp8 else ""
-        keep(math.nan, f"{stop}; {why}" if why else str(stop))
+        reason = f"{stop}; {why}" if why else str(stop)
+        keep(math.nan, reason)
         saved = run.checkpoints.newest_step()
         kept = f"checkpoint-{saved} stands" if saved else "no checkpoint had been saved yet"
         samples = ", ".join(run.data.sample_names(step)[:8])
         raise TrainingStopped(
-            f"step {step + 1}: {stop}. The update was not made; {kept}. Its first samples: {samples}. "
-            "Try a lower learning_rate or a longer warm-up, or look at these samples."
+            f"step {step + 1}: {reason}. The update was not made; {kept}. Its first samples: {samples}. "
+            "Try a lower learning_rate or a longer warm-up, or look at these samples"
+            f"{'; compute_type: bf16 shows whether FP8 is the cause' if run.fp8 else ''}."
         ) from None
     if run.fp8:
         run.fp8.after_update()

@@ -10,7 +10,7 @@ import json
 import shutil
 import statistics
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -35,13 +35,16 @@ _FACTS = "training/replay.json"
 _BATCHES = "training/batches.npz"
 _MOST_SPIKES = 2  # bundles of one run: each is as large as the model in fp32
 _WINDOW, _LEAST = 50, 10  # steps that a loss is compared with, and how many of them there must be
+_SCALES = "training/scales.npz"
 _REFERENCE = "reference"
+_ARRAYS = ("batches", _REFERENCE, "scales")  # of what is kept
 
 
 @dataclass(frozen=True)
 class Kept:
     """A step as it was kept. `samples` names the documents of each row of each micro-batch, in their order. Of a step
-    with a reference, its log-probabilities of the answers of each micro-batch are kept, whatever they came from."""
+    with a reference, its log-probabilities of the answers of each micro-batch are kept, whatever they came from; of a
+    run in FP8, the scales that steps before have found (precision/qat.py)."""
 
     step: int  # 0-based
     reason: str
@@ -50,6 +53,7 @@ class Kept:
     samples: list[list[list[str]]]
     batches: list[Batch]
     reference: list[np.ndarray]
+    scales: Mapping[str, Any]  # arrays
 
 
 class StepKeeper:
@@ -83,7 +87,7 @@ class StepKeeper:
 
     def keep(
         self, model: ErnieForCausalLM, *, step: int, reason: str, loss: float, batches: Sequence[Batch],
-        rows: Sequence[Row], reference: Reference | None = None,
+        rows: Sequence[Row], reference: Reference | None = None, scales: Mapping[str, np.ndarray] | None = None,
     ) -> Path | None:  # fmt: skip
         """Write the bundle of the 0-based `step`; None, with a warning, if the disk has no room for it or refuses.
 
@@ -96,7 +100,7 @@ class StepKeeper:
             warn(f"step {step + 1}: {reason}. It is not kept: {self._folder} holds {_MOST_SPIKES} steps already.")
             return None
         logps = [reference(model, b).numpy() for b in batches if reference and isinstance(b, PreferenceBatch)]
-        kept = Kept(step, reason, loss, self._cfg.train.seed, _names(batches, rows), list(batches), logps)
+        kept = Kept(step, reason, loss, self._cfg.train.seed, _names(batches, rows), list(batches), logps, scales or {})
         try:
             self._write(final, model, kept)
         except (CheckpointError, MeshError) as error:
@@ -123,9 +127,11 @@ class StepKeeper:
 
     def _describe(self, temporary: Path, final: Path, kept: Kept) -> None:
         with writing(final):
-            facts = {name: value for name, value in asdict(kept).items() if name not in ("batches", _REFERENCE)}
+            facts = {name: value for name, value in asdict(kept).items() if name not in _ARRAYS}
             write_json(temporary / _FACTS, facts)
             np.savez(temporary / _BATCHES, **_arrays(kept))
+            if kept.scales:
+                np.savez(temporary / _SCALES, **kept.scales)
             self._cfg.write_resolved(temporary / CONFIG_FILE)
             write_manifest(temporary)
             temporary.rename(final)
@@ -179,4 +185,5 @@ def read_kept(folder: Path) -> Kept:
             found[int(number)][name] = stored[place]
     parts = [found[number] for number in sorted(found)]
     reference = [part.pop(_REFERENCE) for part in parts if _REFERENCE in part]
-    return Kept(**facts, batches=[_batch(part) for part in parts], reference=reference)
+    scales = dict(np.load(folder / _SCALES)) if (folder / _SCALES).is_file() else {}
+    return Kept(**facts, batches=[_batch(part) for part in parts], reference=reference, scales=scales)

@@ -18,10 +18,12 @@ import pytest
 from safetensors.numpy import load_file
 
 from erniekit.config.families import FAMILIES
+from erniekit.precision.qat import QatTraining
 from tests.end_to_end.conftest import Bench, write_rows
 
 KEYS: dict[str, Any] = {"compute_type": "fp8", "fp8_emulate": "true", "apply_online_actscale_step": 2}
 RECIPES = ("blockwise", "qat")
+_ADAPTED = ("SFT", "DPO")  # stages in which adapters are trained here
 KILLED = """
 import os, signal, sys
 from erniekit.cli.main import main
@@ -131,7 +133,12 @@ def test_a_step_that_is_not_finite_is_kept_and_its_module_named(wide, run, tmp_p
     assert "step 2: the loss is nan" in err and "checkpoint-1 stands" in err
     assert err.count("warning: the weight of model.layers.1.mlp.experts.down_proj holds NaN or infinity") == 1
     monkeypatch.undo()
+    loaded, load = {}, QatTraining.load_state
+    monkeypatch.setattr(QatTraining, "load_state", lambda self, state: load(self, loaded.update(state) or state))
     shown, _ = run("replay", tmp_path / "out" / "replay" / "step-2")
+    saved = tmp_path / "out" / "checkpoint-1" / "training" / "memory.safetensors"
+    found = load_file(saved) if recipe == "qat" else {}
+    assert loaded.keys() == found.keys() and all(np.array_equal(loaded[name], array) for name, array in found.items())
     assert "step 2 was kept: the loss is nan" in shown
     assert "the weight of model.layers.1.mlp.experts.down_proj holds NaN" in shown.partition("\n")[0]
 
@@ -157,7 +164,7 @@ def better(number: int) -> dict[str, Any]:
     "keys",
     [
         *({"stage": stage, "fp8_recipe": recipe} for stage in ("DPO", "KTO", "RM") for recipe in RECIPES),
-        {"stage": "SFT", "fp8_recipe": "blockwise", "fine_tuning": "LoRA", "lora_rank": 4},
+        *({"stage": stage, "fp8_recipe": "blockwise", "fine_tuning": "LoRA", "lora_rank": 4} for stage in _ADAPTED),
     ],
     ids=lambda keys: " ".join([keys["stage"], keys["fp8_recipe"], *(["LoRA"] if "fine_tuning" in keys else [])]),
 )

@@ -86,11 +86,18 @@ def test_eval_measures_a_folder_beside_its_origin(bench, run, tmp_path, folders)
 
 def test_eval_without_a_reference_and_with_one_that_does_not_fit(bench, run, folders, tmp_path):
     data = [f"eval_dataset_path={bench.folder / 'eval.jsonl'}", "max_seq_len=64", "stage=SFT"]
-    out, _ = run("eval", folders / "w4a8c8", *data, "--reference", "none")
-    assert "eval_kl" not in out and "error/ernie.layers.0" in out and "bits_per_weight" in out
+    out, _ = run("eval", folders / "w4a8c8", *data, "--reference", "none", f"output_dir={tmp_path}")
+    assert "eval_kl" not in out and "error/ernie.layers.0" in out
+    found = json.loads((tmp_path / "eval" / "metrics.json").read_text())
+    report = json.loads((folders / "w4a8c8" / REPORT_FILE).read_bytes())
+    for name in ("bits_per_weight", "bits_per_quantised_weight"):
+        assert found[name] == pytest.approx(report[name])
+    assert found["error"] == pytest.approx(report["relative_error"]) and found["eval_perplexity"] > 1
     run("init", "--family", "micro-moe", "--out", tmp_path / "other", "--vocab-size", "700")
     _, err = run("eval", folders / "wint4", *data, "--reference", tmp_path / "other", code=2)
     assert f"{tmp_path / 'other'}: is no reference for" in err and "700 tokens" in err
+    out, err = run("eval", folders / "wint4", *data, "compute_type=wint4", code=2)
+    assert "is quantised (wint4) for inference already" in err and "evaluation data" not in out  # nothing was read
     out, _ = run("eval", bench.model, *data, "compute_type=wint8", "--reference", bench.model)
     assert "eval_kl" in out and "bits_per_weight" not in out
 

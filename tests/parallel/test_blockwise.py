@@ -147,6 +147,17 @@ def test_training_is_that_of_one_process(case: Case, layout: Layout) -> None:
             assert off <= allowed, f"step {step + 1}, {name}: {off}"
 
 
+def test_adapters_of_experts_read_rows_as_one_process_does(case: Case) -> None:
+    """Not rounded ones."""
+    keys = {"stage": "SFT", "fp8_recipe": "blockwise", "fine_tuning": "LoRA", "lora_target_modules": ["experts"]}
+    lora, layout = Case(case.folder, case.steps[:1], {**case.keys, **keys}), Layout(2, expert=2)
+    found = together(lora, layout, run_ranks(train, layout, lora))
+    assert found.figures[0]["loss"] == pytest.approx(lora.alone.figures[0]["loss"], rel=1e-6)
+    assert any(name.endswith("gate_up_adapter.lora_B") for name in found.gradients[0])
+    for name, want in lora.alone.gradients[0].items():
+        assert np.linalg.norm(found.gradients[0][name] - want) <= EXACT * np.linalg.norm(want), name
+
+
 def test_it_is_not_what_unrounded_products_give(case: Case) -> None:
     """Else equality above would say nothing of FP8."""
     plain = Case(case.folder, case.steps[:1], {**case.keys, "compute_type": "fp32"}).alone

@@ -21,14 +21,11 @@ from typing import Any
 
 import pytest
 
-from erniekit.checkpoint.create import create
-from erniekit.config.families import FAMILIES
 from erniekit.recipes import train
 from tests.end_to_end.conftest import Bench
 from tests.parallel.launched import log_of, run_ranked
 from tests.parallel.unrounded import casts_off, nudged
 
-SIZES = {"hidden_size": 128, "intermediate_size": 256, "moe_intermediate_size": 256, "head_dim": 32}
 KEYS: dict[str, Any] = {
     "compute_type": "fp8", "fp8_emulate": "true", "max_steps": 5, "save_strategy": "no", "eval_dataset_path": None,
     "gradient_accumulation_steps": 1, "apply_online_actscale_step": 2, "logging_steps": 5, "packing": "false",
@@ -42,18 +39,6 @@ LAYOUTS = {
 FIGURES = ("loss", "grad_norm")
 
 Rows = list[dict[str, Any]]
-
-
-@pytest.fixture(scope="module")
-def wide(bench: Bench) -> Bench:
-    """The micro model with sizes of which blocks of 128 divide even the half, and the same data."""
-    made = Bench(bench.folder / "for-ranks")
-    made.folder.mkdir()
-    (made.folder / "train.jsonl").write_bytes((bench.folder / "train.jsonl").read_bytes())
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(FAMILIES, "micro-moe", {**FAMILIES["micro-moe"], **SIZES})
-        create("micro-moe", made.model, tokenizer_texts=[made.folder / "train.jsonl"])
-    return made
 
 
 @dataclass

@@ -22,15 +22,20 @@ from erniekit.ops.grouped import grouped_linear
 from erniekit.parallel.mesh import Mesh
 from erniekit.precision import qat
 from erniekit.training import assemble
-from tests.parallel.equal import Case, Outcome, assert_equal, together, train
+from erniekit.training.assemble import router_upkeep
+from erniekit.training.state import Memory, load_memory, load_optimizer
+from erniekit.training.step import train_step
+from tests.parallel.equal import Case, Outcome, assert_equal, batches_of, together, train
 from tests.parallel.ranks import run_ranks
 from tests.parallel.samples import packed_row, steps_of, write_model
+from tests.parallel.test_checkpoints import checkpoints
 
 SIZES: dict[str, Any] = {
     "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "head_dim": 16, "moe_intermediate_size": 64,
 }  # fmt: skip
 KEYS: dict[str, Any] = {"stage": "SFT", "compute_type": "fp8", "fp8_emulate": True, "apply_online_actscale_step": 2}
 ROUNDED: dict[str, Any] = {"recompute": True, "quant_input_grad": True, "quant_weight_grad": True}
+MOMENTS: dict[str, Any] = {"use_lowprecision_moment": False, "adam_epsilon": 1e-4}  # else last digits are enlarged
 TENSOR, EXPERTS = Layout(2, tensor=2, sequence_parallel=True), Layout(2, expert=2, sharding=2, stage=2)
 OVER_TENSOR = Layout(2, tensor=2, expert=2, experts_over="tensor")
 Scales = dict[str, np.ndarray]
@@ -72,6 +77,35 @@ def _trained(mesh: Mesh, case: Case, *, rounds: bool) -> tuple[Outcome, Scales]:
     return outcome, scales
 
 
+def _live(mesh: Mesh, case: Case, out: Path, steps: slice) -> tuple[Scales, Scales, list[float]]:
+    """Go on from where the last life saved, and save: scales as they were found and left, and the losses."""
+    weights, saving = checkpoints(mesh, case, out)
+    checkpoint = out / f"checkpoint-{steps.start}" if steps.start else None
+    model = weights.build(checkpoint)
+    fp8, objective = assemble.assemble_fp8(model, case.cfg, mesh=mesh), case.objective(mesh)
+    optimizer, upkeep = assemble.assemble_optimizer(model, case.cfg, mesh=mesh), router_upkeep(model, case.cfg)
+    assert fp8 and fp8.memory
+    if checkpoint:
+        load_optimizer(checkpoint, optimizer, model, mesh)
+        load_memory(checkpoint, fp8.memory, model, mesh)
+    found, losses = _copied(fp8.memory), []
+    model.train()
+    with mock.patch.object(qat, "straight_through", _unrounded):
+        for step in case.steps[steps]:
+            made = train_step(
+                model, optimizer, batches=batches_of(step, mesh), objective=objective, upkeep=upkeep, mesh=mesh,
+                learning_rate=case.rate, row_length=1024,
+            )  # fmt: skip
+            fp8.after_update()
+            losses.append(made.loss)
+    saving.save(model, optimizer, step=steps.stop, progress={}, memory=fp8.memory)
+    return found, _copied(fp8.memory), losses
+
+
+def _copied(memory: Memory) -> Scales:
+    return {name: tensor.numpy().copy() for name, tensor in memory.state().items()}
+
+
 def _over(parts: list[Scales], name: str) -> np.ndarray:
     """A scale as all ranks have it; of weights, each its experts'."""
     if name.startswith("weight/"):
@@ -102,3 +136,28 @@ def test_five_steps_are_those_of_one_process(models: dict[str, Path], layout: La
         assert mine["loss"] == pytest.approx(its["loss"], rel=1e-4)
     for key, expected in scales.items():
         np.testing.assert_allclose(_over([part[1] for part in parts], key), expected, rtol=0.01, err_msg=key)
+
+
+@pytest.mark.parametrize("between", [TENSOR, EXPERTS, OVER_TENSOR], ids=["TP2", "EP2", "experts over TP2"])
+def test_scales_go_from_layout_to_layout(models: dict[str, Path], tmp_path: Path, between: Layout) -> None:
+    """One process, two ranks, one process: what one saved is what the other finds, bit for bit, and goes on from."""
+    case, saved = _case(models["sparse"], **MOMENTS), dict[str, np.ndarray]()
+    _, never_stopped, wanted = _live(Mesh.single(), case, tmp_path / "whole", slice(0, 5))
+    losses: list[float] = []
+    for layout, steps in ((Layout(), slice(0, 2)), (between, slice(2, 3)), (Layout(), slice(3, 5))):
+        if layout.world == 1:
+            parts = [_live(Mesh.single(), case, tmp_path / "out", steps)]
+        else:
+            parts = run_ranks(_live, layout, case, tmp_path / "out", steps)
+        for found, left, of_steps in parts:
+            for name, array in saved.items():
+                np.testing.assert_array_equal(found[name], array, err_msg=name)
+            for name, array in parts[0][1].items():
+                np.testing.assert_array_equal(left[name], array, err_msg=name)
+            assert of_steps == parts[0][2]
+        saved = parts[0][1]
+        losses += parts[0][2]
+    assert losses == pytest.approx(wanted, rel=1e-6)
+    assert saved.keys() == never_stopped.keys()
+    for name, array in never_stopped.items():
+        np.testing.assert_allclose(saved[name], array, rtol=2e-5, err_msg=name)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from unittest import mock
 
 import numpy as np
 import paddle
@@ -19,6 +20,7 @@ from erniekit.parallel.layered import LayerShards
 from erniekit.parallel.mesh import Mesh
 from erniekit.parallel.recompute import apply_recompute
 from erniekit.parallel.zero import GradientSync
+from erniekit.training import optimizer as optimizers
 from erniekit.training.objective import LanguageModelObjective, LossWeights
 from erniekit.training.optimizer import AdamWSettings, Optimizer
 from erniekit.training.step import Totals
@@ -55,6 +57,7 @@ class Case:
     ema: float | None = None
     adaptive: bool = False
     frozen: str = ""  # parameters in whose names this is found
+    offload: bool = False
 
 
 @dataclass
@@ -82,7 +85,8 @@ def make(mesh: Mesh, case: Case) -> tuple[ErnieForCausalLM, Optimizer]:
     optimizer = Optimizer(
         model.named_parameters(), AdamWSettings(max_grad_norm=case.clip, weight_decay=0.1, epsilon=1e-5),
         rates={name: 0.5 for name in trained if "gate" in name}, moments=case.moments, ema_decay=case.ema,
-        adaptive_clip=case.adaptive, sync=GradientSync(trained, mesh, flat_bytes=FLAT_BYTES, layers=layers),
+        adaptive_clip=case.adaptive, offload=case.offload,
+        sync=GradientSync(trained, mesh, flat_bytes=FLAT_BYTES, layers=layers),
     )  # fmt: skip
     return model, optimizer
 
@@ -198,6 +202,26 @@ def test_steps_equal_those_of_one_process(layout: Layout) -> None:
         states_agree(ranks, alone(case))
         if case == Case():
             traffic_is_as_predicted(layout, ranks[0].traffic, steps=case.steps)
+
+
+def train_offloaded(mesh: Mesh, case: Case) -> tuple[Found, Found]:
+    """With states on the device, and in a memory of their own: what is not brought back from there is lost."""
+    moved = mock.Mock(side_effect=lambda tensor, *_: tensor.clone())
+    with mock.patch.multiple(optimizers, to_host=moved, to_device=moved):
+        found = train(mesh, case), train(mesh, replace(case, offload=True))
+    assert moved.called
+    return found
+
+
+@pytest.mark.parametrize("moments", ["float32", "bfloat16"])
+def test_offloaded_states_of_sharded_ranks_give_the_same_bits(moments: str) -> None:
+    for resident, offloaded in run_ranks(train_offloaded, LAYOUTS[2], Case(moments=moments, ema=0.5)):
+        assert [piece[:4] for piece in offloaded.state] == [piece[:4] for piece in resident.state]
+        for mine, its in zip(offloaded.state, resident.state, strict=True):
+            np.testing.assert_array_equal(mine[4], its[4], err_msg=its[0])
+        for name, array in resident.weights.items():
+            np.testing.assert_array_equal(offloaded.weights[name], array, err_msg=name)
+        assert (offloaded.losses, offloaded.norms) == (resident.losses, resident.norms)
 
 
 def states_agree(ranks: list[Found], single: Found) -> None:

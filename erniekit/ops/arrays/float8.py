@@ -35,6 +35,7 @@ class Kind(NamedTuple):
 
 
 E4M3, E5M2 = Kind("float8_e4m3fn", 0, 8), Kind("float8_e5m2", 1, 15)
+ADDED = 1e-8  # to the scales of quantisation-aware training, as published: a tensor of zeros has one, too
 _THREE_QUARTERS, _MANTISSA, _BIAS = 0x600000, 1 << 23, 127  # of fp32
 
 

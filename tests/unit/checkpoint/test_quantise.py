@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from erniekit.checkpoint import hf_files, quantise
 from erniekit.checkpoint.create import create
 from erniekit.checkpoint.ernie45 import Table, layout_table
 from erniekit.checkpoint.folder import Folder
+from erniekit.checkpoint.journal import Journal
 from erniekit.checkpoint.quantise import Statistics, write_quantised
 from erniekit.checkpoint.quantised import CACHE_SCALES, Scheme, input_scale
 from erniekit.checkpoint.quantised_folder import QuantisedFolder, layout_fields
@@ -140,6 +142,19 @@ def test_an_export_that_was_stopped_goes_on(model, tmp_path, capsys, monkeypatch
     assert len(again) == len(_table(Folder.open(source)).tensors) - after
 
 
+def test_a_line_that_a_kill_cut_hides_none_behind_it(tmp_path):
+    journal = Journal(tmp_path, "one")
+    journal.begin()
+    for name in ("a", "b"):
+        journal.add(rows=[{"tensor": name}])
+        with open(journal.path, "a") as file:
+            file.write('{"rows": [{"tensor": "cut sho')
+    again = Journal(tmp_path, "one")
+    assert again.goes_on and list(again.rows) == ["a", "b"]
+    other = Journal(tmp_path, "another")
+    assert other.is_other and not other.rows
+
+
 def test_an_export_that_was_stopped_while_it_appeared_goes_on(model, tmp_path, monkeypatch):
     source, target = model("micro-moe"), tmp_path / "out"
     write(source, tmp_path / "straight", "wint8", max_shard_bytes=60_000)
@@ -159,6 +174,56 @@ def test_an_export_that_was_stopped_while_it_appeared_goes_on(model, tmp_path, m
     assert not (target / "config.json").exists()
     write(source, target, "wint8", max_shard_bytes=60_000)
     assert content(target) == content(tmp_path / "straight")
+
+
+KILLED = """
+import os, random, signal, sys, time
+from pathlib import Path
+from erniekit.checkpoint.folder import Folder
+from erniekit.checkpoint.quantise import Statistics, write_quantised
+from erniekit.checkpoint.quantised import Scheme
+
+def export(target):
+    folder = Folder.open(sys.argv[1])
+    scheme = Scheme.new("wint4", folder.disk_config)
+    write_quantised(
+        Path(target), folder, scheme, source=folder, statistics=Statistics, identity={}, max_shard_bytes=60_000,
+        progress=lambda *_: None, every=0.0,
+    )
+
+def seconds_of(target, patience):
+    started = time.monotonic()
+    if not (child := os.fork()):
+        export(target)
+        os._exit(0)
+    if patience is not None:
+        time.sleep(patience)
+        os.kill(child, signal.SIGKILL)
+    status = os.waitpid(child, 0)[1]
+    assert status in (0, signal.SIGKILL), status
+    return time.monotonic() - started, status == 0
+
+whole, _ = seconds_of(sys.argv[2] + "/straight", None)
+kills = 0
+for number in range(3):
+    patience = 0.0
+    while not seconds_of(f"{sys.argv[2]}/killed-{number}", random.uniform(0, patience))[1]:
+        kills, patience = kills + 1, patience + whole / 4
+print(kills)
+"""
+
+
+def test_kill_9_at_any_moment_costs_nothing(model, tmp_path):
+    """Exports that are killed again and again, each time after longer, until they are through."""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", KILLED, model("micro-moe"), tmp_path],
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[3])}, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    straight = content(tmp_path / "straight")
+    assert len(straight) > 5 and int(done.stdout) > 6
+    assert "going on with an export that was interrupted" in done.stderr
+    for number in range(3):
+        assert content(tmp_path / f"killed-{number}") == straight
 
 
 def test_other_settings_begin_anew(model, tmp_path, capsys):
@@ -186,9 +251,22 @@ def test_a_weight_that_is_not_finite_leaves_nothing(model, change, tmp_path, bad
 
     source, target = model("micro-moe", dtype="float32"), tmp_path / "new" / "out"
     change(source, spoil)
-    stored = name.replace("model.", "ernie.", 1)
-    with pytest.raises(CheckpointError, match=f"{stored} holds NaN or infinity"):
+    with pytest.raises(CheckpointError, match=f"{source / 'model.safetensors'}: '{name}' holds NaN or infinity"):
         write(source, target, "wint4")
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("which", ["largest", "cache"])
+def test_a_calibration_that_is_not_finite_is_told(model, tmp_path, monkeypatch, which):
+    sound = drawn
+
+    def spoilt(folder: Folder, scheme: Scheme) -> Statistics:
+        seen = sound(folder, scheme)
+        return replace(seen, **{which: {name: value * np.nan for name, value in getattr(seen, which).items()}})
+
+    monkeypatch.setattr(sys.modules[__name__], "drawn", spoilt)
+    with pytest.raises(CheckpointError, match=r"the calibration of .* ernie.layers.* holds NaN or infinity"):
+        write(model("micro-moe"), tmp_path / "new" / "out", "w4a8c8")
     assert not (tmp_path / "new").exists()
 
 

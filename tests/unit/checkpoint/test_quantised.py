@@ -143,6 +143,8 @@ def test_all_weights_that_a_group_does_not_fit_are_named():
     with pytest.raises(ConfigError, match="1 weights") as caught:
         scheme.check(shapes)
     assert "ernie.layers.0.mlp.up_gate_proj.weight has 100; wint4 takes a multiple of 48" in str(caught.value)
+    with pytest.raises(ConfigError, match=r"2 weights\. Leave --group-size 128 out"):
+        Scheme.new("fp8", cfg, group_size=128).check(shapes)
 
 
 def test_scales_of_inputs():

@@ -30,7 +30,7 @@ from tests.quantised import quantise_folder
 
 WIDE = families.FAMILIES["micro-moe"] | dict(
     hidden_size=128, intermediate_size=256, moe_intermediate_size=128, num_attention_heads=4, num_key_value_heads=2,
-    head_dim=32,
+    head_dim=32, num_nextn_predict_layers=1, use_bias=True,
 )  # fmt: skip
 FORMATS = [
     ("wint8", None), ("wint8", 32), ("wint4", None), ("wint4", 64), ("w4a8", None), ("w4a8c8", None), ("fp8", None),
@@ -82,12 +82,26 @@ def test_logits_are_those_of_the_decoded_weights(quantised, name, group_size):
     found, want = model(paddle.to_tensor(IDS)).numpy(), dense(paddle.to_tensor(IDS)).numpy()
     assert np.abs(found - want).max() <= 1e-5 * np.abs(want).max()
     layers, parameters = packed_weights(model), dict(dense.named_parameters())
-    assert len(layers) == 3 * 4 + 3 + 2 * 5  # attention, a dense MLP, stacked and shared experts
+    # attention, a dense MLP, stacked and shared experts; of the prediction ahead its projection and a dense layer
+    assert len(layers) == 3 * 4 + 3 + 2 * 5 + 1 + 4 + 3
     assert not layers.keys() & dict(model.named_parameters()).keys()
     for weight, layer in layers.items():
         count = layer.store.shape[0]
         decoded = np.stack([layer.store.dense(i).numpy() for i in range(count)]).reshape(layer.shape)
         np.testing.assert_array_equal(decoded, parameters[weight].numpy(), err_msg=weight)
+
+
+def test_a_reward_model_scores_as_its_decoded_weights(quantised, tmp_path):
+    base = Folder.open(quantised("wint4").parent / "base")
+    reward = build_model(base, base.config.replace(is_reward=True, num_nextn_predict_layers=0), seed=5)
+    save_model(reward, tmp_path / "reward", "paddle", dtype="float32", base=base)
+    path = quantise_folder(tmp_path / "reward", tmp_path / "small", "w4a8c8")
+    model, dense = unrounded(load_for_answers(path)), dense_of(path)
+    positions, ends = np.tile(np.arange(40), [2, 1]), np.full(IDS.shape, 40, np.int32)
+    given = [paddle.to_tensor(array) for array in (IDS, positions, ends)]
+    found, want = (m.rewards(m.trunk(*given).hidden_BSD.flatten(0, 1)).numpy() for m in (model, dense))
+    assert np.abs(found - want).max() <= 1e-5 * np.abs(want).max() and want.std() > 0
+    assert len(packed_weights(model)) == 25
 
 
 def e4m3(x: np.ndarray) -> np.ndarray:
@@ -186,7 +200,7 @@ def test_what_does_not_go_with_a_quantised_folder_is_refused(quantised, tmp_path
         load_for_answers(path, adapter=tmp_path / "adapter")
     with pytest.raises(CheckpointError, match=r"is a quantised model .* made for inference"):
         Folder.open(path)
-    with pytest.raises(CheckpointError, match=r"holds 25 weights in few bits .*models in high precision are saved"):
+    with pytest.raises(CheckpointError, match=r"holds 33 weights in few bits .*models in high precision are saved"):
         save_model(load_model(path), tmp_path / "saved")
     assert not (tmp_path / "saved").exists()
 

@@ -14,8 +14,9 @@ from paddle import nn
 from erniekit.config.fp8 import Fp8, Qat
 from erniekit.models.layers import MLP, Linear
 from erniekit.models.moe import Experts
+from erniekit.ops.arrays.float8 import ADDED
 from erniekit.ops.hadamard import SIZE, sylvester
-from erniekit.precision.qat import LEAST, QatTraining, Ranks, use_qat
+from erniekit.precision.qat import QatTraining, Ranks, use_qat
 
 QAT = Qat(True, False, False, "e5m2", online_steps=200, moving_rate=0.01, forget=False)
 E4M3 = ml_dtypes.float8_e4m3fn
@@ -32,7 +33,7 @@ def rounded(x: np.ndarray, scale: float, dtype: type = E4M3, largest: float = 44
 
 
 def scale_of(x: np.ndarray, largest: float = 448.0) -> float:
-    return np.abs(x).max() / largest + LEAST
+    return np.abs(x).max() / largest + ADDED
 
 
 class Two(nn.Layer):

@@ -121,3 +121,19 @@ def test_prediction_ahead_is_watched_too(tmp_path, monkeypatch):
     seen = calibrate(folder, folder, ROWS, progress=lambda *_: None)
     for name in ("mtp_linear_proj.0", "mtp_block.0.self_attn.qkv_proj", "mtp_block.0.mlp.down_proj"):
         assert seen.largest[f"ernie.{name}.weight"] > 0
+
+
+def test_numbers_that_are_not_finite_are_not_lost(folder):
+    """They stand in the scales, where the export finds them."""
+
+    class Spoilt:
+        def read(self, atom):
+            return folder.read(atom) * (np.nan if atom == "model.layers.1.self_attn.v_proj.weight" else 1)
+
+        def release(self, atom):
+            folder.release(atom)
+
+    seen = calibrate(folder, Spoilt(), ROWS, progress=lambda *_: None)
+    assert np.isfinite(seen.largest["ernie.layers.1.self_attn.qkv_proj.weight"])
+    assert np.isnan(seen.largest["ernie.layers.1.self_attn.o_proj.weight"])
+    assert np.isnan(seen.cache["ernie.layers.1.self_attn.cachev_matmul.activation_scale"]).all()
