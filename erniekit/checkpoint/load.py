@@ -48,9 +48,12 @@ def load_for_answers(
     same. `dtype` as in `load_model`.
     """
     folder = open_to_answer(path)
-    if isinstance(folder, QuantisedFolder):
-        return _load_quantised(folder, adapter=adapter, pack=pack, dtype=dtype, mesh=mesh)
+    require_alone(folder, adapter=adapter, pack=pack)
     dtype = dtype or _dtype(folder)
+    if isinstance(folder, QuantisedFolder):
+        model = build_quantised(folder, folder.config, dtype=dtype, cut=Cut.of(mesh.layout, mesh.rank))
+        use_expert_parallel(model, mesh)
+        return model
     opened = AdapterFolder.open(adapter) if adapter else None
     if opened:
         check_base(opened, folder)
@@ -68,6 +71,22 @@ def load_for_answers(
     return model
 
 
+def require_alone(folder: Folder, *, adapter: Path | None, pack: Packing | None) -> None:
+    """Raise ConfigError if an adapter, or a quantisation while it is loaded, is asked for beside a quantised folder."""
+    if not isinstance(folder, QuantisedFolder):
+        return
+    where = f"{folder.path}: is quantised ({folder.scheme.format.name}) for inference"
+    if adapter:
+        raise ConfigError(
+            f"{where}, and {adapter} belongs to the high-precision folder: answer with that, or merge the adapter into "
+            "it (`erniekit export`) and quantise the result."
+        )
+    if pack:
+        raise ConfigError(
+            f"{where} already; leave compute_type: {pack.compute_type} out, or take the high-precision folder."
+        )
+
+
 def answering_bytes(folder: Folder, *, mesh: Mesh) -> int:
     """What the weights of a high-precision folder take on this rank when `load_for_answers` has made a model of it."""
     table = memory_table(folder.config, head_bias=folder.has_head_bias, cut=Cut.of(mesh.layout, mesh.rank))
@@ -78,25 +97,6 @@ def answering_bytes(folder: Folder, *, mesh: Mesh) -> int:
 def _dtype(folder: Folder) -> str:
     """What is computed in when nobody says."""
     return folder.config.dtype if paddle.device.is_compiled_with_cuda() else "float32"
-
-
-def _load_quantised(
-    folder: QuantisedFolder, *, adapter: Path | None, pack: Packing | None, dtype: str | None, mesh: Mesh
-) -> ErnieForCausalLM:
-    where = f"{folder.path}: is quantised ({folder.scheme.format.name}) for inference"
-    if adapter:
-        raise ConfigError(
-            f"{where}, and {adapter} belongs to the high-precision folder: answer with that, or merge the adapter into "
-            "it (`erniekit export`) and quantise the result."
-        )
-    if pack:
-        raise ConfigError(f"{where} already; leave compute_type: {pack.compute_type} out, or take the high-precision "
-                          "folder.")
-    model = build_quantised(
-        folder, folder.config, dtype=dtype or _dtype(folder), cut=Cut.of(mesh.layout, mesh.rank)
-    )
-    use_expert_parallel(model, mesh)
-    return model
 
 
 def load_merged(source: Merged) -> ErnieForCausalLM:

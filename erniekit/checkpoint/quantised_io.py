@@ -21,6 +21,7 @@ from erniekit.config.architecture import ErnieConfig
 from erniekit.config.cut import WHOLE, Cut
 from erniekit.models.cache import Kept
 from erniekit.models.decoder import ErnieForCausalLM
+from erniekit.models.reward import ErnieForReward
 from erniekit.parallel.part import hold_part
 from erniekit.precision.encoders import ACTIVATION_SCALE
 from erniekit.precision.inputs import FixedRounding, Int8Cache, int8_steps, rounding_by_rows
@@ -59,7 +60,10 @@ def build_quantised(
         return store_of(encoder, shape, dtype=dtype) if encoder else None
 
     with paddle.LazyGuard():  # what is quantised never gets memory of its own
-        model = ErnieForCausalLM(cfg, dtype=dtype, lm_head_bias=folder.has_head_bias)
+        if cfg.is_reward:
+            model = ErnieForReward(cfg, dtype=dtype)
+        else:
+            model = ErnieForCausalLM(cfg, dtype=dtype, lm_head_bias=folder.has_head_bias)
         if cut != WHOLE:
             hold_part(model, {name: tensor.shape for name, tensor in table.tensors.items()})
     use_stores(model, store)

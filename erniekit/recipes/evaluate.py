@@ -22,7 +22,7 @@ from erniekit.checkpoint.adapter_folder import AdapterFolder
 from erniekit.checkpoint.chosen import adapter_of
 from erniekit.checkpoint.download import locate_model
 from erniekit.checkpoint.folder import Folder
-from erniekit.checkpoint.load import load_for_answers
+from erniekit.checkpoint.load import load_for_answers, require_alone
 from erniekit.checkpoint.quantised_folder import open_to_answer, require_whole_matrices
 from erniekit.config.layout import layout_of
 from erniekit.config.model import PREFERENCE_STAGES
@@ -75,6 +75,7 @@ def evaluate(cfg: RunConfig, *, reference: str | None = None) -> dict[str, float
     folder = open_to_answer(locate_model(cfg.model.model_name_or_path, cfg.model.download_hub))
     adapter = adapter_of(cfg)
     _check_kind(cfg, folder, adapter)
+    require_alone(folder, adapter=adapter, pack=packing_of(cfg))
     tokenizer = Tokenizer.from_folder(folder.path)
     tokenizer.check_vocab(folder.config.vocab_size)
     layout = layout_of(cfg, place.world, folder.config, verb="eval")

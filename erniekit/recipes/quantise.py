@@ -6,6 +6,7 @@ beside the weights says how far each is from what it was, and `eval` measures th
 
 from __future__ import annotations
 
+import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +32,6 @@ from erniekit.config.run import RunConfig
 
 CALIBRATION_TOKENS = 4096
 _ROW = 512  # tokens that are computed together
-_SAMPLE = 64 << 10
 _WEIGHTS = (".safetensors", ".pdparams")
 
 
@@ -200,9 +200,10 @@ def _is_text(path: str) -> bool:
         return True
     try:
         with open(path, "rb") as file:
-            return b'"text"' in file.read(_SAMPLE).partition(b"\n")[0]
-    except OSError:
-        return False  # who opens it says why
+            row = json.loads(file.readline())
+    except (OSError, ValueError):
+        return False  # who reads it says why
+    return isinstance(row, dict) and "text" in row
 
 
 # ---------------------------------------------------------------------- what is said

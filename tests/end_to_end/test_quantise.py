@@ -214,6 +214,14 @@ def test_text_that_is_too_short_is_told(bench, run, small, tmp_path):
     run(*words, "--calibration-tokens", 3)
 
 
+def test_a_dialogue_whose_parts_are_text_is_a_dialogue(bench, run, tmp_path):
+    parts = [{"type": "text", "text": "say red and blue"}]
+    turns = [{"role": "user", "content": parts}, {"role": "assistant", "content": "red and blue"}]
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"messages": turns}) + "\n")
+    text = ("--calibration", tmp_path / "rows.jsonl", "--calibration-tokens", 5)
+    run("export", bench.model, "--quantize", "fp8", *text, "--out", tmp_path / "out")
+
+
 def test_options_without_their_format_are_refused(bench, run, tmp_path):
     _, err = run("export", bench.config(tmp_path / "run"), "--group-size", 64, code=2)
     assert "--group-size is about --quantize KIND" in err

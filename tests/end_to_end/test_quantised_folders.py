@@ -96,6 +96,8 @@ def test_eval_without_a_reference_and_with_one_that_does_not_fit(bench, run, fol
     run("init", "--family", "micro-moe", "--out", tmp_path / "other", "--vocab-size", "700")
     _, err = run("eval", folders / "wint4", *data, "--reference", tmp_path / "other", code=2)
     assert f"{tmp_path / 'other'}: is no reference for" in err and "700 tokens" in err
+    out, err = run("eval", folders / "wint4", *data, "compute_type=wint4", code=2)
+    assert "is quantised (wint4) for inference already" in err and "evaluation data" not in out  # nothing was read
     out, _ = run("eval", bench.model, *data, "compute_type=wint8", "--reference", bench.model)
     assert "eval_kl" in out and "bits_per_weight" not in out
 

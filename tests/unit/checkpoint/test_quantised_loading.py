@@ -91,6 +91,19 @@ def test_logits_are_those_of_the_decoded_weights(quantised, name, group_size):
         np.testing.assert_array_equal(decoded, parameters[weight].numpy(), err_msg=weight)
 
 
+def test_a_reward_model_scores_as_its_decoded_weights(quantised, tmp_path):
+    base = Folder.open(quantised("wint4").parent / "base")
+    reward = build_model(base, base.config.replace(is_reward=True, num_nextn_predict_layers=0), seed=5)
+    save_model(reward, tmp_path / "reward", "paddle", dtype="float32", base=base)
+    path = quantise_folder(tmp_path / "reward", tmp_path / "small", "w4a8c8")
+    model, dense = unrounded(load_for_answers(path)), dense_of(path)
+    positions, ends = np.tile(np.arange(40), [2, 1]), np.full(IDS.shape, 40, np.int32)
+    given = [paddle.to_tensor(array) for array in (IDS, positions, ends)]
+    found, want = (m.rewards(m.trunk(*given).hidden_BSD.flatten(0, 1)).numpy() for m in (model, dense))
+    assert np.abs(found - want).max() <= 1e-5 * np.abs(want).max() and want.std() > 0
+    assert len(packed_weights(model)) == 25
+
+
 def e4m3(x: np.ndarray) -> np.ndarray:
     return np.clip(x, -448, 448).astype(ml_dtypes.float8_e4m3fn).astype(np.float32)
 
