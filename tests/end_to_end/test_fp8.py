@@ -23,7 +23,7 @@ from tests.end_to_end.conftest import Bench, write_rows
 
 KEYS: dict[str, Any] = {"compute_type": "fp8", "fp8_emulate": "true", "apply_online_actscale_step": 2}
 RECIPES = ("blockwise", "qat")
-_ADAPTED = ("SFT", "DPO")  # stages in which adapters are trained here
+_ADAPTED = ("SFT", "DPO", "KTO")  # stages in which adapters are trained here
 KILLED = """
 import os, signal, sys
 from erniekit.cli.main import main
