@@ -90,15 +90,17 @@ def test_gradient_of_weights_in_fp8(kind):
     """From rows to columns to the product, as training does it, added to what is there if the gradient is E4M3; and
     against the unquantised."""
     x, g, add = drawn(ROWS, K, seed=0), drawn(ROWS, N, seed=2), kind is float8.E4M3
-    out = paddle.ones([EXPERTS, K, N]) if add else empty(EXPERTS, K, N, dtype="float32")
+    out = Frame(EXPERTS, K, N, dtype="float32", gap=136)
+    if add:
+        out.inner.fill_(1.0)
     sides = along_tokens(x, e5m2=False), along_tokens(g, e5m2=not add)
-    grouped.weight_product8(*sides, out, ends=ends(), add=add, g_e5m2=not add)
+    grouped.weight_product8(*sides, out.inner, ends=ends(), add=add, g_e5m2=not add)
     dense_x, dense_g = (
         exact(float8.dense(float8.quantise(rows, float8.Columns(), kind=kind, counts=COUNTS, short=True)))
         for rows, kind in ((x, float8.E4M3), (g, kind))
     )
     expected = np.stack([dense_x[rows].T @ dense_g[rows] for _, rows in of_experts()])
-    np.testing.assert_allclose(out.numpy(), expected + add, rtol=0, atol=1e-6 * np.abs(expected).max())
+    np.testing.assert_allclose(out.numbers(), expected + add, rtol=0, atol=1e-6 * np.abs(expected).max())
     whole = np.stack([exact(x)[rows].T @ exact(g)[rows] for _, rows in of_experts()])
     cosine = (whole * expected).sum() / np.sqrt((whole**2).sum() * (expected**2).sum())
     assert cosine > (0.999 if add else 0.997)
@@ -109,17 +111,18 @@ def test_forward_and_backward_in_bf16():
     x, w, g = (drawn(*shape, seed=seed).astype("bfloat16") for seed, shape in enumerate(shapes))
     x, g = cut_out(x, gap=136), cut_out(g, gap=140)
     y, grad_x = Frame(ROWS, N, dtype="bfloat16", gap=144), Frame(ROWS, 200, dtype="bfloat16", gap=148)
-    grad_w, added = empty(EXPERTS, 200, N, dtype="bfloat16"), paddle.ones([EXPERTS, 200, N])
+    grad_w, added = (Frame(EXPERTS, 200, N, dtype=dtype, gap=152) for dtype in ("bfloat16", "float32"))
+    added.inner.fill_(1.0)
     grouped.product16(x, w, y.inner, ends=ends(), setting=grouped.BF16[3])
     grouped.product16(g, w, grad_x.inner, ends=ends(), turned=True)
-    grouped.weight_product16(x, g, grad_w, ends=ends())
-    grouped.weight_product16(x, g, added, ends=ends(), add=True)
+    grouped.weight_product16(x, g, grad_w.inner, ends=ends())
+    grouped.weight_product16(x, g, added.inner, ends=ends(), add=True)
     x_, w_, g_ = exact(x), exact(w), exact(g)
     rounds_to(y.numbers(), np.concatenate([x_[rows] @ w_[expert] for expert, rows in of_experts()]))
     rounds_to(grad_x.numbers(), np.concatenate([g_[rows] @ w_[expert].T for expert, rows in of_experts()]))
     expected = np.stack([x_[rows].T @ g_[rows] for _, rows in of_experts()])
-    rounds_to(exact(grad_w), expected)
-    np.testing.assert_allclose(added.numpy(), expected + 1, rtol=0, atol=1e-6 * np.abs(expected).max())
+    rounds_to(grad_w.numbers(), expected)
+    np.testing.assert_allclose(added.numbers(), expected + 1, rtol=0, atol=1e-6 * np.abs(expected).max())
 
 
 def test_a_tile_that_is_not_finite_shows():

@@ -9,6 +9,7 @@ import pytest
 
 from erniekit.ops import float8, hadamard
 from erniekit.ops.arrays import float8 as arrays
+from tests.unit.ops.triton.frames import Frame, cut_out
 
 quantise = pytest.importorskip("erniekit.ops.triton.quantise", reason="needs triton (extra parity)")
 pytestmark = pytest.mark.parity
@@ -54,11 +55,11 @@ def test_every_bf16_number_gets_its_code(kind):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_rows(kind, dtype):
     x = drawn(37, 300).astype(dtype)
-    codes, scales = empty(37, 300), empty(37, 3, dtype="float32")
-    quantise.quantise_rows(x, codes, scales, e5m2=kind is float8.E5M2)
+    codes, scales = Frame(37, 300, dtype="uint8", gap=136), Frame(37, 3, dtype="float32", gap=3)
+    quantise.quantise_rows(cut_out(x, gap=140), codes.inner, scales.inner, e5m2=kind is float8.E5M2)
     expected = float8.quantise(x, float8.Rows(), kind=kind, short=True)
-    same(codes, expected.codes)
-    same(scales, expected.scales)
+    np.testing.assert_array_equal(codes.numbers(), expected.codes.numpy())
+    np.testing.assert_array_equal(scales.numbers(), expected.scales.numpy())
 
 
 def test_subnormal_numbers():
@@ -83,13 +84,13 @@ def test_rows_are_cut_out_of_wider_ones_and_scales_may_lie_by_columns():
 
 def test_blocks_and_the_same_codes_turned():
     w = drawn(2, 200, 260)
-    codes, turned = empty(2, 200, 260), empty(2, 260, 200)
-    scales = empty(2, 2, 3, dtype="float32")
-    quantise.quantise_blocks(w, codes, scales, turned=turned)
+    codes, turned = Frame(2, 200, 260, dtype="uint8", gap=136), Frame(2, 260, 200, dtype="uint8", gap=140)
+    scales = Frame(2, 2, 3, dtype="float32", gap=3)
+    quantise.quantise_blocks(cut_out(w, gap=144), codes.inner, scales.inner, turned=turned.inner)
     expected = float8.quantise(w, float8.Blocks(), short=True)
-    same(codes, expected.codes)
-    same(turned, expected.codes.transpose([0, 2, 1]))
-    same(scales, expected.scales)
+    np.testing.assert_array_equal(codes.numbers(), expected.codes.numpy())
+    np.testing.assert_array_equal(turned.numbers(), expected.codes.transpose([0, 2, 1]).numpy())
+    np.testing.assert_array_equal(scales.numbers(), expected.scales.numpy())
 
 
 def test_permuted_rows_are_those_of_permuting_first():
@@ -110,12 +111,13 @@ def test_columns_begin_anew_with_every_expert(from_codes):
     numbers = float8.dense(held) if from_codes else x
     expected = float8.quantise(numbers, float8.Columns(), counts=counts, short=True)
     codes = empty(size, quantise.padded_rows(rows, len(counts)))
-    scales = empty(codes.shape[1] // 128, size, dtype="float32")
+    scales = Frame(codes.shape[1] // 128, size, dtype="float32", gap=68)
     ends = paddle.to_tensor(np.cumsum(counts).astype("int32"))
-    given, of_rows = (held.codes, held.scales) if from_codes else (x, None)
-    quantise.quantise_columns(given, codes, scales, ends=ends, x_scales=of_rows)
+    of_rows = cut_out(held.scales, gap=3) if from_codes else None
+    given = cut_out(held.codes if from_codes else x, gap=140)
+    quantise.quantise_columns(given, codes, scales.inner, ends=ends, x_scales=of_rows)
     blocks = [-(-count // 128) for count in counts]
-    same(scales[: sum(blocks)], expected.scales)
+    np.testing.assert_array_equal(scales.numbers()[: sum(blocks)], expected.scales.numpy())
     start = at = 0
     for count, of_expert in zip(counts, blocks, strict=True):
         mine = codes.numpy()[:, at : at + of_expert * 128]
@@ -133,9 +135,10 @@ def test_rotated_rows_under_one_scale(kind):
     quantise.rotated_amax(x, amax)
     assert amax.view("float32").item() == rotated.abs().max().item()
     scale = rotated.abs().max().reshape([1]) / (kind.largest * 1.5)
-    codes = empty(35, 160)
-    quantise.rotate_quantise(x, codes, scale=scale, e5m2=kind is float8.E5M2)
-    same(codes, float8.quantise(rotated, float8.Tensor(), kind=kind, scale=scale).codes)
+    codes = Frame(35, 160, dtype="uint8", gap=136)
+    quantise.rotate_quantise(cut_out(x, gap=140), codes.inner, scale=scale, e5m2=kind is float8.E5M2)
+    expected = float8.quantise(rotated, float8.Tensor(), kind=kind, scale=scale).codes
+    np.testing.assert_array_equal(codes.numbers(), expected.numpy())
 
 
 def test_rotation_of_any_numbers_is_close():
