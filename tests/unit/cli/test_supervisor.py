@@ -132,13 +132,19 @@ signal.signal(2, ask); signal.signal(15, ask); print('ready', flush=True); time.
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_one_request_to_stop_lets_all_ranks_save(tmp_path, number):
-    process = start(tmp_path, PATIENT, PATIENT)
+def ready(process, tmp_path):
+    """Wait until both ranks can be asked to stop; returns the log of the second."""
     assert process.stdout.readline() == "ready\n"
     log = tmp_path / "logs" / "rank-1.log"
     while "ready" not in log.read_text():
         time.sleep(0.01)
+    return log
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_one_request_to_stop_lets_all_ranks_save(tmp_path, number):
+    process = start(tmp_path, PATIENT, PATIENT)
+    log = ready(process, tmp_path)
     process.send_signal(number)
     out, err = process.communicate(timeout=20)
     assert (process.returncode, out, err) == (128 + number, "saving\nsaved\n", "")
@@ -147,7 +153,7 @@ def test_one_request_to_stop_lets_all_ranks_save(tmp_path, number):
 
 def test_the_second_request_stops_at_once(tmp_path):
     process = start(tmp_path, PATIENT.replace(".2", "60"), PATIENT.replace(".2", "60"))
-    assert process.stdout.readline() == "ready\n"
+    ready(process, tmp_path)
     process.send_signal(signal.SIGINT)
     assert process.stdout.readline() == "saving\n"
     process.send_signal(signal.SIGINT)
