@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from erniekit.base.errors import CheckpointError, ConfigError
@@ -10,6 +11,8 @@ from erniekit.checkpoint.adapter_forms import is_adapter
 from erniekit.checkpoint.download import locate_model
 from erniekit.config.readiness import require_ready
 from erniekit.config.run import RunConfig
+
+_NAME = re.compile(r"checkpoint-(\d+)")
 
 
 def adapter_of(cfg: RunConfig) -> Path | None:
@@ -49,10 +52,16 @@ def trained_model(cfg: RunConfig, *, step: int | None = None) -> Path:
     return source
 
 
+def numbered(run: Path) -> list[tuple[int, Path]]:
+    """(step, folder) of everything in the folder of a run that is named like a checkpoint, in order."""
+    matches = [(_NAME.fullmatch(path.name), path) for path in run.iterdir() if path.is_dir()] if run.is_dir() else []
+    return sorted((int(match[1]), path) for match, path in matches if match)
+
+
 def _absent(run: Path, step: int | None) -> str:
     if not run.is_dir():
         return f"output_dir {run} does not exist: there is nothing to export. Train first."
-    steps = sorted(int(n) for p in run.glob("checkpoint-*") if p.is_dir() and (n := p.name[11:]).isdecimal())
+    steps = [number for number, _ in numbered(run)]
     if not steps:
         return f"output_dir {run} holds no finished model and no checkpoint: there is nothing to export."
     if step is not None:

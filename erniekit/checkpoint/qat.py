@@ -17,6 +17,7 @@ import numpy as np
 
 from erniekit.base.console import notice
 from erniekit.base.errors import CheckpointError, ConfigError
+from erniekit.checkpoint.chosen import numbered
 from erniekit.checkpoint.convert import write_converted
 from erniekit.checkpoint.folder import Folder
 from erniekit.checkpoint.hf_files import SafetensorsFile
@@ -50,8 +51,9 @@ def trained_checkpoint(cfg: RunConfig, step: int | None) -> Folder:
     """The checkpoint of `step`, else the newest. Raises ConfigError if there is none with scales."""
     assert cfg.train.output_dir
     run = Path(cfg.train.output_dir)
-    steps = sorted(int(n) for path in run.glob("checkpoint-*") if (n := path.name[11:]).isdecimal())
-    if not steps or step not in (None, *steps):
+    there = dict(numbered(run))
+    path = there.get(max(there, default=0) if step is None else step)
+    if path is None:
         raise ConfigError(
             f"output_dir {run} holds no checkpoint{'s' if step is None else f'-{step}'}: FP8 codes and scales are made "
             "from what a checkpoint holds, the weights as they were trained and the scales of inputs. Train with "
@@ -59,7 +61,6 @@ def trained_checkpoint(cfg: RunConfig, step: int | None) -> Folder:
         )
     if step is None and cfg.watch.load_best_model_at_end:
         raise ConfigError("load_best_model_at_end: say which checkpoint is meant with --checkpoint STEP.")
-    path = run / f"checkpoint-{steps[-1] if step is None else step}"
     if not (path / _MEMORY).is_file():
         raise CheckpointError(f"{path}: holds no scales of inputs; it is no checkpoint of training in FP8.")
     return Folder.open(path)

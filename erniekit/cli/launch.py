@@ -139,10 +139,8 @@ def _log_folder(verb: str, arguments: Arguments, job: Job) -> Path | None:
     from erniekit.config.readiness import require_ready
 
     place = arguments.places[0]
-    if verb == "export":
-        config = config_to_export(arguments)
-    else:
-        config = config_to_ask(arguments) if verb == "eval" else load_config(place, arguments.overrides)
+    given = {"export": config_to_export, "eval": config_to_ask}.get(verb)
+    config = given(arguments) if given else load_config(place, arguments.overrides)
     if verb != "export" or not Path(place).is_dir():  # of a folder nothing else is wanted
         require_ready(config, verb, world=job.world, cards=len(job.gpus))
     if folder := runtime.log_folder():

@@ -27,7 +27,19 @@ import paddle.nn.functional as F
 
 from erniekit.base.errors import NotFinite
 from erniekit.ops import float8_gpu
-from erniekit.ops.arrays.float8 import E4M3, E5M2, Blocks, Columns, Kind, Rows, Scheme, Tensor
+from erniekit.ops.arrays.float8 import (
+    BIAS,
+    E4M3,
+    E5M2,
+    MANTISSA,
+    THREE_QUARTERS,
+    Blocks,
+    Columns,
+    Kind,
+    Rows,
+    Scheme,
+    Tensor,
+)
 from erniekit.ops.cpu import float8 as cpu
 from erniekit.ops.dispatch import backend
 from erniekit.ops.grouped import rows_of_experts
@@ -40,7 +52,6 @@ __all__ = [
 
 Result = Literal["bf16", "fp32"]  # which numbers a product is made of, however they are stored
 _NAN = 0x7F  # its code in both formats
-_MANTISSA, _THREE_QUARTERS, _BIAS = 1 << 23, 0x600000, 127  # of fp32
 
 
 @dataclass(frozen=True)
@@ -65,8 +76,8 @@ class Statistics(NamedTuple):
 def power_of_two(amax: paddle.Tensor, *, kind: Kind = E4M3) -> paddle.Tensor:
     """The smallest power of two by which `amax` (fp32, finite) fits into the format; 1 for 0, never a subnormal."""
     bits = amax.contiguous().view("int32")
-    exponent = bits // _MANTISSA - _BIAS - kind.top + (bits % _MANTISSA > _THREE_QUARTERS).astype("int32")
-    scale = ((exponent.clip(min=1 - _BIAS) + _BIAS) * _MANTISSA).view("float32")
+    exponent = bits // MANTISSA - BIAS - kind.top + (bits % MANTISSA > THREE_QUARTERS).astype("int32")
+    scale = ((exponent.clip(min=1 - BIAS) + BIAS) * MANTISSA).view("float32")
     return paddle.where(bits == 0, paddle.ones_like(amax), scale)  # Paddle's == takes 1e-16 for 0
 
 

@@ -146,9 +146,11 @@ def _memory(mesh: Mesh, needed: int) -> tuple[int, int]:
     if gpus := resources.gpus() if paddle.device.is_compiled_with_cuda() else []:
         place, offered = f"GPU of rank {mesh.rank}", max(gpu.num_bytes for gpu in gpus)
     told = mesh.words.collect("memory", [place, needed, offered])
-    places = {place: (sum(n for p, n, _ in told if p == place), min(o for p, _, o in told if p == place))
-              for place, _, _ in told}  # fmt: skip
-    return max(places.values(), key=lambda found: found[0] - found[1])
+    found = []
+    for where in {place for place, _, _ in told}:
+        here = [sizes for place, *sizes in told if place == where]
+        found.append((sum(wants for wants, _ in here), min(free for _, free in here)))
+    return max(found, key=lambda sizes: sizes[0] - sizes[1])
 
 
 def kept_of(reference: Folder, rows: Rows) -> Reference:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import re
 import shutil
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -27,6 +26,7 @@ import paddle
 from erniekit.base.console import warn
 from erniekit.base.errors import CheckpointError
 from erniekit.base.files import fsync_folder, write_json, writing
+from erniekit.checkpoint.chosen import numbered
 from erniekit.checkpoint.hf_files import format_tag
 from erniekit.checkpoint.manifest import MANIFEST_FILE, check_manifest, write_manifest
 from erniekit.checkpoint.model_io import Ranges, Writer, host_array
@@ -36,7 +36,6 @@ from erniekit.models.decoder import ErnieForCausalLM
 from erniekit.parallel.mesh import Mesh
 from erniekit.training.optimizer import Optimizer
 
-_NAME = re.compile(r"checkpoint-(\d+)")
 _OPTIMIZER = "training/optimizer.safetensors"
 _MEMORY = "training/memory.safetensors"
 _STATE = "training/state.json"
@@ -161,7 +160,7 @@ class Checkpoints:
     def _prune(self, best: int) -> None:
         if not self._keep or self._keep < 1:
             return
-        for step, old in sorted(numbered(self._dir))[: -self._keep]:
+        for step, old in numbered(self._dir)[: -self._keep]:
             if step == best:
                 continue
             doomed = old.with_name(f".{old.name}.removed")
@@ -209,19 +208,11 @@ def _numbers(tensor: paddle.Tensor) -> Numbers:
     return Numbers(lambda: host_array(tensor), _format(tensor), tuple(tensor.shape))
 
 
-def numbered(output_dir: Path) -> list[tuple[int, Path]]:
-    """(step, folder) of everything that is named like a checkpoint."""
-    if not output_dir.is_dir():
-        return []
-    matches = [(_NAME.fullmatch(path.name), path) for path in output_dir.iterdir() if path.is_dir()]
-    return [(int(match[1]), path) for match, path in matches if match]
-
-
 def newest_complete(output_dir: Path) -> Path | None:
     """The newest checkpoint whose manifest holds; broken ones are named and passed over."""
     for leftover in output_dir.glob(".checkpoint-*"):
         shutil.rmtree(leftover, ignore_errors=True)
-    for _, folder in sorted(numbered(output_dir), reverse=True):
+    for _, folder in reversed(numbered(output_dir)):
         problems = check_manifest(folder)
         if not problems:
             return folder

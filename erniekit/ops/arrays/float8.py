@@ -36,7 +36,7 @@ class Kind(NamedTuple):
 
 E4M3, E5M2 = Kind("float8_e4m3fn", 0, 8), Kind("float8_e5m2", 1, 15)
 ADDED = 1e-8  # to the scales of quantisation-aware training, as published: a tensor of zeros has one, too
-_THREE_QUARTERS, _MANTISSA, _BIAS = 0x600000, 1 << 23, 127  # of fp32
+THREE_QUARTERS, MANTISSA, BIAS = 0x600000, 1 << 23, 127  # of fp32
 
 
 @dataclass(frozen=True)
@@ -98,8 +98,8 @@ def decode(codes: np.ndarray, kind: Kind) -> np.ndarray:
 def power_of_two(amax: np.ndarray, kind: Kind) -> np.ndarray:
     """The scale of blocks whose largest magnitude is `amax` (fp32, finite)."""
     bits = np.ascontiguousarray(amax, np.float32).view(np.int32)
-    exponent = bits // _MANTISSA - _BIAS - kind.top + (bits % _MANTISSA > _THREE_QUARTERS)
-    scale = (np.maximum(exponent, 1 - _BIAS) + _BIAS).astype(np.int32) * np.int32(_MANTISSA)
+    exponent = bits // MANTISSA - BIAS - kind.top + (bits % MANTISSA > THREE_QUARTERS)
+    scale = (np.maximum(exponent, 1 - BIAS) + BIAS).astype(np.int32) * np.int32(MANTISSA)
     return np.where(bits == 0, np.float32(1.0), scale.view(np.float32)).reshape(np.shape(amax))
 
 
