@@ -15,16 +15,14 @@ from typing import Any
 
 from erniekit.base.console import notice
 from erniekit.base.files import writing
-from erniekit.checkpoint.save import STAGE, require_empty
-
-_JOURNAL = ".journal"  # hidden: neither the manifest nor the folder gets it
+from erniekit.checkpoint.save import JOURNAL, STAGE, require_empty
 
 
 class Journal:
     """What is done, a JSON object a line: the first says which export this is, the others what is on the disk."""
 
     def __init__(self, stage: Path, export: str) -> None:
-        self.path = stage / _JOURNAL
+        self.path = stage / JOURNAL
         self.rows: dict[str, dict[str, Any]] = {}  # by tensor
         self.digests: dict[str, str] = {}  # by file
         self.whole = False  # nothing is left but to move the files

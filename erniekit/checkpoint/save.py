@@ -48,6 +48,7 @@ BF16_TAG = {"pt": "BF16", "paddle": "U16"}
 METADATA = {"pt": {"format": "pt"}, "paddle": {"format": "np"}}
 
 STAGE = ".saving"  # inside the target, until the folder is whole
+JOURNAL = ".journal"  # in the stage of an export that goes on after a kill
 _COMPANION_SUFFIXES = (".json", ".model", ".jinja", ".txt", ".md", ".py", ".ttf")
 RUN_FILE = "run.json"  # what a training run writes about itself; it is not the model's
 MERGE_FILE = "erniekit_merge.json"  # beside a merged model: of what, and how near it is to that
@@ -120,15 +121,20 @@ def staged(path: str | Path) -> Iterator[Path]:
 
 
 def publish(stage: Path, folder: Path) -> None:
-    """Move a whole model out of its stage, config.json last, and remove the stage with what is hidden in it."""
+    """Move a whole model out of its stage, config.json last, and remove the stage with what is hidden in it.
+
+    The journal goes last: as long as anything is left to do, a killed export knows it.
+    """
     names = sorted(
         (path.name for path in stage.iterdir() if not path.name.startswith(".")),
         key=lambda name: (name == "config.json", name),
     )
     for name in names:
         os.replace(stage / name, folder / name)
-    shutil.rmtree(stage)
     fsync_folder(folder)
+    for path in sorted(stage.iterdir(), key=lambda path: path.name == JOURNAL):
+        path.unlink()
+    stage.rmdir()
 
 
 def _drop_stale(stage: Path, folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -22,7 +23,7 @@ from erniekit.checkpoint.journal import Journal
 from erniekit.checkpoint.quantise import Statistics, write_quantised
 from erniekit.checkpoint.quantised import CACHE_SCALES, Scheme, input_scale
 from erniekit.checkpoint.quantised_folder import QuantisedFolder, layout_fields
-from erniekit.checkpoint.save import REPORT_FILE, STAGE
+from erniekit.checkpoint.save import JOURNAL, REPORT_FILE, STAGE
 from erniekit.checkpoint.source import made
 from erniekit.checkpoint.verify import verify
 from erniekit.config import families
@@ -156,24 +157,40 @@ def test_a_line_that_a_kill_cut_hides_none_behind_it(tmp_path):
 
 
 def test_an_export_that_was_stopped_while_it_appeared_goes_on(model, tmp_path, monkeypatch):
-    source, target = model("micro-moe"), tmp_path / "out"
+    """Before each of the steps by which a folder appears: the moves, and the removal of what was hidden."""
+    source = model("micro-moe")
     write(source, tmp_path / "straight", "wint8", max_shard_bytes=60_000)
-    moved, real = [], os.replace
+    straight = content(tmp_path / "straight")
+    endings = {"goes on": 0, "is whole": 0}
+    for number in range(100):
+        target, steps = tmp_path / str(number), iter(range(100))
 
-    def replace(src, dst):
-        if Path(dst).parent == target:
-            moved.append(dst)
-            if len(moved) == 3:
-                raise Stop
-        real(src, dst)
+        def counted(real, path, target=target, steps=steps, number=number):
+            def step(*args, **kwargs):
+                if target in Path(path(*args)).parents and next(steps) == number:
+                    raise Stop
+                return real(*args, **kwargs)
 
-    monkeypatch.setattr(os, "replace", replace)
-    with pytest.raises(Stop):
-        write(source, target, "wint8", max_shard_bytes=60_000)
-    monkeypatch.undo()
-    assert not (target / "config.json").exists()
-    write(source, target, "wint8", max_shard_bytes=60_000)
-    assert content(target) == content(tmp_path / "straight")
+            return step
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "replace", counted(os.replace, lambda _src, dst, **_: dst))
+            patch.setattr(os, "unlink", counted(os.unlink, lambda path, **_: path))
+            patch.setattr(os, "rmdir", counted(os.rmdir, lambda path, **_: path))
+            try:
+                write(source, target, "wint8", max_shard_bytes=60_000)
+                break
+            except Stop:
+                pass
+        if (target / STAGE / JOURNAL).exists():
+            endings["goes on"] += 1
+            write(source, target, "wint8", max_shard_bytes=60_000)
+            assert content(target) == straight
+        else:
+            endings["is whole"] += 1
+            (target / STAGE).rmdir()
+            assert content(target) == straight
+    assert endings["goes on"] > len(straight) and endings["is whole"] == 1
 
 
 KILLED = """
@@ -201,7 +218,10 @@ def seconds_of(target, patience):
         os.kill(child, signal.SIGKILL)
     status = os.waitpid(child, 0)[1]
     assert status in (0, signal.SIGKILL), status
-    return time.monotonic() - started, status == 0
+    target = Path(target)
+    through = (target / "config.json").exists() and not (target / ".saving" / ".journal").exists()
+    assert through or status, "an export that ended without an error is not there"
+    return time.monotonic() - started, through
 
 whole, _ = seconds_of(sys.argv[2] + "/straight", None)
 kills = 0
@@ -223,6 +243,8 @@ def test_kill_9_at_any_moment_costs_nothing(model, tmp_path):
     assert len(straight) > 5 and int(done.stdout) > 6
     assert "going on with an export that was interrupted" in done.stderr
     for number in range(3):
+        with contextlib.suppress(FileNotFoundError):
+            (tmp_path / f"killed-{number}" / STAGE).rmdir()  # empty, if the last kill came just before the end
         assert content(tmp_path / f"killed-{number}") == straight
 
 
