@@ -308,11 +308,11 @@ def memory(mesh: Mesh, layout: Layout, *, recompute: bool) -> dict[str, int]:
 
 
 def both_memories(mesh: Mesh, layout: Layout) -> list[dict[str, int]]:
-    """Each the better of two: in one, a thread of gloo may have held on to what it had sent for longer."""
+    """Of two runs the lower peak: in one, a thread of gloo may have held on to what it had sent for longer."""
     found = []
     for recompute in (False, True):
         one, other = (memory(mesh, layout, recompute=recompute) for _ in range(2))
-        found.append({name: min(one[name], other[name]) for name in one})
+        found.append(one | {"peak": min(one["peak"], other["peak"])})
     return found
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import json
 import os
 import subprocess
@@ -162,8 +163,8 @@ def test_an_export_that_was_stopped_while_it_appeared_goes_on(model, tmp_path, m
     write(source, tmp_path / "straight", "wint8", max_shard_bytes=60_000)
     straight = content(tmp_path / "straight")
     endings = {"goes on": 0, "is whole": 0}
-    for number in range(100):
-        target, steps = tmp_path / str(number), iter(range(100))
+    for number in itertools.count():
+        target, steps = tmp_path / str(number), itertools.count()
 
         def counted(real, path, target=target, steps=steps, number=number):
             def step(*args, **kwargs):
@@ -199,6 +200,7 @@ from pathlib import Path
 from erniekit.checkpoint.folder import Folder
 from erniekit.checkpoint.quantise import Statistics, write_quantised
 from erniekit.checkpoint.quantised import Scheme
+from erniekit.checkpoint.save import JOURNAL, STAGE
 
 def export(target):
     folder = Folder.open(sys.argv[1])
@@ -219,7 +221,7 @@ def seconds_of(target, patience):
     status = os.waitpid(child, 0)[1]
     assert status in (0, signal.SIGKILL), status
     target = Path(target)
-    through = (target / "config.json").exists() and not (target / ".saving" / ".journal").exists()
+    through = (target / "config.json").exists() and not (target / STAGE / JOURNAL).exists()
     assert through or status, "an export that ended without an error is not there"
     return time.monotonic() - started, through
 
